@@ -1,8 +1,8 @@
 """The Polars schema of every table, checked on write and on read.
 
-Each table is a Parquet file, Zstandard-compressed, written to a temporary name in the target folder
-and then renamed, so that a reader never sees half a file. Keys are columns: nothing is parsed out of
-a file name. ``ratio`` is text with three decimals, so that no float is ever compared.
+Each table is a Parquet file, Zstandard-compressed, written to a temporary name in the target
+folder and then renamed, so that a reader never sees half a file. Keys are columns: nothing is
+parsed out of a file name. ``ratio`` is text with three decimals: no float is ever compared.
 """
 
 import os
@@ -10,7 +10,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 TOP_LOGPROBS = 20
 """How many of the largest log-probabilities are stored per token."""
@@ -41,7 +43,8 @@ SIGNALS: dict[str, pl.DataType] = {
     "entropy_delta": pl.Float32(),  # entropy minus the previous token's; null at position 0
     "chosen_logprob": pl.Float32(),
     "chosen_rank": pl.Int32(),  # 0 = the top token
-} | {f"top_logprob_{rank:02d}": pl.Float32() for rank in range(TOP_LOGPROBS)}
+    **{f"top_logprob_{rank:02d}": pl.Float32() for rank in range(TOP_LOGPROBS)},
+}
 """Signals of one token, from raw logits before any processor (28 columns)."""
 
 AUDIT: dict[str, pl.DataType] = {
@@ -227,6 +230,44 @@ def read_table(path: str | Path, schema: Mapping[str, pl.DataType] | None = None
         raise FileNotFoundError(f"no table at {path}; `snakemake {path}` makes it")
     frame = pl.read_parquet(path, hive_partitioning=False)
     return frame if schema is None else check(frame, schema, path.stem)
+
+
+def order_by_trace(tokens: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64]]:
+    """Put token rows trace by trace, in order of position, and say where each trace starts.
+
+    Args:
+        tokens: any table with the columns `TOKEN_KEYS`; left as it is when already in order.
+
+    Returns:
+        The rows in order, and offsets (traces + 1,): trace i owns rows offsets[i]:offsets[i + 1].
+
+    Raises:
+        ValueError: a trace's positions do not count 0, 1, 2, ...; names the trace.
+    """
+    offsets = _trace_offsets(tokens)
+    if offsets is None:
+        tokens = tokens.sort(TOKEN_KEYS)
+        offsets = _trace_offsets(tokens)
+    if offsets is None:
+        gap = tokens.filter(
+            pl.col("position") != pl.int_range(pl.len(), dtype=pl.Int32).over(TRACE_KEYS)
+        )
+        raise ValueError(f"positions of a trace must count 0, 1, 2, ...: {gap.row(0, named=True)}")
+    return tokens, offsets
+
+
+def _trace_offsets(tokens: pl.DataFrame) -> NDArray[np.int64] | None:
+    """Offsets of the traces, or None where rows are out of order."""
+    changed = pl.any_horizontal(
+        pl.col(name).ne_missing(pl.col(name).shift()) for name in TRACE_KEYS
+    )
+    start = tokens.select(changed.alias("start"))["start"].to_numpy().copy()
+    start[:1] = True
+    offsets = np.append(np.flatnonzero(start), tokens.height).astype(np.int64)
+    expected = np.arange(tokens.height) - np.repeat(offsets[:-1], np.diff(offsets))
+    in_order = np.array_equal(tokens["position"].to_numpy(), expected)
+    unique = tokens[offsets[:-1]].select(TRACE_KEYS).n_unique() == len(offsets) - 1
+    return offsets if in_order and unique else None
 
 
 def conform(frame: pl.DataFrame, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
