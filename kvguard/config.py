@@ -342,6 +342,14 @@ class Live(Section):
     ergo_delta_nats: float = Field(default=1.0, gt=0)
     ergo_window_tokens: Count = 16
     random_rate: float | Literal["matched"] = "matched"
+    loop_pattern_tokens: Count = Field(default=64, description="longest period of a repetition")
+    loop_copies: int = Field(default=3, ge=2, description="copies that make a repetition")
+    loop_cover_tokens: Count = Field(
+        default=20, description="tokens that the copies cover at least"
+    )
+    gate_nats: float = Field(
+        default=1.0, gt=0, description="guard_gate: bound on the first logits' divergence"
+    )
     margin_nats: float = Field(default=1e-3, ge=0)
 
     @model_validator(mode="after")
