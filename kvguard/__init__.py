@@ -18,7 +18,7 @@ _PUBLIC = {
     "ConfigError": "config",
 }
 
-__all__ = list(_PUBLIC)  # noqa: PLE0604
+__all__ = list(_PUBLIC)
 __version__ = "0.1.0"
 
 

