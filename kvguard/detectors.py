@@ -119,7 +119,7 @@ def detect_outcomes(
     answers = [extract_answer(text) for text in finished["text"].to_list()]
     judged = (
         finished.select(*schema.TRACE_KEYS)
-        .with_columns(found, pl.Series("answer", answers, dtype=pl.String))
+        .with_columns(*found, pl.Series("answer", answers, dtype=pl.String))
         .join(
             prompts.select("prompt_id", "reference_answer"),
             on="prompt_id",
@@ -318,7 +318,7 @@ def _detect(
             catastrophe=pl.any_horizontal(pl.col(CATASTROPHES).fill_null(False)),
             onset=pl.min_horizontal([f"{kind}_onset" for kind in CATASTROPHES]),
         )
-        .select(Detections.model_fields)
+        .select(list(Detections.model_fields))
     )
 
 
@@ -346,5 +346,6 @@ def _largest(
     start = np.arange(len(means))
     inside = start + window <= offsets[1:][trace[: len(means)]]
     largest = np.full(len(offsets) - 1, -np.inf)
-    np.maximum.at(largest, trace[: len(means)][inside], means[inside])
+    with np.errstate(invalid="ignore"):  # a trace without an audit is NaN, and says so
+        np.maximum.at(largest, trace[: len(means)][inside], means[inside])
     return np.where(np.isneginf(largest), np.nan, largest)
