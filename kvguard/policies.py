@@ -2,12 +2,11 @@
 
 A policy watches the tokens that a batch has just produced and says, per row, what to do next. It
 knows nothing of models and caches: the live guard carries the actions out, the offline simulation
-works out what they would have cost. Rows are slots of the batch; `Policy.reset` clears a slot when
-another request takes it.
+works out what they would have cost. Rows are slots of the batch.
 
-The calling order, live and offline alike: ``reset`` when a request enters a slot; ``step`` with
-every token it generates, the last one too; ``finish`` once, for a request that has ended (by an end
-token or by length) and for which ``step`` has just answered CONTINUE. When ``step`` or ``finish``
+The calling order, live and offline alike: ``reset`` when a request enters a slot, ``move`` when it
+changes its slot; ``step`` with every token it generates, the last one too; ``finish`` for a request
+that has ended (by an end token or by length) and for which ``step`` has just answered CONTINUE. When ``step`` or ``finish``
 answers REWIND, RECOMPUTE or RESTART for a request that has ended, the request may go on; any other
 action means nothing then.
 
@@ -16,7 +15,7 @@ press, single requests, token by token), so each docstring says what of the orig
 """
 
 from enum import IntEnum
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,10 +115,16 @@ class Policy:
     def __init__(self, name: str, rows: int) -> None:
         self.name = name
         self.modes = np.full(rows, Mode.SAFE if self.starts_safe else Mode.NORMAL, np.int8)
+        self.row_state: list[NDArray[Any]] = [self.modes]  # every array whose first axis is the row
 
     def reset(self, row: int, seed: int) -> None:
         """Forget what was in ``row``; ``seed`` is the new request's own (the trace's seed)."""
         self.modes[row] = Mode.SAFE if self.starts_safe else Mode.NORMAL
+
+    def move(self, source: int, target: int) -> None:
+        """Let the request in slot ``source`` go on in slot ``target``, whose own is gone."""
+        for state in self.row_state:
+            state[target] = state[source]
 
     def step(self, observation: Observation) -> Decision:
         """Look at one new token per row and decide."""
@@ -210,6 +215,7 @@ class Guard(Policy):
         self.state = initial_state(rows)
         self.modes = self.state.mode  # one array: the controller's mode is the policy's
         self.compressed = np.ones(rows, np.bool_)
+        self.row_state = [*self.state, self.compressed]
 
     def reset(self, row: int, seed: int) -> None:
         """Start the row's controller afresh."""
@@ -244,12 +250,12 @@ class Guard(Policy):
 
 def _gate(observation: Observation, tau_high: float, gate_nats: float) -> BoolArray:
     """(n,) first tokens of requests that should start in SAFE."""
-    risky = np.zeros(len(observation.rows), np.bool_)
-    if observation.hazard is not None:
-        risky |= observation.hazard > np.float32(tau_high)
-    if observation.first_divergence is not None:
-        risky |= observation.first_divergence > gate_nats
-    return risky & (observation.positions == 0)
+    gated = np.zeros(len(observation.rows), np.bool_)
+    for sign, bound in ((observation.hazard, tau_high), (observation.first_divergence, gate_nats)):
+        if sign is not None:
+            gated |= sign > np.float32(bound)
+    gated &= observation.positions == 0
+    return gated
 
 
 def _where(mask: BoolArray, chosen: ControllerState, other: ControllerState) -> ControllerState:
@@ -289,6 +295,7 @@ class RandomAlarm(OneAlarm):
         self.rate = rate
         self.max_new_tokens = max_new_tokens
         self.alarm_at = np.full(rows, np.iinfo(np.int32).max, np.int32)
+        self.row_state.append(self.alarm_at)
 
     def reset(self, row: int, seed: int) -> None:
         """Draw whether the new request alarms, and when."""
@@ -322,6 +329,7 @@ class EntropyAlarm(OneAlarm):
         super().__init__(name, rows)
         self.nats, self.tokens = nats, tokens
         self.run = np.zeros(rows, np.int32)
+        self.row_state.append(self.run)
 
     def reset(self, row: int, seed: int) -> None:
         """Start the row's run at 0."""
@@ -352,6 +360,7 @@ class Ergo(OneAlarm):
         self.delta_nats, self.window_tokens = delta_nats, window_tokens
         self.total = np.zeros(rows, np.float64)
         self.previous_mean = np.full(rows, np.nan)
+        self.row_state += [self.total, self.previous_mean]
 
     def reset(self, row: int, seed: int) -> None:
         """Forget the row's windows."""
@@ -433,6 +442,7 @@ class NgramStop(OneAlarm):
     def __init__(self, name: str, rows: int, runs: RepetitionRuns) -> None:
         super().__init__(name, rows)
         self.runs = runs
+        self.row_state.append(runs.runs)
 
     def reset(self, row: int, seed: int) -> None:
         """Forget the row's repetitions."""
@@ -459,6 +469,7 @@ class LoopGuard(Policy):
         super().__init__(name, rows)
         self.runs = runs
         self.pruned_at = np.zeros(rows, np.int32)  # newest token at the last prune
+        self.row_state += [runs.runs, self.pruned_at]
 
     def reset(self, row: int, seed: int) -> None:
         """Forget the row's repetitions and prunes."""
