@@ -1,0 +1,771 @@
+"""Prefill under a press, one prompt at a time; decode many rows together.
+
+Presses read no attention mask, so every prompt is prefilled alone and unpadded, inside the press's
+own hooks. The compressed caches then sit in `Slots` and decode as one batch; finished rows leave
+and waiting requests take their place. A prefix that the requests share is prefilled once: its keys,
+values and per-layer attention inputs are kept, a prompt adds its own tokens, and the press is
+called on the joined whole.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import psutil
+import torch
+from kvpress import BasePress
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel
+
+from kvguard.presses import Phases, PressError, fresh, phases, reads_attention_weights
+from kvguard.sampling import Decoding, token_scores
+from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals
+from kvguard.slots import ATTENTION_NAME, Slots
+
+LM_HEAD_ROWS = 128
+"""Positions whose logits are computed at once in a teacher-forced pass."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        key: names the request in results.
+        prompt_ids: the whole prompt, shared prefix included.
+        seed: of this request's sampling noise and of presses that draw random numbers.
+        max_new_tokens: None takes the decoding's.
+    """
+
+    key: str
+    prompt_ids: Sequence[int]
+    seed: int = 0
+    max_new_tokens: int | None = None
+
+
+@dataclass
+class Completion:
+    """What became of a request.
+
+    Attributes:
+        token_ids: generated tokens, the end token included.
+        signals: (tokens, 28) float32, columns `signals.SIGNAL_NAMES`.
+        stop_reason: "eos", "length" or "stopped" (an observer ended it); None on error.
+        error: None, or why the request failed.
+        cache_bytes_before: of the prompt's cache before compression.
+        cache_bytes_after: of the prompt's cache after it, hidden entries left out.
+        kv_bytes: (decode steps, 3) kept, masked and padding bytes at each step.
+        prefill_seconds: for this request alone.
+        decode_seconds: its share of each step of the batch.
+        prefilled_tokens: tokens that went through prefill-shaped passes.
+        decode_steps: single-token passes, those of dropped tokens included.
+        wasted_tokens: generated, then dropped by an observer.
+    """
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    signals: NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros((0, len(SIGNAL_NAMES)), np.float32)
+    )
+    stop_reason: str | None = None
+    error: str | None = None
+    cache_bytes_before: int = 0
+    cache_bytes_after: int = 0
+    kv_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prefilled_tokens: int = 0
+    decode_steps: int = 0
+    wasted_tokens: int = 0
+
+
+class Prefilled(NamedTuple):
+    """A sequence after its prefill.
+
+    Attributes:
+        cache: batch of 1; compressed if a press was given.
+        masked: per layer (heads, length) bool of hidden entries, or None.
+        logits: (1, vocabulary) after the last token; attention over the uncompressed cache.
+        bytes_before: of the cache before compression.
+        bytes_after: after it, hidden entries left out.
+        tokens: how many tokens the model really processed (without a reused prefix).
+    """
+
+    cache: DynamicCache
+    masked: list[torch.Tensor | None] | None
+    logits: torch.Tensor
+    bytes_before: int
+    bytes_after: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prefilled common prefix.
+
+    Attributes:
+        token_ids: the shared tokens.
+        cache: their uncompressed cache, batch of 1; never written to.
+        hidden: per layer the attention input (1, tokens, hidden size).
+    """
+
+    token_ids: tuple[int, ...]
+    cache: DynamicCache
+    hidden: list[torch.Tensor]
+
+
+def attention_layers(model: PreTrainedModel) -> list[Any]:
+    """The model's attention modules, first layer first."""
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def _forget_masks(layers: Iterable[Any]) -> None:
+    """Clear what a head-wise press left on the modules; it would hide keys of other sequences."""
+    for layer in layers:
+        layer.masked_key_indices = None
+
+
+def _tensors(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, (1, heads, length, head_dim)."""
+    pairs = []
+    for layer in cache.layers:
+        assert layer.keys is not None
+        assert layer.values is not None
+        pairs.append((layer.keys, layer.values))
+    return pairs
+
+
+@torch.inference_mode()
+def prefill_prefix(model: PreTrainedModel, token_ids: Sequence[int]) -> Prefix:
+    """Prefill a prefix that many prompts share, without compression.
+
+    Args:
+        model: in eval mode.
+        token_ids: at least one token.
+    """
+    hidden: list[torch.Tensor] = []
+
+    def keep(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden.append(kwargs["hidden_states"])
+
+    cache = DynamicCache(config=model.config)
+    layers = attention_layers(model)
+    _forget_masks(layers)
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+            stack.callback(handle.remove)
+        ids = torch.tensor([list(token_ids)], device=model.device)
+        model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return Prefix(tuple(token_ids), cache, hidden)
+
+
+def _extend(prefix: Prefix | None, model: PreTrainedModel) -> DynamicCache:
+    """A cache that starts with the prefix's entries; appending copies, the prefix stays."""
+    cache = DynamicCache(config=model.config)
+    if prefix is not None:
+        for layer, (keys, values) in enumerate(_tensors(prefix.cache)):
+            cache.update(keys, values, layer)
+    return cache
+
+
+def matching_prefix(prefix: Prefix | None, token_ids: Sequence[int]) -> Prefix | None:
+    """The prefix if the tokens start with it and go on, else None."""
+    if prefix is None or len(prefix.token_ids) >= len(token_ids):
+        return None
+    same = tuple(token_ids[: len(prefix.token_ids)]) == prefix.token_ids
+    return prefix if same else None
+
+
+@torch.inference_mode()
+def prefill(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    press: BasePress | None = None,
+    *,
+    prefix: Prefix | None = None,
+    seed: int = 0,
+) -> Prefilled:
+    """Prefill one sequence, alone and unpadded, and compress its cache.
+
+    Args:
+        model: in eval mode.
+        token_ids: the whole sequence.
+        press: compresses at prefill; used as it is, so pass a fresh one. None: no compression.
+        prefix: reused where the sequence starts with it and the press allows it.
+        seed: of presses that draw random numbers; the global generator is left as it was.
+
+    Raises:
+        AssertionError, ValueError, RuntimeError: whatever the press says of this sequence, e.g.
+            that it is shorter than its window.
+    """
+    eager = model.config._attn_implementation == "eager"
+    usable = None if eager or reads_attention_weights(press) else matching_prefix(prefix, token_ids)
+    reused = 0 if usable is None else len(usable.token_ids)
+    layers = attention_layers(model)
+    _forget_masks(layers)
+    cache = _extend(usable, model)
+    bytes_before = 0
+
+    def measure(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal bytes_before
+        entry = kwargs["past_key_values"].layers[layer.layer_idx]
+        bytes_before += entry.keys.nbytes + entry.values.nbytes
+
+    ids = torch.tensor([list(token_ids[reused:])], device=model.device)
+    positions = torch.arange(reused, len(token_ids), device=model.device)
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_hook(measure, with_kwargs=True)
+            stack.callback(handle.remove)
+        if press is not None:
+            devices = [model.device] if model.device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            torch.manual_seed(seed)
+            if usable is None:
+                stack.enter_context(press(model))
+            else:
+                stack.enter_context(_press_on_whole(model, press, usable, len(token_ids)))
+        output = model(
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            cache_position=positions,
+            position_ids=positions[None],
+            logits_to_keep=1,
+        )
+    masked = _masked_entries(layers, cache)
+    bytes_after = 0
+    for number, (keys, values) in enumerate(_tensors(cache)):
+        held = keys.nbytes + values.nbytes
+        hidden = None if masked is None else masked[number]
+        bytes_after += held
+        if hidden is not None:
+            bytes_after -= held // hidden.numel() * int(hidden.sum())
+    _forget_masks(layers)
+    return Prefilled(cache, masked, output.logits[:, -1], bytes_before, bytes_after, ids.shape[1])
+
+
+@contextmanager
+def _press_on_whole(
+    model: PreTrainedModel, press: BasePress, prefix: Prefix, length: int
+) -> Iterator[None]:
+    """Call a press's forward hook with the whole prompt although only its end is run."""
+    press.post_init_from_model(model)
+    positions = torch.arange(length, device=model.device)
+    embeddings = model.model.rotary_emb(prefix.hidden[0], positions[None])
+
+    def compress(layer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = torch.cat([prefix.hidden[layer.layer_idx], kwargs["hidden_states"]], dim=1)
+        whole = kwargs | {
+            "hidden_states": hidden,
+            "position_embeddings": embeddings,
+            "cache_position": positions,
+            "position_ids": positions[None],
+            "attention_mask": None,
+        }
+        press.forward_hook(layer, args, whole, (None, None))
+        return output
+
+    with ExitStack() as stack:
+        for layer in attention_layers(model):
+            layer.rotary_emb = model.model.rotary_emb
+            handle = layer.register_forward_hook(compress, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _masked_entries(layers: Sequence[Any], cache: DynamicCache) -> list[torch.Tensor | None] | None:
+    """Per layer (heads, length) bool of the entries that a head-wise press hides."""
+    masks: list[torch.Tensor | None] = []
+    for layer, (keys, _) in zip(layers, _tensors(cache), strict=True):
+        indices = layer.masked_key_indices
+        if indices is None:
+            masks.append(None)
+            continue
+        hidden = torch.zeros(keys.shape[1:3], dtype=torch.bool, device=keys.device)
+        hidden[indices[1], indices[2]] = True
+        masks.append(hidden)
+    return None if all(mask is None for mask in masks) else masks
+
+
+class Scored(NamedTuple):
+    """A sequence and the uncompressed model's logits along it.
+
+    Attributes:
+        cache: uncompressed, batch of 1, of the whole sequence.
+        hidden: (kept positions, hidden size) after the final norm; `lm_head` makes logits of it.
+        tokens: how many tokens the model really processed.
+    """
+
+    cache: DynamicCache
+    hidden: torch.Tensor
+    tokens: int
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    generated: Sequence[int],
+    *,
+    prefix: Prefix | None = None,
+) -> Scored:
+    """One pass of the uncompressed model over a prompt and what was generated after it.
+
+    Args:
+        model: in eval mode.
+        prompt_ids: the prompt.
+        generated: tokens that follow it.
+        prefix: reused where the prompt starts with it.
+
+    Returns:
+        ``hidden`` has ``len(generated) + 1`` rows: row i predicts generated token i, the last row
+        predicts what comes next.
+    """
+    whole = [*prompt_ids, *generated]
+    eager = model.config._attn_implementation == "eager"
+    usable = None if eager else matching_prefix(prefix, prompt_ids)
+    reused = 0 if usable is None else len(usable.token_ids)
+    _forget_masks(attention_layers(model))
+    cache = _extend(usable, model)
+    positions = torch.arange(reused, len(whole), device=model.device)
+    output = model.model(
+        input_ids=torch.tensor([whole[reused:]], device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+        cache_position=positions,
+        position_ids=positions[None],
+    )
+    hidden = output.last_hidden_state[0, -(len(generated) + 1) :]
+    return Scored(cache, hidden, len(whole) - reused)
+
+
+def logits_in_chunks(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits (<= 128, vocabulary) of consecutive positions, so that all never exist at once."""
+    for start in range(0, len(hidden), LM_HEAD_ROWS):
+        yield model.lm_head(hidden[start : start + LM_HEAD_ROWS])
+
+
+def batch_size_for(
+    model: PreTrainedModel, tokens_per_row: int, *, share: float = 0.5, limit: int = 256
+) -> int:
+    """How many rows fit in the memory that is free now.
+
+    Args:
+        model: its config says what an entry takes.
+        tokens_per_row: longest prompt plus the new tokens, uncompressed.
+        share: of the free memory to plan with.
+        limit: never more than this.
+    """
+    slots = Slots(model.config, 0, device=model.device, dtype=model.dtype)
+    row: int = slots.bytes_per_entry * slots.layers * tokens_per_row
+    row += 6 * 4 * model.config.vocab_size  # logits and what the signals make of them
+    if model.device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(model.device)[0])
+    else:
+        free = int(psutil.virtual_memory().available)
+    return max(1, min(limit, int(free * share) // row))
+
+
+class Step(NamedTuple):
+    """One token of every active row, before it is fed back.
+
+    Attributes:
+        positions: (rows,) index of the token among the generated ones.
+        tokens: (rows,) the token.
+        signals: (rows, 28) float32.
+    """
+
+    positions: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    signals: NDArray[np.float32]
+
+
+class Observer(Protocol):
+    """Watches a session and may act on its rows between two steps (the guard does)."""
+
+    def admitted(self, session: "Session", row: int) -> None:
+        """A request has entered a row."""
+
+    def observe(self, session: "Session", step: Step) -> None:
+        """Every active row has a new token; ``session.rows`` says which end here."""
+
+    def moved(self, session: "Session", source: int, target: int) -> None:
+        """A row has left: the last row took its number (source == target: it was the last)."""
+
+
+@dataclass
+class Row:
+    """What belongs to one row besides the arrays: moves with it."""
+
+    completion: Completion
+    decode: "DecodeState | None"
+    stop_reason: str | None = None
+    kv_bytes: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the row leaves the batch after this step."""
+        return self.stop_reason is not None or self.completion.error is not None
+
+
+class Session:
+    """Rows that decode together.
+
+    ``generate`` drives it; an `Observer` may call `rewind`, `stop` and `drop_tail` between steps.
+    Arrays have one entry a row; rows ``0 .. active - 1`` are in use.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decoding: Decoding,
+        *,
+        press: BasePress | None = None,
+        rows: int,
+        prefix: Prefix | None = None,
+    ) -> None:
+        self.model, self.decoding, self.press, self.prefix = model, decoding, press, prefix
+        self.phases: Phases = phases(press)
+        if self.phases.decode is not None and model.config._attn_implementation == "eager":
+            raise PressError("compression while decoding needs sdpa attention, got 'eager'")
+        self.slots = Slots(model.config, rows, device=model.device, dtype=model.dtype)
+        self.rows: list[Row] = []
+        shape = (rows, decoding.max_new_tokens)
+        self.history: NDArray[np.int32] = np.full(shape, -1, dtype=np.int32)
+        self.signals: NDArray[np.float32] = np.zeros((*shape, len(SIGNAL_NAMES)), np.float32)
+        self.lengths: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)  # generated tokens
+        self.prompt_lengths: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
+        self.limits: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
+        self.seeds: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
+        self.logits = torch.zeros(
+            (rows, model.config.vocab_size), dtype=model.dtype, device=model.device
+        )
+
+    @property
+    def active(self) -> int:
+        """Rows in use."""
+        return self.slots.active
+
+    @property
+    def free(self) -> int:
+        """Rows that could be admitted."""
+        return self.slots.rows - self.slots.active
+
+    @torch.inference_mode()
+    def admit(
+        self, request: Request, *, press: BasePress | str | None = "own"
+    ) -> Completion | None:
+        """Prefill a request into a free row.
+
+        Args:
+            request: what to continue.
+            press: the press to prefill under; the default is the session's.
+
+        Returns:
+            None, or the finished completion of a request that failed.
+        """
+        completion = Completion(request)
+        started = time.perf_counter()
+        limit = request.max_new_tokens or self.decoding.max_new_tokens
+        longest = self.model.config.max_position_embeddings
+        total = len(request.prompt_ids) + limit
+        try:
+            if not request.prompt_ids:
+                raise ValueError("the prompt is empty; at least one token is needed")
+            if limit > self.decoding.max_new_tokens:
+                raise ValueError(
+                    f"max_new_tokens of the request, {limit}, exceeds the session's "
+                    f"{self.decoding.max_new_tokens}"
+                )
+            if total > longest:
+                raise ValueError(
+                    f"prompt of {len(request.prompt_ids)} and {limit} new tokens exceed the "
+                    f"model's {longest} positions"
+                )
+            split = self.phases if press == "own" else phases(press)
+            ready = prefill(
+                self.model,
+                request.prompt_ids,
+                fresh(split.prefill),
+                prefix=self.prefix,
+                seed=request.seed,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, IndexError, ValueError, RuntimeError) as error:
+            completion.error = f"{type(error).__name__}: {error}"
+            return completion
+        row = self.active
+        completion.cache_bytes_before = ready.bytes_before
+        completion.cache_bytes_after = ready.bytes_after
+        completion.prefilled_tokens = ready.tokens
+        self.slots.insert(row, ready.cache, ready.masked)
+        self.logits[row] = ready.logits[0]
+        decode = None if split.decode is None else DecodeState(self, split.decode)
+        self.rows.append(Row(completion, decode))
+        self.lengths[row] = 0
+        self.prompt_lengths[row] = len(request.prompt_ids)
+        self.limits[row] = limit
+        self.seeds[row] = request.seed
+        self.history[row] = -1
+        completion.prefill_seconds = time.perf_counter() - started
+        return None
+
+    @torch.inference_mode()
+    def choose(self) -> Step:
+        """Take the next token of every active row from its logits, with its signals."""
+        started = time.perf_counter()
+        active = self.active
+        rows = np.arange(active)
+        logits = self.logits[:active]
+        positions = self.lengths[:active].copy()
+        scores = token_scores(
+            logits, self._on_device(self.seeds[:active]), self._on_device(positions), self.decoding
+        )
+        chosen = scores.argmax(dim=1)
+        table = extract_signals(logits, chosen, self._previous_entropy()).table
+        signals = table.cpu().numpy()
+        tokens = chosen.cpu().numpy()
+        self.signals[rows, positions] = signals
+        self.history[rows, positions] = tokens
+        self.lengths[:active] += 1
+        ends = np.isin(tokens, self.decoding.end_token_ids)
+        full = self.lengths[:active] >= self.limits[:active]
+        broken = ~np.isfinite(signals[:, 0])
+        for row in np.flatnonzero(ends | full | broken):
+            self.rows[row].stop_reason = "eos" if ends[row] else "length"
+            if broken[row]:
+                where = f"token {positions[row]}"
+                error = f"FloatingPointError: non-finite logits at {where}"
+                self.rows[row].completion.error = error
+        self._charge(started)
+        return Step(positions, tokens, signals)
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Feed every active row's last token to the model: one decoding step of the batch."""
+        active = self.active
+        if active == 0:
+            return
+        started = time.perf_counter()
+        last = self.lengths[:active] - 1
+        tokens = self._on_device(self.history[np.arange(active), last].astype(np.int64))
+        positions = self._on_device(self.prompt_lengths[:active] + last)
+        self.slots.begin_step()
+        with ExitStack() as stack:
+            stack.enter_context(_attention(self.model, ATTENTION_NAME))
+            if any(row.decode is not None for row in self.rows):
+                stack.enter_context(self._decode_compression())
+            output = self.model(
+                input_ids=tokens[:, None],
+                position_ids=positions[:, None],
+                cache_position=positions[:1],
+                past_key_values=self.slots,
+                use_cache=True,
+                kvguard_slots=self.slots,
+            )
+        self.logits[:active] = output.logits[:, -1]
+        for row, held in zip(self.rows, zip(*self.slots.row_bytes(), strict=True), strict=True):
+            row.kv_bytes.append(held)
+            row.completion.decode_steps += 1
+        self._charge(started)
+
+    @torch.inference_mode()
+    def rewind(
+        self,
+        row: int,
+        kept: int,
+        ready: Prefilled | None,
+        *,
+        signals: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Give a row a new cache and forget the generated tokens behind the first ``kept``.
+
+        Args:
+            row: which.
+            kept: generated tokens that stay.
+            ready: cache of exactly prompt and kept tokens, and the logits after them.
+            signals: (kept, 28) that replace the kept tokens' stored signals.
+        """
+        dropped = int(self.lengths[row]) - kept
+        self.rows[row].completion.wasted_tokens += dropped
+        if ready is not None:
+            self.slots.insert(row, ready.cache, ready.masked)
+            self.logits[row] = ready.logits[0]
+        self.lengths[row] = kept
+        self.history[row, kept:] = -1
+        if signals is not None:
+            self.signals[row, :kept] = signals
+        self.rows[row].stop_reason = None
+
+    def stop(self, row: int) -> None:
+        """End a row after its last token."""
+        self.rows[row].stop_reason = self.rows[row].stop_reason or "stopped"
+
+    def tokens(self, row: int) -> list[int]:
+        """A row's generated tokens so far."""
+        return [int(token) for token in self.history[row, : self.lengths[row]]]
+
+    @torch.inference_mode()
+    def finish(self, row: int) -> Completion:
+        """Take a row out of the batch; the last row moves into its place."""
+        state = self.rows[row]
+        completion = state.completion
+        count = int(self.lengths[row])
+        completion.token_ids = self.tokens(row)
+        completion.signals = self.signals[row, :count].copy()
+        completion.stop_reason = None if completion.error else state.stop_reason
+        completion.kv_bytes = np.array(state.kv_bytes, dtype=np.int64).reshape(-1, 3)
+        last = self.slots.remove(row)
+        self.rows[row] = self.rows[last]
+        self.rows.pop()
+        for array in (
+            self.history,
+            self.signals,
+            self.lengths,
+            self.prompt_lengths,
+            self.limits,
+            self.seeds,
+        ):
+            array[row] = array[last]
+        self.logits[row] = self.logits[last]
+        return completion
+
+    def _previous_entropy(self) -> torch.Tensor:
+        rows = np.arange(self.active)
+        before = self.lengths[: self.active] - 1
+        entropy = self.signals[rows, before, SIGNAL_INDEX["entropy"]]
+        return self._on_device(np.where(before >= 0, entropy, np.nan).astype(np.float32))
+
+    def _on_device(self, values: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.device)
+
+    def _charge(self, started: float) -> None:
+        share = (time.perf_counter() - started) / self.active
+        for row in self.rows:
+            row.completion.decode_seconds += share
+
+    @contextmanager
+    def _decode_compression(self) -> Iterator[None]:
+        """Hooks that let each row's own press see its own slice after each attention layer."""
+
+        def compress(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            for number, row in enumerate(self.rows):
+                if row.decode is not None:
+                    row.decode.after_layer(number, layer, kwargs)
+            return output
+
+        with ExitStack() as stack:
+            for layer in attention_layers(self.model):
+                layer.rotary_emb = self.model.model.rotary_emb
+                handle = layer.register_forward_hook(compress, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+
+class DecodeState:
+    """One row's compression while decoding: kvpress's DecodingPress, on that row alone.
+
+    It counts steps and keeps hidden states per layer as the press's own hook does for a batch of
+    one, and calls the press's ``compress`` on the row's unpadded slice.
+    """
+
+    def __init__(self, session: Session, press: BasePress) -> None:
+        self.slots = session.slots
+        copied: Any = fresh(press)
+        self.press = copied
+        self.press.post_init_from_model(session.model)
+        self.steps = 0
+        layers = self.slots.layers
+        self.hidden: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+
+    def after_layer(self, row: int, layer: Any, kwargs: dict[str, Any]) -> None:
+        """Record the row's hidden state; compress its slice of this layer when it is due."""
+        number: int = layer.layer_idx
+        if number == 0:
+            self.steps += 1
+        own = _row_arguments(kwargs, row)
+        buffer = self.hidden[number]
+        buffer.append(own["hidden_states"])
+        due = self.steps >= self.press.compression_interval
+        if due or self.press._resolve_target_size(own) <= 1:
+            keys, values = self.slots.entries(number, row)
+            keys, values = self.press.compress(
+                layer, torch.cat(buffer, dim=1), keys, values, None, own
+            )
+            self.slots.write(number, row, keys[0].clone(), values[0].clone())
+            buffer.clear()
+            if number == self.slots.layers - 1:
+                self.steps = 0
+        size = self.press.hidden_states_buffer_size
+        del buffer[: max(len(buffer) - size, 0)]
+
+
+def _row_arguments(kwargs: dict[str, Any], row: int) -> dict[str, Any]:
+    """An attention layer's keyword arguments as a batch of this row alone would see them."""
+    one = slice(row, row + 1)
+    cos, sin = kwargs["position_embeddings"]
+    return kwargs | {
+        "hidden_states": kwargs["hidden_states"][one],
+        "position_embeddings": (cos[one], sin[one]),
+        "position_ids": kwargs["position_ids"][one],
+        "cache_position": kwargs["position_ids"][row],
+        "attention_mask": None,
+    }
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run the model with another attention implementation."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def generate(
+    session: Session, requests: Iterable[Request], observer: Observer | None = None
+) -> Iterator[Completion]:
+    """Decode requests, keeping the session's rows full; completions come as they finish.
+
+    Args:
+        session: empty.
+        requests: taken one by one as rows become free.
+        observer: may act on rows between steps.
+
+    Yields:
+        One completion per request, in order of finishing. A request that fails is a completion
+        with ``error`` set; the others go on.
+    """
+    waiting = iter(requests)
+    exhausted = False
+    while True:
+        while session.free and not exhausted:
+            request = next(waiting, None)
+            if request is None:
+                exhausted = True
+                break
+            failed = session.admit(request)
+            if failed is not None:
+                yield failed
+            elif observer is not None:
+                observer.admitted(session, session.active - 1)
+        if session.active == 0:
+            return
+        step = session.choose()
+        if observer is not None:
+            observer.observe(session, step)
+        for row in reversed(range(session.active)):
+            if session.rows[row].ended:
+                last = session.active - 1
+                yield session.finish(row)
+                if observer is not None:
+                    observer.moved(session, last, row)
+        session.advance()

@@ -1,0 +1,254 @@
+"""One shard of the experiment: prompts through one (press, ratio), to traces and tokens tables."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+
+from kvguard import config
+from kvguard.audit import audit_tokens
+from kvguard.engine import (
+    Completion,
+    Prefix,
+    Request,
+    Session,
+    batch_size_for,
+    generate,
+    prefill_prefix,
+)
+from kvguard.joblog import progress
+from kvguard.models import LoadedModel
+from kvguard.presses import build_press
+from kvguard.prompts import Example, Prompt, format_prompt, shared_prefix_tokens
+from kvguard.sampling import Decoding
+from kvguard.schema import AUDIT, TOKENS, TRACES, check, conform
+from kvguard.signals import SIGNAL_NAMES
+
+logger = logging.getLogger(__name__)
+
+
+class ShardError(RuntimeError):
+    """Every prompt of a shard failed; the message holds the first prompt's error."""
+
+
+class RunResult(NamedTuple):
+    """What one shard generated.
+
+    Attributes:
+        traces: one row a prompt (TRACES), in the prompts' order.
+        tokens: one row a token (TOKENS); none for a prompt that failed.
+    """
+
+    traces: pl.DataFrame
+    tokens: pl.DataFrame
+
+
+class Prepared(NamedTuple):
+    """Prompts ready to decode.
+
+    Attributes:
+        requests: one a prompt, its key is the prompt id.
+        prefix: what they share, prefilled; None where nothing is shared or sharing is off.
+        decoding: how tokens are chosen.
+        rows: batch size.
+    """
+
+    requests: list[Request]
+    prefix: Prefix | None
+    decoding: Decoding
+    rows: int
+
+
+def request_seed(seed: int, prompt_id: str) -> int:
+    """A prompt's own seed: independent of its neighbours, its shard and the batch."""
+    return (seed * 1_000_003 + int(prompt_id[:15], 16)) % (1 << 62)
+
+
+def prepare_requests(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    examples: Sequence[Example],
+    experiment: config.Config,
+) -> Prepared:
+    """Tokenise prompts and prefill what they share.
+
+    Args:
+        model: a loaded model.
+        prompts: at least one.
+        examples: few-shot examples, the same for all prompts.
+        experiment: the whole configuration.
+    """
+    settings = experiment.generation
+    decoding = Decoding(
+        max_new_tokens=settings.max_new_tokens,
+        end_token_ids=model.end_token_ids,
+        do_sample=settings.do_sample,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+    )
+    token_ids = [format_prompt(model.tokenizer, prompt.question, examples) for prompt in prompts]
+    requests = [
+        Request(prompt.prompt_id, ids, request_seed(experiment.seed, prompt.prompt_id))
+        for prompt, ids in zip(prompts, token_ids, strict=True)
+    ]
+    prefix = None
+    shared = shared_prefix_tokens(token_ids) if settings.share_prefix and len(prompts) > 1 else 0
+    eager = model.model.config._attn_implementation == "eager"
+    if shared > 0 and not eager:
+        prefix = prefill_prefix(model.model, token_ids[0][:shared])
+    rows = settings.batch_size
+    if rows == "auto":
+        longest = max(map(len, token_ids)) + settings.max_new_tokens
+        rows = batch_size_for(model.model, longest)
+    return Prepared(requests, prefix, decoding, min(rows, len(requests)))
+
+
+def run_shard(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    examples: Sequence[Example],
+    *,
+    press: config.Press | None,
+    ratio: str,
+    shard: int,
+    experiment: config.Config,
+) -> RunResult:
+    """Generate and audit one shard.
+
+    Args:
+        model: a loaded model.
+        prompts: this shard's prompts.
+        examples: few-shot examples.
+        press: None for the uncompressed baseline.
+        ratio: "0.000" for the baseline.
+        shard: number, stored in the traces.
+        experiment: the whole configuration.
+
+    Raises:
+        ShardError: every prompt failed.
+    """
+    ready = prepare_requests(model, prompts, examples, experiment)
+    if model.model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.model.device)
+    session = Session(
+        model.model,
+        ready.decoding,
+        press=None if press is None else build_press(press, ratio),
+        rows=ready.rows,
+        prefix=ready.prefix,
+    )
+    name = config.BASELINE if press is None else press.name
+    keys = {"model": model.name, "press": name, "ratio": ratio}
+    traces: dict[str, dict[str, object]] = {}
+    tokens: dict[str, pl.DataFrame] = {}
+    with progress(len(prompts), f"{name} {ratio} shard {shard:02d}") as advance:
+        for completion in generate(session, ready.requests):
+            prompt_id = completion.request.key
+            started = time.perf_counter()
+            if completion.error is None:
+                audited = press is not None and experiment.generation.audit
+                tokens[prompt_id] = _tokens_frame(
+                    completion,
+                    keys | {"prompt_id": prompt_id},
+                    _audit(model, completion, ready) if audited else None,
+                    own=press is None,
+                )
+            traces[prompt_id] = _trace_row(completion, model, ready.decoding) | {
+                **keys,
+                "shard": shard,
+                "audit_seconds": time.perf_counter() - started,
+            }
+            advance(1, f"{len(completion.token_ids)} tokens")
+    if len(tokens) == 0:
+        first = traces[prompts[0].prompt_id]["error"]
+        raise ShardError(f"all {len(prompts)} prompts of {name} {ratio} failed; the first: {first}")
+    order = [prompt.prompt_id for prompt in prompts]
+    frame = pl.DataFrame([traces[prompt_id] for prompt_id in order], schema=TRACES)
+    token_frames = [tokens[prompt_id] for prompt_id in order if prompt_id in tokens]
+    return RunResult(check(frame, TRACES, "traces"), pl.concat(token_frames))
+
+
+def _audit(model: LoadedModel, completion: Completion, ready: Prepared) -> dict[str, object]:
+    request = completion.request
+    audit = audit_tokens(
+        model.model,
+        request.prompt_ids,
+        completion.token_ids,
+        decoding=ready.decoding,
+        seed=request.seed,
+        prefix=ready.prefix,
+    )
+    return {
+        "audit_logprob": audit.logprob,
+        "audit_is_argmax": audit.is_argmax,
+        "audit_gap": audit.gap,
+    }
+
+
+def _tokens_frame(
+    completion: Completion,
+    keys: dict[str, str],
+    audit: dict[str, object] | None,
+    *,
+    own: bool,
+) -> pl.DataFrame:
+    """TOKENS rows of one completion; ``own``: the run is the uncompressed model's own."""
+    count = len(completion.token_ids)
+    columns = {name: completion.signals[:, i] for i, name in enumerate(SIGNAL_NAMES)}
+    frame = pl.DataFrame(
+        {
+            "position": np.arange(count, dtype=np.int32),
+            "token_id": np.array(completion.token_ids, dtype=np.int32),
+            **columns,
+        }
+    ).with_columns(pl.selectors.float().fill_nan(None))
+    if own:
+        frame = frame.with_columns(
+            audit_logprob="chosen_logprob",
+            audit_is_argmax=pl.col("chosen_rank") == 0,
+            audit_gap=pl.lit(0.0, pl.Float32),
+        )
+    elif audit is not None:
+        frame = frame.with_columns(**{name: pl.Series(values) for name, values in audit.items()})
+    else:
+        frame = frame.with_columns(**{name: pl.lit(None) for name in AUDIT if name != "llr"})
+    frame = frame.with_columns(
+        llr=pl.col("chosen_logprob") - pl.col("audit_logprob"),
+        **{name: pl.lit(value) for name, value in keys.items()},
+    )
+    return check(conform(frame, TOKENS), TOKENS, "tokens")
+
+
+def _trace_row(completion: Completion, model: LoadedModel, decoding: Decoding) -> dict[str, object]:
+    request = completion.request
+    ok = completion.error is None
+    held = completion.kv_bytes
+    decoded = len(held) > 0
+    text = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    device = model.model.device
+    return {
+        "prompt_id": request.key,
+        "seed": request.seed,
+        "status": "ok" if ok else "error",
+        "error": completion.error,
+        "prompt_tokens": len(request.prompt_ids),
+        "generated_tokens": len(completion.token_ids),
+        "max_new_tokens": request.max_new_tokens or decoding.max_new_tokens,
+        "stop_reason": completion.stop_reason,
+        "text": text if ok else None,
+        "cache_bytes_before": completion.cache_bytes_before if ok else None,
+        "cache_bytes_after": completion.cache_bytes_after if ok else None,
+        "kv_kept_bytes_mean": float(held[:, 0].mean()) if decoded else None,
+        "kv_masked_bytes_mean": float(held[:, 1].mean()) if decoded else None,
+        "kv_padding_bytes_mean": float(held[:, 2].mean()) if decoded else None,
+        "kv_allocated_bytes_peak": int(held.sum(axis=1).max()) if decoded else None,
+        "prefill_seconds": completion.prefill_seconds,
+        "decode_seconds": completion.decode_seconds,
+        "device_bytes_peak": (
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        ),
+    }

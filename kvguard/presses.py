@@ -1,0 +1,209 @@
+"""From a press's name in the configuration to the kvpress object that compresses.
+
+Presses are dataclasses with mutable state, so a fresh one is built for every use. Which classes are
+supported, and why others are not, is in `kvguard.catalogue`.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import kvpress
+from kvpress import (
+    BasePress,
+    ComposedPress,
+    CompressionRatioDecodingPress,
+    DecodingPress,
+    PerLayerCompressionPress,
+    PrefillDecodingPress,
+    SimLayerKVPress,
+    ThinKPress,
+)
+
+from kvguard import catalogue
+from kvguard.config import Press
+
+
+class PressError(ValueError):
+    """A press that cannot run as asked; the message says why and what would do."""
+
+
+class Phases(NamedTuple):
+    """What compresses the prompt's cache, and what compresses while decoding; None: nothing."""
+
+    prefill: BasePress | None
+    decode: DecodingPress | None
+
+
+def build_press(spec: Press, ratio: str) -> BasePress:
+    """Build a fresh kvpress press from its configuration.
+
+    ``phase: decode`` keeps a fraction ``1 - ratio`` of all tokens seen so far, every
+    ``interval_tokens`` decoded tokens (kvpress's CompressionRatioDecodingPress); ``both`` also
+    compresses the prompt (kvpress's PrefillDecodingPress).
+
+    Args:
+        spec: class, keyword arguments, phase.
+        ratio: fraction of entries to remove, three decimals.
+
+    Raises:
+        PressError: the arguments do not fit the class, or contradict the ratio.
+    """
+    if spec.phase == "prefill":
+        return _build(spec.press_class, spec.kwargs, float(ratio))
+    decoding = CompressionRatioDecodingPress(
+        base_press=_build(spec.press_class, spec.kwargs, 0.0),
+        target_compression_ratio=float(ratio),
+        compression_interval=spec.interval_tokens,
+        hidden_states_buffer_size=spec.buffer_tokens,
+    )
+    if spec.phase == "decode":
+        return decoding
+    prefilling = _build(spec.press_class, spec.kwargs, float(ratio))
+    return PrefillDecodingPress(prefilling_press=prefilling, decoding_press=decoding)
+
+
+def _build(name: str, kwargs: Mapping[str, Any], ratio: float) -> BasePress:
+    press = _construct(name, kwargs)
+    _set_ratio(press, ratio)
+    return press
+
+
+def _construct(name: str, kwargs: Mapping[str, Any]) -> BasePress:
+    def value(given: Any) -> Any:
+        if isinstance(given, Mapping) and "class" in given:
+            return _construct(given["class"], given.get("kwargs") or {})
+        return [value(entry) for entry in given] if isinstance(given, list) else given
+
+    try:
+        return getattr(kvpress, name)(**{key: value(given) for key, given in kwargs.items()})
+    except (AssertionError, TypeError, ValueError) as error:
+        raise PressError(f"{name} does not accept {dict(kwargs)}: {error}") from error
+
+
+def _set_ratio(press: BasePress, ratio: float) -> None:
+    name = type(press).__name__
+    if isinstance(press, SimLayerKVPress):
+        return
+    if isinstance(press, PerLayerCompressionPress | ComposedPress):
+        implied = _implied_ratio(press)
+        if abs(implied - ratio) > 5e-4:
+            raise PressError(f"{name}: its arguments remove {implied:.3f}, not {ratio:.3f}")
+        return
+    if isinstance(press, ThinKPress):
+        if ratio > 0.5:
+            raise PressError(f"{name} zeroes key channels, at most 0.500 of an entry, not {ratio}")
+        press.key_channel_compression_ratio = 2 * ratio
+        return
+    press.compression_ratio = ratio
+
+
+def _implied_ratio(press: PerLayerCompressionPress | ComposedPress) -> float:
+    if isinstance(press, PerLayerCompressionPress):
+        return float(press.compression_ratio)
+    kept = 1.0
+    for inner in press.presses:
+        nested = isinstance(inner, PerLayerCompressionPress | ComposedPress)
+        kept *= 1 - (_implied_ratio(inner) if nested else float(inner.compression_ratio))
+    return 1 - kept
+
+
+def phases(press: BasePress | None) -> Phases:
+    """Split a press into what it does at prefill and what it does while decoding.
+
+    Args:
+        press: a kvpress press as a user holds it, or None for no compression.
+
+    Raises:
+        PressError: the class is refused, with the reason.
+    """
+    if press is None:
+        return Phases(None, None)
+    if isinstance(press, PrefillDecodingPress):
+        prefill, decode = press.prefilling_press, press.decoding_press
+    elif isinstance(press, DecodingPress):
+        prefill, decode = None, press
+    else:
+        prefill, decode = press, None
+    if prefill is not None:
+        _check_class(prefill, catalogue.REFUSED)
+    if decode is not None:
+        if type(decode) not in (DecodingPress, CompressionRatioDecodingPress):
+            _check_class(decode, catalogue.REFUSED)
+        _check_class(decode.base_press, catalogue.REFUSED)
+        _check_class(decode.base_press, catalogue.PREFILL_ONLY)
+    return Phases(prefill, decode)
+
+
+def _check_class(press: BasePress, refused: Mapping[str, str]) -> None:
+    name = type(press).__name__
+    if name in refused:
+        raise PressError(f"{name} is not supported: it {refused[name]}")
+    nested = [getattr(press, "press", None), *getattr(press, "presses", [])]
+    for inner in nested:
+        if isinstance(inner, BasePress):
+            _check_class(inner, refused)
+
+
+def fresh(press: BasePress | None) -> BasePress | None:
+    """A copy for one use: presses keep counters and buffers."""
+    return copy.deepcopy(press)
+
+
+def reads_attention_weights(press: BasePress | None) -> bool:
+    """Whether the press reads the whole prompt's attention weights (eager, undivided prefill)."""
+    if press is None:
+        return False
+    inner = [getattr(press, "press", None), *getattr(press, "presses", [])]
+    return type(press).__name__ in catalogue.ATTENTION_WEIGHTS or any(
+        reads_attention_weights(entry) for entry in inner if isinstance(entry, BasePress)
+    )
+
+
+def with_ratio(press: BasePress, ratio: float) -> BasePress:
+    """A fresh copy of a press at another ratio; `PressError` where the class has none to set."""
+    copied = copy.deepcopy(press)
+    if isinstance(copied, PrefillDecodingPress):
+        if copied.prefilling_press is not None:
+            copied.prefilling_press = with_ratio(copied.prefilling_press, ratio)
+        if copied.decoding_press is not None:
+            copied.decoding_press = with_ratio(copied.decoding_press, ratio)
+    elif isinstance(copied, CompressionRatioDecodingPress):
+        copied.target_compression_ratio = ratio
+    elif type(copied).__name__ in catalogue.NO_RATIO or isinstance(copied, DecodingPress):
+        raise PressError(f"{type(copied).__name__} has no ratio to set")
+    else:
+        _set_ratio(copied, ratio)
+    return copied
+
+
+def support_table() -> str:
+    """The Markdown of docs/presses.md, from the catalogue and the installed kvpress."""
+    lines = [
+        "# Presses",
+        "",
+        f"Every press class of kvpress {kvpress.__version__}"
+        if hasattr(kvpress, "__version__")
+        else "Every press class that kvpress exports,",
+        "and what KVGuard does with it. Generated: `kvguard presses > docs/presses.md`.",
+        "",
+        "| press | at prefill | while decoding | shared prefix | note |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in catalogue.press_classes():
+        if name in catalogue.REFUSED:
+            lines.append(f"| {name} | refused | refused | - | it {catalogue.REFUSED[name]} |")
+            continue
+        eager = name in catalogue.ATTENTION_WEIGHTS
+        notes = [catalogue.NO_RATIO[name]] if name in catalogue.NO_RATIO else []
+        if name in catalogue.PREFILL_ONLY:
+            notes.append(f"while decoding: it {catalogue.PREFILL_ONLY[name]}")
+        if name in ("AdaKVPress", "CriticalAdaKVPress"):
+            notes.append("hides entries, does not free them: its memory saving is nominal")
+        if name == "ThinKPress":
+            notes.append("zeroes key channels, frees nothing: its memory saving is nominal")
+        lines.append(
+            f"| {name} | yes | {'no' if name in catalogue.PREFILL_ONLY else 'yes'} "
+            f"| {'no: reads attention weights' if eager else 'yes'} | {'; '.join(notes)} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,133 @@
+"""What the raw logits of one decoding step say, for a whole batch on its device.
+
+One pass over the vocabulary finds the largest logits, one computes the exponentials; everything
+else is read off those. Nothing is copied to the host but the finished (rows, 28) table.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from kvguard.schema import SIGNALS, TOP_LOGPROBS
+
+SIGNAL_NAMES = tuple(SIGNALS)
+"""Column order of `Signals.table`."""
+
+SIGNAL_INDEX = {name: column for column, name in enumerate(SIGNAL_NAMES)}
+
+_CHUNK = 256
+"""Vocabulary entries per chunk when searching the largest logits."""
+
+
+class Signals(NamedTuple):
+    """Signals of one step.
+
+    Attributes:
+        table: (rows, 28) float32 on the logits' device, columns `SIGNAL_NAMES`; NaN where a signal
+            is undefined (``entropy_delta`` of the first token, alternatives without any mass).
+        finite: (rows,) bool; False where the logits hold NaN or +Inf, or nothing above -Inf.
+    """
+
+    table: torch.Tensor
+    finite: torch.Tensor
+
+
+def extract_signals(
+    logits: torch.Tensor, chosen: torch.Tensor, previous_entropy: torch.Tensor | None = None
+) -> Signals:
+    """Compute all signals of one decoding step from raw logits.
+
+    Entropies are in nats. The entropy of the alternatives is that of the distribution without its
+    top token, renormalised; it is computed from the alternatives' own mass, so it stays accurate
+    when the top token has nearly all of it.
+
+    Args:
+        logits: (rows, vocabulary), before any processor, any float type; computed in float32.
+        chosen: (rows,) integer, the token that was taken.
+        previous_entropy: (rows,) entropy of each row's previous token, NaN where there is none;
+            None: no row has one.
+
+    Returns:
+        The table and, per row, whether its logits were finite.
+
+    Raises:
+        ValueError: the shapes do not fit, or the vocabulary has fewer than 20 entries.
+    """
+    if logits.ndim != 2 or chosen.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits must be (rows, vocabulary) and chosen (rows,), got {tuple(logits.shape)} "
+            f"and {tuple(chosen.shape)}"
+        )
+    vocabulary = logits.shape[1]
+    if vocabulary < TOP_LOGPROBS:
+        raise ValueError(f"logits: need {TOP_LOGPROBS} vocabulary entries, got {vocabulary}")
+    logits = logits.float()
+    top, top_ids = largest(logits, TOP_LOGPROBS)  # (rows, 20), descending
+    peak = top[:, :1]
+    shifted = logits - peak  # (rows, vocabulary), <= 0
+    mean_shifted = shifted.mean(dim=1)
+    mass = shifted.exp()
+    mass.scatter_(1, top_ids[:, :1], 0.0)  # the alternatives only; the top token has mass 1
+    alternatives = mass.sum(dim=1)
+    # 0 * -inf is NaN: a forbidden token has no mass, so its logit must not count.
+    weighted = torch.linalg.vecdot(mass, shifted.clamp_(min=-1e4))
+    total = alternatives + 1.0
+    log_total = total.log()
+    entropy = log_total - weighted / total
+    alternatives_entropy = alternatives.log() - weighted / alternatives
+    top_logprobs = top - peak - log_total[:, None]
+    chosen_logit = logits.gather(1, chosen[:, None])
+    chosen_logprob = (chosen_logit - peak).squeeze(1) - log_total
+    rank = _rank(logits, top, chosen_logit)
+    undefined = torch.full_like(entropy, float("nan"))
+    delta = undefined if previous_entropy is None else entropy - previous_entropy.to(entropy)
+    columns = {
+        "entropy": entropy,
+        "alternatives_entropy": torch.where(alternatives > 0, alternatives_entropy, undefined),
+        "top1_probability": top_logprobs[:, 0].exp(),
+        "top5_probability": top_logprobs[:, :5].exp().sum(dim=1),
+        "mean_logprob": mean_shifted - log_total,
+        "entropy_delta": delta,
+        "chosen_logprob": chosen_logprob,
+        "chosen_rank": rank,
+    }
+    leading = [columns[name] for name in SIGNAL_NAMES[: len(columns)]]
+    table = torch.cat([torch.stack(leading, dim=1), top_logprobs], dim=1)
+    return Signals(table, torch.isfinite(entropy) & torch.isfinite(peak.squeeze(1)))
+
+
+def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` largest entries of each row, exactly, in descending order.
+
+    The ``count`` largest entries lie in the ``count`` chunks with the largest maxima; searching
+    there alone is several times faster on a CPU than a top-k over the whole vocabulary.
+
+    Args:
+        logits: (rows, vocabulary).
+        count: how many.
+
+    Returns:
+        Values and vocabulary indices, (rows, count) each.
+    """
+    rows, vocabulary = logits.shape
+    chunks = vocabulary // _CHUNK
+    if logits.device.type != "cpu" or chunks <= 2 * count:
+        values, indices = logits.topk(count, dim=1)
+        return values, indices
+    body = logits[:, : chunks * _CHUNK].view(rows, chunks, _CHUNK)
+    best = body.amax(dim=2).topk(count, dim=1).indices  # (rows, count) chunk numbers
+    columns = best[:, :, None] * _CHUNK + torch.arange(_CHUNK)
+    columns = columns.view(rows, count * _CHUNK)
+    if chunks * _CHUNK < vocabulary:
+        tail = torch.arange(chunks * _CHUNK, vocabulary).expand(rows, -1)
+        columns = torch.cat([columns, tail], dim=1)
+    values, within = logits.gather(1, columns).topk(count, dim=1)
+    return values, columns.gather(1, within)
+
+
+def _rank(logits: torch.Tensor, top: torch.Tensor, chosen_logit: torch.Tensor) -> torch.Tensor:
+    """How many entries lie strictly above the chosen one, (rows,) float32."""
+    rank = (top > chosen_logit).sum(dim=1)
+    if bool((rank == top.shape[1]).any()):  # below the stored ones: rare, and only when sampling
+        rank = (logits > chosen_logit).sum(dim=1)
+    return rank.float()
