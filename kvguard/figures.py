@@ -440,7 +440,7 @@ def plot_trace(
         if tokens[column].is_null().all():
             axes.set_yticks([])
             axes.text(
-                0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=GREY
+                0.5, 0.75, reason, transform=axes.transAxes, ha="center", va="center", color=GREY
             )
     for axes in (entropy, hazard, mode):
         axes.tick_params(bottom=False)
@@ -791,8 +791,11 @@ def plot_memory(steps: pl.DataFrame, *, title: str) -> Figure:
     axes.set_title(title, parse_math=False)
     axes.grid(axis="y")
     if shaded:
-        handles = [Patch(color=MODE_COLOURS[at], alpha=0.35, label=MODES[at]) for at in (1, 2)]
-        axes.legend(handles=handles, loc="lower left", title=shaded, title_fontsize=6.5)
+        handles = [
+            Patch(color=MODE_COLOURS[at], alpha=0.35, label=f"{shaded} in {MODES[at]}")
+            for at in (1, 2)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
     _label_ends(axes, ends)
     return figure
 
@@ -1061,7 +1064,6 @@ def _label_points(axes: Axes, points: Sequence[LineEnd]) -> None:
             va="center",
             fontsize=6,
             color=colour,
-            bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 0.4},
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": colour, "shrinkA": 0, "shrinkB": 2}
             if dy
             else None,
