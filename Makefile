@@ -1,0 +1,61 @@
+# Everything goes through one virtual environment, made on first use from constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CORES ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SNAKEMAKE := $(BIN)/snakemake --resources gpu=1 --cores
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt fmt-check lint typecheck figures phase2 status bench envs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY) ## the whole pipeline on config.yaml: figures, tables, results/report.html
+	$(SNAKEMAKE) $(CORES)
+	@echo "The report is results/report.html, the figures are in results/figures."
+
+test: $(READY) ## the test suite
+	$(BIN)/python -m pytest
+
+check: fmt-check lint typecheck ## formatting, lint and types, changing nothing
+
+fmt: $(READY) ## format Python and Snakemake files
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/snakefmt Snakefile rules
+
+fmt-check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+
+lint: $(READY) ## ruff and snakemake --lint
+	$(BIN)/ruff check .
+	$(BIN)/snakemake --lint
+
+typecheck: $(READY) ## mypy --strict
+	$(BIN)/mypy
+
+figures: $(READY) ## redraw the figures from the tables
+	$(SNAKEMAKE) $(CORES) figures
+
+phase2: $(READY) ## the paper's experiment, on a machine with a GPU
+	$(BIN)/snakemake --configfile experiments/paper.yaml --workflow-profile profiles/gpu paper
+
+status: $(READY) ## what is done and what is left, per stage
+	$(BIN)/kvguard status
+
+bench: $(READY) ## every benchmark; writes results/bench/<claim>.json
+	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
+
+envs: $(READY) ## write envs/*.yaml from the pins of pyproject.toml and constraints.txt
+	$(BIN)/python envs/write_envs.py
+
+clean: ## remove results and caches, keep the environment
+	rm -rf results .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,50 @@
+# Table of contents: configuration, rules by stage, targets.
+#
+#   snakemake --cores 2 --resources gpu=1                                    config.yaml
+#   snakemake --configfile experiments/paper.yaml --workflow-profile profiles/slurm paper
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: "config.yaml"
+
+
+include: "rules/common.smk"
+
+
+experiment = read_config(config)
+
+
+pathvars:
+    results=experiment.results_dir,
+
+
+wildcard_constraints:
+    model=any_of(entry.name for entry in experiment.models),
+    press=any_of(press for press, _ in experiment.conditions),
+    ratio=any_of(ratio for _, ratio in experiment.conditions),
+    policy=any_of(experiment.live.policies),
+    shard=r"\d\d+",
+
+
+localrules:
+    all,
+    figures,
+    paper,
+
+
+rule all:
+    default_target: True
+    input:
+        "<results>/report.html",
+        "<results>/manifest.json",
+
+
+include: "rules/prepare.smk"
+include: "rules/generate.smk"
+include: "rules/analyze.smk"
+include: "rules/predict.smk"
+include: "rules/control.smk"
+include: "rules/live.smk"
+include: "rules/publish.smk"

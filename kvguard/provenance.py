@@ -1,0 +1,202 @@
+"""What a result was made by: the library code behind it, the versions, the machine, the inputs.
+
+Snakemake compares a rule's script and its ``params``; it does not look into the library that the
+script imports. `library_digest` closes that gap: it follows the imports from the script and sums up
+the code that it finds, so that each rule's ``params`` change exactly when its code does.
+"""
+
+import ast
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import kvguard
+from kvguard import schema
+from kvguard.config import Config, digest
+
+PACKAGE = Path(__file__).parent
+
+NOT_RESULTS = frozenset({"config", "joblog", "provenance", "status", "verify", "cli"})
+"""Modules that change no stored value: what the configuration says reaches a job in its params."""
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "kvpress",
+    "numpy",
+    "polars",
+    "duckdb",
+    "xgboost",
+    "scikit-learn",
+    "scipy",
+    "statsmodels",
+    "MAPIE",
+    "optuna",
+    "matplotlib",
+    "snakemake",
+    "reasoning-gym",
+    "gguf",
+    "safetensors",
+    "datasets",
+)
+"""Packages whose versions a result carries."""
+
+
+def library_modules(script: str | Path, package: Path = PACKAGE) -> tuple[str, ...]:
+    """Modules of kvguard whose code a script runs, found through imports, sorted.
+
+    Args:
+        script: a Python file; imports inside functions count.
+        package: the folder of the library.
+    """
+    found: set[str] = set()
+    waiting = _imports(Path(script), package)
+    while waiting:
+        module = waiting.pop()
+        if module not in found and module not in NOT_RESULTS:
+            found.add(module)
+            waiting |= _imports(package / f"{module}.py", package)
+    return tuple(sorted(found))
+
+
+def library_digest(script: str | Path, package: Path = PACKAGE) -> str:
+    """First 16 hex digits of a SHA-256 over the library code that a script runs.
+
+    Comments, docstrings and formatting do not count. Of `kvguard.schema` only the definitions that
+    the script or its modules name count, by value: a new column in the table of another stage
+    leaves the digest as it is. Modules in `NOT_RESULTS` never count.
+    """
+    modules = library_modules(script, package)
+    files = [package / f"{module}.py" for module in modules if module != "schema"]
+    parts = {path.stem: _code(path) for path in files}
+    tables = {
+        name: repr(getattr(schema, name))
+        for name in sorted(set().union(*(_schema_names(path) for path in [Path(script), *files])))
+        if not callable(getattr(schema, name, len))
+    }
+    return digest({"modules": parts, "schema": tables})
+
+
+@cache
+def _tree(path: Path, _stamp: tuple[int, int]) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def _parsed(path: Path) -> ast.Module:
+    status = path.stat()
+    return _tree(path, (status.st_mtime_ns, status.st_size))
+
+
+def _imports(path: Path, package: Path) -> set[str]:
+    """Modules of the library that one file imports, at any depth of its code."""
+    names: set[str] = set()
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+            if node.module == "kvguard":
+                lazy = (kvguard._PUBLIC.get(alias.name) for alias in node.names)
+                names.update(f"kvguard.{module}" for module in lazy if module)
+    parts = [name.split(".") for name in names]
+    modules = {part[1] for part in parts if part[0] == "kvguard" and len(part) > 1}
+    return {module for module in modules if (package / f"{module}.py").is_file()}
+
+
+def _schema_names(path: Path) -> set[str]:
+    """Names of `kvguard.schema` that one file uses."""
+    names: set[str] = set()
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.ImportFrom) and node.module == "kvguard.schema":
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "schema":
+            names.add(node.attr)
+    return names
+
+
+def _code(path: Path) -> str:
+    """The code of a file without comments, docstrings and formatting."""
+    tree = ast.parse(ast.unparse(_parsed(path)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest(paths: Iterable[str | Path], root: str | Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of files, by their path below ``root``."""
+    return {
+        Path(path).relative_to(root).as_posix(): {
+            "bytes": Path(path).stat().st_size,
+            "sha256": file_sha256(path),
+        }
+        for path in sorted(map(str, paths))
+    }
+
+
+def describe_run(config: Config) -> dict[str, Any]:
+    """What a reader needs to repeat a run: code, configuration, versions, machine and time."""
+    return {
+        "kvguard": kvguard.__version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "config_digest": digest(config.model_dump(mode="json", by_alias=True)),
+        "seed": config.seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "accelerators": _accelerators(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(PACKAGE.parent), *arguments)
+
+
+def _accelerators() -> list[str]:
+    listed = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv")
+    return listed.splitlines()[1:] if listed else []
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,340 @@
+"""Integrity of what a results folder holds, checked against the configuration that made it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from kvguard import schema
+from kvguard.config import BASELINE, Config
+from kvguard.provenance import file_sha256
+
+MANIFEST = "manifest.json"
+"""Size and SHA-256 of every file of a finished run."""
+
+NOMINAL_RATIO = frozenset({"SimLayerKVPress", "ThinKPress"})
+"""Presses whose ratio is not the share of entries that leave the cache."""
+
+RATIO_TOLERANCE = 0.02
+"""Largest difference between the asked and the measured share of removed bytes of an answer.
+
+Presses round to whole entries: in a prompt of 100 tokens one entry is 0.01."""
+
+LOGPROB_TOLERANCE_NATS = 1e-3
+"""Rounding that a float32 log-probability may show."""
+
+LISTED = 5
+"""Problems of one kind in one file that are spelt out; the rest are counted."""
+
+
+class Check(NamedTuple):
+    """One check: how many things it looked at, and what is wrong with them."""
+
+    name: str
+    looked_at: int
+    problems: list[str]
+
+
+class Shard(NamedTuple):
+    """One (model, press, ratio, shard) of the configuration, and the rows that it should have."""
+
+    model: str
+    press: str
+    ratio: str
+    shard: int
+    rows: int
+
+    def path(self, results: Path, table: str) -> Path:
+        """Where the shard's traces or tokens are."""
+        return results / table / self.model / self.press / self.ratio / f"{self.shard:02d}.parquet"
+
+
+Problems = Iterator[str | None]
+"""What a check yields: None for a thing that is right, a sentence for one that is not."""
+
+
+def verify_results(config: Config, results: str | Path) -> list[Check]:
+    """Check everything that a results folder should hold.
+
+    Args:
+        config: the configuration that the results were made with.
+        results: the folder.
+
+    Returns:
+        One entry per check, in a fixed order; a missing file is a problem of the check that reads
+        it, never an exception, and so is one that cannot be read.
+    """
+    checks = []
+    for name, check in CHECKS.items():
+        found: list[str | None] = []
+        try:
+            found.extend(check(config, Path(results)))
+        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+            found.append(f"cannot go on after {len(found)}: {error}")
+        checks.append(Check(name, len(found), [problem for problem in found if problem]))
+    return checks
+
+
+def expected_shards(config: Config) -> list[Shard]:
+    """Every shard that the configuration asks for."""
+    prompts, size = config.task.num_prompts, config.generation.shard_size
+    return [
+        Shard(model.name, press, ratio, shard, min(size, prompts - shard * size))
+        for model in config.models
+        for press, ratio in config.conditions
+        for shard in range(config.num_shards)
+    ]
+
+
+def _check_schemas(config: Config, results: Path) -> Problems:
+    """Every table has the columns and types of its schema."""
+    shards = expected_shards(config)
+    tables = [(shard.path(results, "traces"), schema.TRACES) for shard in shards]
+    tables += [(shard.path(results, "tokens"), schema.TOKENS) for shard in shards]
+    tables += [(results / name, declared) for name, declared in SINGLE_TABLES.items()]
+    tables += [(path, schema.RUNS) for path in sorted((results / "live").rglob("*.parquet"))]
+    for path, declared in tables:
+        try:
+            schema.check(_head(path), declared, str(path.relative_to(results)))
+        except (schema.SchemaError, OSError, pl.exceptions.PolarsError) as error:
+            yield str(error) if path.is_file() else f"{path.relative_to(results)}: no such file"
+        else:
+            yield None
+
+
+def _check_rows(config: Config, results: Path) -> Problems:
+    """Row counts follow from the configuration and from the traces."""
+    generated = 0
+    for shard in expected_shards(config):
+        traces, tokens = (shard.path(results, name) for name in ("traces", "tokens"))
+        if not traces.is_file() or not tokens.is_file():
+            continue
+        trace_rows, token_rows = _height(traces), _height(tokens)
+        promised = int(_columns(traces, "generated_tokens").fill_null(0).sum().item())
+        generated += token_rows
+        yield _unless(trace_rows == shard.rows, traces, results, trace_rows, shard.rows)
+        yield _unless(token_rows == promised, tokens, results, token_rows, promised)
+    traces_expected = sum(shard.rows for shard in expected_shards(config))
+    expected = {
+        "prompts/prompts.parquet": config.task.num_prompts,
+        "splits.parquet": config.task.num_prompts,
+        "outcomes.parquet": traces_expected,
+        "labels.parquet": generated,
+        "features.parquet": generated,
+    }
+    for name, rows in expected.items():
+        path = results / name
+        if path.is_file():
+            yield _unless(_height(path) == rows, path, results, _height(path), rows)
+
+
+def _check_keys(config: Config, results: Path) -> Problems:
+    """Keys agree with the file's place, no row is there twice, and every prompt was answered."""
+    prompts = results / "prompts/prompts.parquet"
+    known = set(_columns(prompts, "prompt_id")["prompt_id"]) if prompts.is_file() else set()
+    answered: dict[tuple[str, str, str], set[str]] = {}
+    for shard in expected_shards(config):
+        place = {"model": shard.model, "press": shard.press, "ratio": shard.ratio}
+        for table, keys in (("traces", schema.TRACE_KEYS), ("tokens", schema.TOKEN_KEYS)):
+            path = shard.path(results, table)
+            if not path.is_file():
+                continue
+            rows, name = _columns(path, *keys), path.relative_to(results)
+            wrong = rows.filter(pl.any_horizontal(pl.col(key) != place[key] for key in place))
+            yield f"{name}: {wrong.height} rows belong elsewhere" if wrong.height else None
+            double = rows.height - rows.n_unique()
+            yield f"{name}: {double} rows are there twice" if double else None
+            if table == "traces":
+                answered.setdefault(tuple(place.values()), set()).update(rows["prompt_id"])  # type: ignore[arg-type]
+    for condition, prompt_ids in answered.items():
+        missing, unknown = known - prompt_ids, prompt_ids - known
+        yield (
+            f"{'/'.join(condition)}: {len(missing)} prompts have no row, {len(unknown)} are unknown"
+            if known and (missing or unknown)
+            else None
+        )
+
+
+def _check_errors(config: Config, results: Path) -> Problems:
+    """Prompts that failed are rows with a reason, and not all of a shard's prompts failed."""
+    for shard in expected_shards(config):
+        path = shard.path(results, "traces")
+        if not path.is_file():
+            continue
+        rows = _columns(path, "status", "error")
+        failed = rows.filter(pl.col("status") == "error")
+        silent = failed.filter(pl.col("error").is_null()).height
+        if failed.height == rows.height:
+            yield f"{path.relative_to(results)}: every prompt failed: {failed['error'][0]}"
+        else:
+            yield (
+                f"{path.relative_to(results)}: {silent} failures give no reason" if silent else None
+            )
+
+
+def _check_signals(config: Config, results: Path) -> Problems:
+    """Stored signals are finite, and null only where they are undefined."""
+    names = [name for name, kind in (schema.SIGNALS | schema.AUDIT).items() if kind.is_float()]
+    for shard in expected_shards(config):
+        path = shard.path(results, "tokens")
+        if not path.is_file():
+            continue
+        rows = _columns(path, "position", *schema.SIGNALS, *schema.AUDIT)
+        defined = {name: pl.lit(True) for name in (*schema.SIGNALS, *schema.AUDIT)}
+        defined["entropy_delta"] = pl.col("position") > 0
+        if not config.generation.audit:
+            defined |= {name: pl.lit(False) for name in schema.AUDIT}
+        counts = rows.select(
+            *((pl.col(name).is_not_null() & ~pl.col(name).is_finite()).sum() for name in names),
+            *(
+                (pl.col(name).is_null() & known).sum().alias(f"no {name}")
+                for name, known in defined.items()
+            ),
+        )
+        wrong = [f"{name}: {count}" for name, count in counts.row(0, named=True).items() if count]
+        shown = ", ".join(wrong[:LISTED]) + (" ..." if len(wrong) > LISTED else "")
+        yield (
+            f"{path.relative_to(results)}: NaN, Inf or missing values in {shown}" if wrong else None
+        )
+
+
+def _check_probabilities(config: Config, results: Path) -> Problems:
+    """Signals agree with each other, as those of one probability distribution must."""
+    slack = LOGPROB_TOLERANCE_NATS
+    rules = {
+        "entropy >= 0": pl.col("entropy") >= -slack,
+        "0 < top1_probability <= top5_probability <= 1": (pl.col("top1_probability") > 0)
+        & (pl.col("top1_probability") <= pl.col("top5_probability") + slack)
+        & (pl.col("top5_probability") <= 1 + slack),
+        "top1_probability = exp(top_logprob_00)": (
+            pl.col("top1_probability") - pl.col("top_logprob_00").exp()
+        ).abs()
+        <= slack,
+        "log-probabilities in falling order": pl.all_horizontal(
+            pl.col(f"top_logprob_{rank:02d}") >= pl.col(f"top_logprob_{rank + 1:02d}") - slack
+            for rank in range(schema.TOP_LOGPROBS - 1)
+        ),
+        "llr = chosen_logprob - audit_logprob": (
+            pl.col("llr") - (pl.col("chosen_logprob") - pl.col("audit_logprob"))
+        ).abs()
+        <= slack * (1 + pl.col("audit_logprob").abs()),
+    }
+    for shard in expected_shards(config):
+        path = shard.path(results, "tokens")
+        if not path.is_file():
+            continue
+        counts = pl.scan_parquet(path, hive_partitioning=False).select(
+            (~rule).sum().alias(name) for name, rule in rules.items()
+        )
+        broken = {name: n for name, n in counts.collect().row(0, named=True).items() if n}
+        yield f"{path.relative_to(results)}: tokens that break {broken}" if broken else None
+
+
+def _check_compression(config: Config, results: Path) -> Problems:
+    """The cache really shrank by the asked ratio, measured in bytes."""
+    for shard in expected_shards(config):
+        path = shard.path(results, "traces")
+        if not path.is_file():
+            continue
+        asked = float(shard.ratio)
+        if shard.press != BASELINE:
+            press = config.press(shard.press)
+            if press.press_class in NOMINAL_RATIO:
+                continue
+            asked = 0.0 if press.phase == "decode" else asked
+        rows = _columns(path, "status", "prompt_id", "cache_bytes_before", "cache_bytes_after")
+        removed = 1 - pl.col("cache_bytes_after") / pl.col("cache_bytes_before")
+        rows = rows.filter(pl.col("status") == "ok").with_columns(removed=removed)
+        wrong = rows.filter(~((pl.col("removed") - asked).abs() <= RATIO_TOLERANCE))
+        measured = ", ".join(f"{share:.3f}" for share in wrong["removed"].head(LISTED))
+        yield (
+            f"{path.relative_to(results)}: {wrong.height} of {rows.height} prompts had not "
+            f"{asked:.3f} of their cache's bytes removed but {measured}"
+            if wrong.height
+            else None
+        )
+
+
+def _check_splits(config: Config, results: Path) -> Problems:
+    """Every prompt is in exactly one split, and no split is empty."""
+    path = results / "splits.parquet"
+    if not path.is_file():
+        return
+    splits = _columns(path, *schema.SPLITS)
+    double = splits.height - splits["prompt_id"].n_unique()
+    yield f"splits.parquet: {double} prompts are in two splits" if double else None
+    for name in schema.SPLIT_NAMES:
+        empty = splits.filter(pl.col("split") == name).is_empty()
+        yield f"splits.parquet: no prompt in {name}" if empty else None
+
+
+def _check_models(config: Config, results: Path) -> Problems:
+    """Weights and tokenizer files have the hashes that were recorded when they were prepared."""
+    for model in config.models:
+        record = results / "checkpoints" / model.name / "kvguard_model.json"
+        if not record.is_file():
+            yield f"{record.relative_to(results)}: no such file"
+            continue
+        for name, sha256 in json.loads(record.read_text())["files"].items():
+            yield _changed(record.parent / name, sha256, results)
+
+
+def _check_manifest(config: Config, results: Path) -> Problems:
+    """Files of the finished run are as they were when it ended."""
+    path = results / MANIFEST
+    if not path.is_file():
+        yield f"{MANIFEST}: no such file; the run has not finished"
+        return
+    for name, entry in json.loads(path.read_text()).items():
+        yield _changed(results / name, entry["sha256"], results)
+
+
+CHECKS: dict[str, Callable[[Config, Path], Problems]] = {
+    "schemas": _check_schemas,
+    "row counts": _check_rows,
+    "keys": _check_keys,
+    "failed prompts": _check_errors,
+    "finite signals": _check_signals,
+    "consistent signals": _check_probabilities,
+    "compression happened": _check_compression,
+    "splits": _check_splits,
+    "model hashes": _check_models,
+    "result hashes": _check_manifest,
+}
+
+SINGLE_TABLES = {
+    "prompts/prompts.parquet": schema.PROMPTS,
+    "outcomes.parquet": schema.OUTCOMES,
+    "splits.parquet": schema.SPLITS,
+    "labels.parquet": schema.LABELS,
+    "features.parquet": schema.FEATURES,
+    "predictions.parquet": schema.PREDICTIONS,
+    "simulation.parquet": schema.RUNS,
+}
+"""Tables that a run has once."""
+
+
+def _head(path: Path) -> pl.DataFrame:
+    return pl.read_parquet(path, n_rows=0, hive_partitioning=False)
+
+
+def _height(path: Path) -> int:
+    return int(pl.scan_parquet(path, hive_partitioning=False).select(pl.len()).collect().item())
+
+
+def _columns(path: Path, *names: str) -> pl.DataFrame:
+    return pl.read_parquet(path, columns=list(names), hive_partitioning=False)
+
+
+def _unless(right: bool, path: Path, results: Path, found: int, expected: int) -> str | None:
+    return None if right else f"{path.relative_to(results)}: {found} rows, expected {expected}"
+
+
+def _changed(path: Path, sha256: str, results: Path) -> str | None:
+    if not path.is_file():
+        return f"{path.relative_to(results)}: no such file"
+    if file_sha256(path) != sha256:
+        return f"{path.relative_to(results)}: its content changed since the hash was recorded"
+    return None

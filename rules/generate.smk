@@ -1,0 +1,28 @@
+# Answers under every press and ratio, with signals and audit: the jobs that need the model.
+
+
+rule generate:
+    input:
+        checkpoint="<results>/checkpoints/{model}",
+        prompts="<results>/prompts/prompts.parquet",
+        examples="<results>/prompts/few_shot.json",
+    output:
+        traces="<results>/traces/{model}/{press}/{ratio}/{shard}.parquet",
+        tokens="<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet",
+    log:
+        "<results>/logs/generate/{model}/{press}/{ratio}/{shard}.log",
+    benchmark:
+        "<results>/benchmarks/generate/{model}/{press}/{ratio}/{shard}.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.model.threads
+    resources:
+        **job("model"),
+    params:
+        model=lambda wildcards: model_settings(wildcards, "dtype", "device", "attention"),
+        press=press_settings,
+        generation=section("generation"),
+        seed=experiment.seed,
+        library=library("generate"),
+    script:
+        "../workflow_scripts/generate.py"

@@ -1,0 +1,50 @@
+"""Answer one shard of prompts under one press at one ratio, with signals and audit."""
+
+from pathlib import Path
+
+from kvguard import joblog
+from kvguard.config import BASELINE, Config, parse_config
+from kvguard.experiment import run_shard
+from kvguard.models import load_model
+from kvguard.prompts import read_examples, read_prompts
+from kvguard.schema import TOKENS, TRACES, write_table
+
+
+def main(
+    config: Config,
+    checkpoint: Path,
+    prompts_path: Path,
+    examples_path: Path,
+    condition: tuple[str, str, str, int],
+    traces_path: Path,
+    tokens_path: Path,
+) -> None:
+    """Run the shard; ``condition`` is (model, press, ratio, shard)."""
+    model, press, ratio, shard = condition
+    spec = config.model(model)
+    size = config.generation.shard_size
+    result = run_shard(
+        load_model(checkpoint, dtype=spec.dtype, device=spec.device, attention=spec.attention),
+        read_prompts(prompts_path)[shard * size : (shard + 1) * size],
+        read_examples(examples_path),
+        press=None if press == BASELINE else config.press(press),
+        ratio=ratio,
+        shard=shard,
+        experiment=config,
+    )
+    write_table(result.traces, traces_path, TRACES)
+    write_table(result.tokens, tokens_path, TOKENS)
+
+
+if __name__ == "__main__":
+    snakemake = joblog.start_job()
+    wildcards = snakemake.wildcards
+    main(
+        parse_config(snakemake.config),
+        Path(snakemake.input.checkpoint),
+        Path(snakemake.input.prompts),
+        Path(snakemake.input.examples),
+        (wildcards.model, wildcards.press, wildcards.ratio, int(wildcards.shard)),
+        Path(snakemake.output.traces),
+        Path(snakemake.output.tokens),
+    )

@@ -1,0 +1,48 @@
+"""Train one hazard predictor per target, with its baselines, and predict every token."""
+
+from pathlib import Path
+from typing import Any
+
+from kvguard import joblog
+from kvguard.config import Predictor, digest
+from kvguard.schema import SPLITS, read_table, write_table
+from kvguard.train import save_models, train_predictors, write_predictions
+
+
+def main(
+    features: Path,
+    labels: Path,
+    splits_path: Path,
+    settings: Predictor,
+    options: dict[str, Any],
+    models_folder: Path,
+    predictions: Path,
+    tables: dict[str, Path],
+) -> None:
+    """Write models, predictions and tables; ``options`` are keywords of `train_predictors`."""
+    splits = read_table(splits_path, SPLITS)
+    models = train_predictors(features, labels, splits, settings, **options)
+    for name, target in tables.items():
+        write_table(models.tables[name], target)
+    write_predictions(models.predictors, features, splits, predictions)
+    save_models(models, models_folder)
+
+
+if __name__ == "__main__":
+    snakemake = joblog.start_job()
+    source, output, params = snakemake.input, snakemake.output, snakemake.params
+    main(
+        Path(source.features),
+        Path(source.labels),
+        Path(source.splits),
+        Predictor.model_validate(params.predictor),
+        {
+            "horizon_tokens": params.labels["horizon_tokens"],
+            "seed": params.seed,
+            "threads": snakemake.threads,
+            "config_digest": digest([params.predictor, params.labels, params.seed]),
+        },
+        Path(output.predictor).parent,
+        Path(output.predictions),
+        {name: Path(output[name]) for name in ("training", "search_trials", "leakage_check")},
+    )
