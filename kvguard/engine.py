@@ -60,7 +60,7 @@ class Completion:
         kv_bytes: (decode steps, 3) kept, masked and padding bytes at each step.
         prefill_seconds: for this request alone.
         decode_seconds: its share of each step of the batch.
-        prefilled_tokens: tokens that went through prefill-shaped passes.
+        prefilled_tokens: tokens of prefill-shaped passes; a shared prefix counts for every request.
         decode_steps: single-token passes, those of dropped tokens included.
         wasted_tokens: generated, then dropped by an observer.
     """
@@ -405,6 +405,7 @@ class Row:
     completion: Completion
     decode: "DecodeState | None"
     stop_reason: str | None = None
+    held: torch.Tensor | None = None  # logits of a rewound row, which sits out the next pass
     kv_bytes: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
@@ -416,7 +417,10 @@ class Row:
 class Session:
     """Rows that decode together.
 
-    ``generate`` drives it; an `Observer` may call `rewind`, `stop` and `drop_tail` between steps.
+    ``admission_press`` compresses the prompts of requests that enter; it is the session's press
+    unless a guard starts its requests in SAFE.
+
+    ``generate`` drives it; an `Observer` may rewind, stop or relax rows between two steps.
     Arrays have one entry a row; rows ``0 .. active - 1`` are in use.
     """
 
@@ -430,6 +434,7 @@ class Session:
         prefix: Prefix | None = None,
     ) -> None:
         self.model, self.decoding, self.press, self.prefix = model, decoding, press, prefix
+        self.admission_press = press
         self.phases: Phases = phases(press)
         if self.phases.decode is not None and model.config._attn_implementation == "eager":
             raise PressError("compression while decoding needs sdpa attention, got 'eager'")
@@ -457,14 +462,8 @@ class Session:
         return self.slots.rows - self.slots.active
 
     @torch.inference_mode()
-    def admit(
-        self, request: Request, *, press: BasePress | str | None = "own"
-    ) -> Completion | None:
+    def admit(self, request: Request) -> Completion | None:
         """Prefill a request into a free row.
-
-        Args:
-            request: what to continue.
-            press: the press to prefill under; the default is the session's.
 
         Returns:
             None, or the finished completion of a request that failed.
@@ -487,7 +486,7 @@ class Session:
                     f"prompt of {len(request.prompt_ids)} and {limit} new tokens exceed the "
                     f"model's {longest} positions"
                 )
-            split = self.phases if press == "own" else phases(press)
+            split = phases(self.admission_press)
             ready = prefill(
                 self.model,
                 request.prompt_ids,
@@ -503,7 +502,7 @@ class Session:
         row = self.active
         completion.cache_bytes_before = ready.bytes_before
         completion.cache_bytes_after = ready.bytes_after
-        completion.prefilled_tokens = ready.tokens
+        completion.prefilled_tokens = len(request.prompt_ids)
         self.slots.insert(row, ready.cache, ready.masked)
         self.logits[row] = ready.logits[0]
         decode = None if split.decode is None else DecodeState(self, split.decode)
@@ -553,8 +552,11 @@ class Session:
         if active == 0:
             return
         started = time.perf_counter()
-        last = self.lengths[:active] - 1
-        tokens = self._on_device(self.history[np.arange(active), last].astype(np.int64))
+        last = np.maximum(
+            self.lengths[:active] - 1, 0
+        )  # of a row without tokens: held, any will do
+        tokens = self.history[np.arange(active), last].astype(np.int64)
+        tokens = self._on_device(np.maximum(tokens, 0))
         positions = self._on_device(self.prompt_lengths[:active] + last)
         self.slots.begin_step()
         with ExitStack() as stack:
@@ -570,9 +572,15 @@ class Session:
                 kvguard_slots=self.slots,
             )
         self.logits[:active] = output.logits[:, -1]
-        for row, held in zip(self.rows, zip(*self.slots.row_bytes(), strict=True), strict=True):
-            row.kv_bytes.append(held)
-            row.completion.decode_steps += 1
+        held_bytes = zip(*self.slots.row_bytes(), strict=True)
+        for number, (row, held) in enumerate(zip(self.rows, held_bytes, strict=True)):
+            if row.held is not None:
+                self.slots.drop_tail(number, 1)
+                self.logits[number] = row.held
+                row.held = None
+            else:
+                row.kv_bytes.append(held)
+                row.completion.decode_steps += 1
         self._charge(started)
 
     @torch.inference_mode()
@@ -580,11 +588,13 @@ class Session:
         self,
         row: int,
         kept: int,
-        ready: Prefilled | None,
+        ready: Prefilled,
         *,
         signals: NDArray[np.float32] | None = None,
     ) -> None:
-        """Give a row a new cache and forget the generated tokens behind the first ``kept``.
+        """Give a row a new cache, and forget the generated tokens behind the first ``kept``.
+
+        The row's next token comes from the given logits: it sits out the next pass of the batch.
 
         Args:
             row: which.
@@ -594,14 +604,18 @@ class Session:
         """
         dropped = int(self.lengths[row]) - kept
         self.rows[row].completion.wasted_tokens += dropped
-        if ready is not None:
-            self.slots.insert(row, ready.cache, ready.masked)
-            self.logits[row] = ready.logits[0]
+        self.slots.insert(row, ready.cache, ready.masked)
+        self.rows[row].held = ready.logits[0]
         self.lengths[row] = kept
         self.history[row, kept:] = -1
         if signals is not None:
             self.signals[row, :kept] = signals
         self.rows[row].stop_reason = None
+
+    def compress_while_decoding(self, row: int, active: bool) -> None:
+        """Start a row's decode-phase compression afresh, or switch it off; no phase: no effect."""
+        press = self.phases.decode
+        self.rows[row].decode = DecodeState(self, press) if active and press is not None else None
 
     def stop(self, row: int) -> None:
         """End a row after its last token."""
@@ -656,7 +670,7 @@ class Session:
 
         def compress(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
             for number, row in enumerate(self.rows):
-                if row.decode is not None:
+                if row.decode is not None and row.held is None:
                     row.decode.after_layer(number, layer, kwargs)
             return output
 

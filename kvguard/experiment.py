@@ -3,11 +3,12 @@
 import logging
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 
 from kvguard import config
 from kvguard.audit import audit_tokens
@@ -172,7 +173,7 @@ def run_shard(
     return RunResult(check(frame, TRACES, "traces"), pl.concat(token_frames))
 
 
-def _audit(model: LoadedModel, completion: Completion, ready: Prepared) -> dict[str, object]:
+def _audit(model: LoadedModel, completion: Completion, ready: Prepared) -> dict[str, NDArray[Any]]:
     request = completion.request
     audit = audit_tokens(
         model.model,
@@ -192,7 +193,7 @@ def _audit(model: LoadedModel, completion: Completion, ready: Prepared) -> dict[
 def _tokens_frame(
     completion: Completion,
     keys: dict[str, str],
-    audit: dict[str, object] | None,
+    audit: dict[str, NDArray[Any]] | None,
     *,
     own: bool,
 ) -> pl.DataFrame:

@@ -24,6 +24,7 @@ class Decoding:
         end_token_ids: any of them ends a request with reason "eos"; it is part of the output.
         do_sample: False takes the argmax of the raw logits.
         temperature: > 0, divides the logits when sampling.
+        top_k: sample among the k most probable tokens; 0: among all. Applied before top_p.
         top_p: in (0, 1], mass of the nucleus when sampling.
     """
 
@@ -32,12 +33,15 @@ class Decoding:
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
@@ -60,6 +64,9 @@ def token_scores(
     if not decoding.do_sample:
         return logits
     scaled = logits / decoding.temperature
+    if 0 < decoding.top_k < scaled.shape[1]:
+        least = scaled.topk(decoding.top_k, dim=1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
     if decoding.top_p < 1:
         scaled = scaled.masked_fill(~nucleus(scaled, decoding.top_p), -torch.inf)
     return scaled + gumbel_noise(seeds, positions, logits.shape[1])

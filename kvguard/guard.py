@@ -1,0 +1,796 @@
+"""KVGuard: a guard around a press. Watch the decoding, verify, rewind, go on.
+
+`KVGuard` is what a user of transformers holds; `Watch` is the same guard as an observer of the
+engine's decoding loop, and what the live experiment runs its policies through.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from kvpress import BasePress
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from kvguard.audit import Audit, audit_tokens, first_rejected, signals_along
+from kvguard.config import OperatingPoint
+from kvguard.controller import Mode
+from kvguard.engine import (
+    Completion,
+    Prefilled,
+    Prefix,
+    Request,
+    Session,
+    Step,
+    batch_size_for,
+    generate,
+    prefill,
+)
+from kvguard.features import FeatureState
+from kvguard.policies import Action, Decision, Observation, Policy, is_alarm, make_policy
+from kvguard.presses import fresh, phases, with_ratio
+from kvguard.sampling import Decoding
+from kvguard.schema import FEATURE_VERSION
+from kvguard.signals import SIGNAL_INDEX
+
+logger = logging.getLogger(__name__)
+
+OPERATING_POINTS = ("conservative", "balanced", "aggressive")
+
+RULES_POINTS = {
+    "conservative": OperatingPoint(tau_low=0.4, tau_high=0.8, k=2, j=16),
+    "balanced": OperatingPoint(tau_low=0.3, tau_high=0.6, k=2, j=16),
+    "aggressive": OperatingPoint(tau_low=0.2, tau_high=0.4, k=1, j=16),
+}
+"""Thresholds where no certificate gives them."""
+
+
+class HazardModel(Protocol):
+    """What the guard asks of a predictor."""
+
+    feature_version: int
+
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Hazard in [0, 1] of each row of (n, 40) features in schema.FEATURE_NAMES order."""
+
+
+class GuardError(ValueError):
+    """The guard cannot do what was asked; the message says what it can."""
+
+
+class Tolerance(BaseModel):
+    """Where the tolerant cut sees harm.
+
+    Attributes:
+        window_tokens: length of a window.
+        window_llr: nats per token; a window's mean log-likelihood ratio at or above it is harm.
+        token_logprob: nats; a token whose uncompressed log-probability is below it is harm.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    window_tokens: int = 16
+    window_llr: float = 0.3
+    token_logprob: float = -8.0
+
+
+class RowReport(BaseModel):
+    """What the guard did with one request; counts of tokens and bytes are this request's alone.
+
+    Attributes:
+        modes: (position, mode) whenever the mode changed; position counts generated tokens from 0.
+        alarm_steps: generated tokens in the row when each alarm came.
+        rewound_to: tokens kept by each recovery.
+        unrecoverable: recoveries that reached behind tokens which had been streamed already.
+        tokens_wasted: generated, then dropped.
+        tokens_prefilled: of prompts, verifying passes and recoveries; a shared prefix counts.
+        decode_steps: single-token passes, those of dropped tokens included.
+        kv_bytes_mean: allocated for the row, mean over its decode steps; None without a step.
+        kv_bytes_peak: the largest of them, and of the caches that verifying passes held.
+        seconds: of this request's prefill, recoveries and share of the decoding.
+        stop_reason: "eos", "length" or "stopped"; None on error.
+        notes: what went wrong and was survived.
+        error: why the request failed, None if it did not.
+    """
+
+    key: str
+    modes: list[tuple[int, str]] = []
+    alarm_steps: list[int] = []
+    rewound_to: list[int] = []
+    unrecoverable: int = 0
+    tokens_wasted: int = 0
+    tokens_prefilled: int = 0
+    decode_steps: int = 0
+    kv_bytes_mean: float | None = None
+    kv_bytes_peak: int | None = None
+    seconds: float = 0.0
+    stop_reason: str | None = None
+    notes: list[str] = []
+    error: str | None = None
+
+
+class Watch:
+    """Runs a policy over a session: an observer of the engine's decoding loop.
+
+    Rows are independent: what happens to one changes nothing in another.
+
+    Args:
+        session: the engine's; its press is the one that the policy guards.
+        policy: decides; one row of state per row of the session.
+        predictor: gives hazards where the policy needs them.
+        ratio: the press's compression ratio, a feature of the predictor.
+        safe_ratio: fraction removed in SAFE; 0 is the uncompressed model.
+        margin_nats: a drafted token this close to the best one counts as a tie, not a rejection.
+        tolerance: where a tolerant policy cuts.
+        holdback_tokens: a token is released once this many have followed it.
+        released: called with a request's key and tokens that will never be taken back unless an
+            alarm reaches behind them (`RowReport.unrecoverable` counts those).
+        stopping: called with a row's prompt and generated tokens after every token; True ends it.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        policy: Policy,
+        *,
+        predictor: HazardModel | None = None,
+        ratio: float = 0.0,
+        safe_ratio: float = 0.0,
+        margin_nats: float = 1e-3,
+        tolerance: Tolerance | None = None,
+        holdback_tokens: int = 16,
+        released: Callable[[str, list[int]], None] | None = None,
+        stopping: Callable[[list[int]], bool] | None = None,
+    ) -> None:
+        if policy.needs_hazard and predictor is None:
+            raise GuardError(f"policy {policy.name!r} needs a predictor, got None")
+        self.policy, self.predictor = policy, predictor
+        self.ratio, self.safe_ratio = ratio, safe_ratio
+        self.margin_nats, self.tolerance = margin_nats, tolerance or Tolerance()
+        self.holdback_tokens, self.released, self.stopping = holdback_tokens, released, stopping
+        self.reports: dict[str, RowReport] = {}
+        rows = session.slots.rows
+        self.features = (
+            FeatureState(rows, session.decoding.max_new_tokens, ratio)
+            if policy.needs_hazard
+            else None
+        )
+        self.modes: NDArray[np.int8] = np.zeros(rows, np.int8)
+        self.streamed: NDArray[np.int64] = np.zeros(rows, np.int64)
+
+    # --- the engine's calls ---
+
+    def admitted(self, session: Session, row: int) -> None:
+        """Start a row's policy, features and report."""
+        request = session.rows[row].completion.request
+        self.policy.reset(row, request.seed)
+        if self.features is not None:
+            self.features.reset(row, self.ratio, int(session.limits[row]))
+        self.modes[row] = self.policy.modes[row]
+        self.streamed[row] = 0
+        report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])
+        self.reports[request.key] = report
+
+    def moved(self, session: Session, source: int, target: int) -> None:
+        """Follow the engine: the request in ``source`` is now in ``target``."""
+        if source == target:
+            return
+        self.policy.move(source, target)
+        if self.features is not None:
+            self.features.move(source, target)
+        self.modes[target] = self.modes[source]
+        self.streamed[target] = self.streamed[source]
+
+    def observe(self, session: Session, step: Step) -> None:
+        """Let the policy look at every row's new token and carry out what it decides."""
+        broken = np.array([row.completion.error is not None for row in session.rows], dtype=bool)
+        if self.stopping is not None:
+            for row in _where(~broken):
+                prompt = session.rows[row].completion.request.prompt_ids
+                if self.stopping([*prompt, *session.tokens(row)]):
+                    session.stop(row)
+        observation = self._observation(session, step, broken)
+        decision = self.policy.step(observation)
+        ended = np.array([row.ended for row in session.rows], dtype=bool)
+        quiet = ended & ~broken & (decision.actions == Action.CONTINUE)
+        if quiet.any():
+            decision = _overlay(decision, quiet, self.policy.finish(_rows(observation, quiet)))
+        for row in _where(decision.modes != self.modes[: session.active]):
+            self.modes[row] = decision.modes[row]
+            self._report(session, row).modes.append(
+                (int(step.positions[row]), Mode(decision.modes[row]).name)
+            )
+        for row in _where(broken):
+            self._mend(session, row, int(step.positions[row]))
+        for row in _where((decision.actions != Action.CONTINUE) & ~broken):
+            self._act(session, row, Action(decision.actions[row]), int(decision.amount[row]))
+        if self.released is not None:
+            for row in range(session.active):
+                self._release(session, row)
+
+    # --- between the policy and the engine ---
+
+    def _observation(self, session: Session, step: Step, broken: NDArray[np.bool_]) -> Observation:
+        rows = np.arange(session.active)
+        hazard = None
+        if self.features is not None:
+            hazard = np.full(len(rows), np.nan, np.float32)
+            watched = ~broken
+            if self.policy.safe_after == "stay":
+                watched &= self.modes[: session.active] != Mode.SAFE
+            seen = np.flatnonzero(watched)
+            if len(seen):
+                hazard[seen] = self._hazard(session, step, seen)
+        return Observation(
+            rows=rows,
+            positions=step.positions.astype(np.int32),
+            token_ids=step.tokens.astype(np.int32),
+            signals=step.signals,
+            hazard=hazard,
+            history=session.history[: session.active],
+        )
+
+    def _hazard(self, session: Session, step: Step, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Hazards of these rows; NaN, which neither alarms nor calms, when the predictor fails."""
+        assert self.features is not None
+        assert self.predictor is not None
+        features = self.features.step(
+            rows, step.signals[rows], step.tokens[rows], step.positions[rows]
+        )
+        try:
+            return np.asarray(self.predictor.predict(features), np.float32)
+        except Exception as error:  # any predictor may be plugged in; the requests must go on
+            logger.exception("the predictor failed; these tokens have no hazard")
+            note = f"predictor failed: {type(error).__name__}: {error}"
+            for row in rows:
+                notes = self._report(session, int(row)).notes
+                if note not in notes:
+                    notes.append(note)
+            return np.full(len(rows), np.nan, np.float32)
+
+    def _report(self, session: Session, row: int) -> RowReport:
+        return self.reports[session.rows[row].completion.request.key]
+
+    def _act(self, session: Session, row: int, action: Action, amount: int) -> None:
+        """Carry out one action; what fails is noted, and the row goes on as it was."""
+        report = self._report(session, row)
+        completion = session.rows[row].completion
+        had = int(session.lengths[row])
+        ended = session.rows[row].ended
+        if ended and action not in (Action.REWIND, Action.RECOMPUTE, Action.RESTART):
+            return
+        if is_alarm(np.array([action], np.int8))[0]:
+            report.alarm_steps.append(had)
+        started = time.perf_counter()
+        try:
+            if action == Action.REWIND:
+                self._rewind(session, row, session.tokens(row))
+            elif action == Action.RECOMPUTE and not ended:
+                self._prefill_again(session, row, had, self.safe_ratio)
+            elif action == Action.RESTART:
+                self._prefill_again(session, row, 0, self.safe_ratio)
+            elif action == Action.REFRESH:
+                self._prefill_again(session, row, had, None)
+            elif action == Action.RELAX:
+                session.compress_while_decoding(row, active=False)
+            elif action == Action.STOP:
+                session.stop(row)
+            elif action == Action.PRUNE:
+                session.slots.drop_tail(row, amount)
+        except torch.OutOfMemoryError as error:
+            if session.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            report.notes.append(f"{action.name} ran out of memory, the row goes on: {error}")
+            logger.warning("%s of request %s ran out of memory", action.name, report.key)
+        completion.decode_seconds += time.perf_counter() - started
+
+    def _mend(self, session: Session, row: int, position: int) -> None:
+        """A row's logits were not finite: verify what came before and go on uncompressed.
+
+        A row that is in SAFE already has nothing better to fall back on and ends with its error.
+        """
+        completion = session.rows[row].completion
+        if self.modes[row] == Mode.SAFE:
+            return
+        report = self._report(session, row)
+        report.notes.append(f"{completion.error}; verified and resumed without compression")
+        report.alarm_steps.append(position + 1)
+        completion.error = None
+        self.modes[row] = self.policy.modes[row] = Mode.SAFE
+        report.modes.append((position, Mode.SAFE.name))
+        try:
+            self._rewind(session, row, session.tokens(row)[:position], always=True)
+        except torch.OutOfMemoryError as error:
+            completion.error = f"FloatingPointError: non-finite logits, and then: {error}"
+
+    def _rewind(
+        self, session: Session, row: int, tokens: list[int], *, always: bool = False
+    ) -> None:
+        """Verify tokens in one pass, keep those before the cut, continue from there in SAFE."""
+        completion = session.rows[row].completion
+        request = completion.request
+        audit = audit_tokens(
+            session.model,
+            request.prompt_ids,
+            tokens,
+            decoding=session.decoding,
+            seed=request.seed,
+            prefix=session.prefix,
+        )
+        completion.prefilled_tokens += len(request.prompt_ids) + len(tokens)
+        held = sum(
+            layer.keys.nbytes + layer.values.nbytes
+            for layer in audit.scored.cache.layers
+            if layer.keys is not None and layer.values is not None
+        )
+        report = self._report(session, row)
+        report.kv_bytes_peak = max(report.kv_bytes_peak or 0, held)
+        kept = self._cut(session, row, audit)
+        if kept is None:
+            report.rewound_to.append(len(tokens))
+            if session.rows[row].ended and not always:
+                return
+            kept = len(tokens)
+        else:
+            report.rewound_to.append(kept)
+            self._count_unrecoverable(row, kept, report)
+        if self.safe_ratio > 0:
+            self._prefill_again(session, row, kept, self.safe_ratio)
+            return
+        logits = session.model.lm_head(audit.scored.hidden[kept : kept + 1])
+        cache = _cropped(audit.scored.cache, len(request.prompt_ids) + kept)
+        signals = None
+        if self.policy.safe_after == "resume":
+            signals = signals_along(session.model, audit.scored, tokens[:kept])
+        self._put(session, row, kept, Prefilled(cache, None, logits, held, held, 0), signals)
+        session.compress_while_decoding(row, active=False)
+
+    def _cut(self, session: Session, row: int, audit: Audit) -> int | None:
+        """How many tokens stay; None: all of them."""
+        if self.policy.recovery_cut == "exact":
+            return first_rejected(audit.gap, self.margin_nats)
+        count = len(audit.logprob)
+        chosen = session.signals[row, :count, SIGNAL_INDEX["chosen_logprob"]]
+        return harmful_token(chosen - audit.logprob, audit.logprob, self.tolerance)
+
+    def _prefill_again(self, session: Session, row: int, kept: int, ratio: float | None) -> None:
+        """A fresh cache of the prompt and the first ``kept`` tokens.
+
+        ``ratio``: 0 without compression, None under the session's own press, else at that ratio.
+        """
+        completion = session.rows[row].completion
+        request = completion.request
+        press: BasePress | None = session.press
+        if ratio is not None:
+            press = None if ratio == 0 or press is None else with_ratio(press, ratio)
+        ready = prefill(
+            session.model,
+            [*request.prompt_ids, *session.tokens(row)[:kept]],
+            fresh(phases(press).prefill),
+            prefix=session.prefix,
+            seed=request.seed,
+        )
+        completion.prefilled_tokens += len(request.prompt_ids) + kept
+        report = self._report(session, row)
+        if kept < int(session.lengths[row]):
+            report.rewound_to.append(kept)
+            self._count_unrecoverable(row, kept, report)
+        self._put(session, row, kept, ready, None)
+        session.compress_while_decoding(row, active=ratio is None)
+
+    def _put(
+        self,
+        session: Session,
+        row: int,
+        kept: int,
+        ready: Prefilled,
+        signals: NDArray[np.float32] | None,
+    ) -> None:
+        session.rewind(row, kept, ready, signals=signals)
+        if self.features is not None:
+            tokens = np.array(session.tokens(row), np.int32)
+            self.features.replace(row, session.signals[row, :kept], tokens)
+
+    # --- streaming ---
+
+    def _count_unrecoverable(self, row: int, kept: int, report: RowReport) -> None:
+        if kept < self.streamed[row]:
+            report.unrecoverable += 1
+
+    def _release(self, session: Session, row: int) -> None:
+        """Hand out tokens that have aged enough; in ALERT none, at the end all."""
+        assert self.released is not None
+        tokens = session.tokens(row)
+        if session.rows[row].ended or self.modes[row] == Mode.SAFE:
+            ready = len(tokens)
+        elif self.modes[row] == Mode.ALERT:
+            return
+        else:
+            ready = len(tokens) - self.holdback_tokens
+        start = int(self.streamed[row])
+        if ready > start:
+            self.released(session.rows[row].completion.request.key, tokens[start:ready])
+            self.streamed[row] = ready
+
+    def close(self, completion: Completion) -> RowReport:
+        """Complete and return the report of a finished request."""
+        key = completion.request.key
+        report = self.reports.setdefault(key, RowReport(key=key))
+        report.tokens_wasted = completion.wasted_tokens
+        report.tokens_prefilled = completion.prefilled_tokens
+        report.decode_steps = completion.decode_steps
+        report.seconds = completion.prefill_seconds + completion.decode_seconds
+        report.stop_reason, report.error = completion.stop_reason, completion.error
+        allocated = completion.kv_bytes.sum(axis=1)
+        if len(allocated):
+            report.kv_bytes_mean = float(allocated.mean())
+            report.kv_bytes_peak = max(report.kv_bytes_peak or 0, int(allocated.max()))
+        return report
+
+
+def harmful_token(
+    llr: NDArray[np.float32], logprob: NDArray[np.float32], tolerance: Tolerance
+) -> int | None:
+    """First token at which a draft shows harm, not mere difference.
+
+    Args:
+        llr: (n,) compressed minus uncompressed log-probability of each token, nats.
+        logprob: (n,) uncompressed log-probability, nats.
+        tolerance: what counts as harm.
+
+    Returns:
+        The start of the first harmful window, or the first token that the uncompressed model finds
+        implausible, whichever comes first; None without either.
+    """
+    found = [int(index) for index in np.flatnonzero(logprob < tolerance.token_logprob)[:1]]
+    window = tolerance.window_tokens
+    if len(llr) >= window:
+        means = np.lib.stride_tricks.sliding_window_view(llr, window).mean(axis=1)
+        found += [int(index) for index in np.flatnonzero(means >= tolerance.window_llr)[:1]]
+    return min(found, default=None)
+
+
+def _cropped(cache: DynamicCache, length: int) -> DynamicCache:
+    cache.crop(length)
+    return cache
+
+
+def _where(mask: NDArray[np.bool_]) -> list[int]:
+    """Row numbers at which a mask holds."""
+    return [int(row) for row in np.flatnonzero(mask)]
+
+
+def _rows(observation: Observation, mask: NDArray[np.bool_]) -> Observation:
+    """An observation of some of its rows."""
+    return Observation(
+        *(None if column is None else column[mask] for column in observation)  # type: ignore[arg-type]
+    )
+
+
+def _overlay(decision: Decision, mask: NDArray[np.bool_], part: Decision) -> Decision:
+    """A decision with some of its rows replaced."""
+    decision.actions[mask] = part.actions
+    decision.amount[mask] = part.amount
+    decision.modes[mask] = part.modes
+    return decision
+
+
+def guarded(
+    session: Session, requests: Iterable[Request], watch: Watch
+) -> Iterator[tuple[Completion, RowReport]]:
+    """Decode requests under a guard; completions come as they finish, each with its report."""
+    press = None if watch.safe_ratio == 0 else session.press
+    if watch.policy.starts_safe:
+        session.admission_press = None if press is None else with_ratio(press, watch.safe_ratio)
+    for completion in generate(session, requests, watch):
+        yield completion, watch.close(completion)
+
+
+Recovery = Literal["rewind", "rewind_tolerant", "recompute", "relax_only", "restart"]
+
+
+class KVGuard:
+    """A guard around a press: pass it to ``model.generate`` as ``custom_generate``.
+
+    >>> guard = KVGuard(press=SnapKVPress(0.75), predictor="results/models/hazard_predictor.json")
+    >>> output = model.generate(**inputs, custom_generate=guard, max_new_tokens=512)
+    >>> guard.report[0].alarm_steps
+
+    Args:
+        press: any press that `docs/presses.md` lists as supported, or None.
+        predictor: path of a trained predictor, a predictor object, or "rules": a risk made of
+            repetition and entropy, which needs no training.
+        operating_point: "conservative", "balanced" or "aggressive" of the certificate beside the
+            predictor, or thresholds of your own.
+        recovery: what an alarm does. "rewind" verifies and cuts at the first token that the
+            uncompressed model rejects: an alarmed request ends as if it had never been compressed.
+            "rewind_tolerant" cuts at the first sign of harm; "recompute" keeps every token;
+            "restart" keeps none; "relax_only" stops compressing and recomputes nothing.
+        after_alarm: "stay" at the safe ratio, or "resume" compression after calm tokens.
+        safe_ratio: fraction of entries that SAFE removes; 0 is the uncompressed model.
+        margin_nats: a token this close to the uncompressed model's best counts as a tie.
+        holdback_tokens: streaming releases a token once this many have followed it.
+        batch_size: rows decoded together; None takes as many as memory allows.
+        seed: of sampling; None draws one from torch's global generator at each call.
+        streamer: receives released tokens; one request at a time, as in transformers.
+
+    Attributes:
+        report: one `RowReport` a row of the last call.
+        certificate: the statement that came with the predictor, or None.
+
+    Raises:
+        GuardError: the predictor was made for other features, or an argument is not accepted.
+    """
+
+    def __init__(
+        self,
+        press: BasePress | None,
+        *,
+        predictor: str | Path | HazardModel = "rules",
+        operating_point: str | OperatingPoint = "balanced",
+        recovery: Recovery = "rewind",
+        after_alarm: Literal["stay", "resume"] = "stay",
+        safe_ratio: float = 0.0,
+        margin_nats: float = 1e-3,
+        tolerance: Tolerance | None = None,
+        holdback_tokens: int = 16,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        streamer: Any = None,
+    ) -> None:
+        phases(press)  # refuses a press by name, before any token is generated
+        if not 0 <= safe_ratio < 1:
+            raise GuardError(f"safe_ratio lies in [0, 1), got {safe_ratio}")
+        self.press = press
+        self.predictor, self.certificate, points = _load_predictor(predictor)
+        self.operating_point = _operating_point(operating_point, points)
+        self.policy_name = _policy_name(recovery, after_alarm)
+        self.safe_ratio, self.margin_nats, self.tolerance = safe_ratio, margin_nats, tolerance
+        self.holdback_tokens, self.batch_size, self.seed = holdback_tokens, batch_size, seed
+        self.streamer = streamer
+        self.report: list[RowReport] = []
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: GenerationConfig | None = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """Decode a batch; transformers calls this with what it prepared.
+
+        Args:
+            model: a causal language model of a supported family.
+            input_ids: (rows, length), padded on the left where ``attention_mask`` is 0.
+            logits_processor: temperature, top-k and top-p; others are refused by name.
+            stopping_criteria: called for each row alone, with its unpadded tokens.
+            generation_config: length, end tokens, sampling, output type.
+            model_kwargs: ``attention_mask`` is used, the caches are the guard's own.
+
+        Returns:
+            (rows, length + longest continuation) token ids, padded behind each row's end; or a
+            ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate=True``.
+        """
+        settings = generation_config or model.generation_config
+        decoding = _decoding(model, settings, logits_processor, input_ids.shape[1])
+        mask = model_kwargs.get("attention_mask")
+        prompts = [
+            row.tolist() if mask is None else row[mask[i].bool()].tolist()
+            for i, row in enumerate(input_ids)
+        ]
+        if self.streamer is not None and len(prompts) > 1:
+            raise GuardError(f"a streamer takes one request at a time, got {len(prompts)} rows")
+        seed = self.seed
+        if seed is None:
+            seed = int(torch.randint(1 << 62, ()).item()) if decoding.do_sample else 0
+        requests = [Request(str(i), prompt, seed + i) for i, prompt in enumerate(prompts)]
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        completions = self.run(
+            model, requests, decoding, stopping=_stopping(stopping_criteria, model.device)
+        )
+        if self.streamer is not None:
+            self.streamer.end()
+        failed = [c for c in completions if c.error is not None]
+        if failed:
+            first = failed[0]
+            raise RuntimeError(f"row {first.request.key} failed: {first.error}")
+        pad = settings.pad_token_id
+        if pad is None:
+            pad = decoding.end_token_ids[0] if decoding.end_token_ids else 0
+        longest = max((len(c.token_ids) for c in completions), default=0)
+        tail = torch.full((len(prompts), longest), pad, dtype=input_ids.dtype)
+        for i, completion in enumerate(completions):
+            tail[i, : len(completion.token_ids)] = torch.tensor(completion.token_ids)
+        sequences = torch.cat([input_ids, tail.to(input_ids.device)], dim=1)
+        if settings.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+        return sequences
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        *,
+        prefix: Prefix | None = None,
+        stopping: Callable[[list[int]], bool] | None = None,
+    ) -> list[Completion]:
+        """Decode requests of any lengths under the guard; sets `report`.
+
+        Args:
+            model: in eval mode.
+            requests: their keys must differ.
+            decoding: how tokens are chosen.
+            prefix: what the prompts share, prefilled.
+            stopping: called with each row's tokens, prompt included; True ends the row.
+
+        Returns:
+            Completions in the requests' order; a failed one has ``error`` set.
+        """
+        longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
+        rows = self.batch_size or batch_size_for(model, longest)
+        rows = min(rows, len(requests))
+        session = Session(model, decoding, press=self.press, rows=rows, prefix=prefix)
+        policy = make_policy(
+            self.policy_name,
+            rows,
+            max_new_tokens=decoding.max_new_tokens,
+            controller=self.operating_point,
+        )
+        watch = Watch(
+            session,
+            policy,
+            predictor=self.predictor,
+            ratio=press_ratio(self.press),
+            safe_ratio=self.safe_ratio,
+            margin_nats=self.margin_nats,
+            tolerance=self.tolerance,
+            holdback_tokens=self.holdback_tokens,
+            released=None if self.streamer is None else self._stream,
+            stopping=stopping,
+        )
+        finished = {}
+        for completion, report in guarded(session, requests, watch):
+            finished[completion.request.key] = (completion, report)
+        self.report = [finished[request.key][1] for request in requests]
+        return [finished[request.key][0] for request in requests]
+
+    def _stream(self, _: str, tokens: list[int]) -> None:
+        for token in tokens:
+            self.streamer.put(torch.tensor([token]))
+
+
+def press_ratio(press: BasePress | None) -> float:
+    """The press's nominal compression ratio, 0 for none; NaN where it follows from the prompt."""
+    if press is None:
+        return 0.0
+    split = phases(press)
+    for part in (split.prefill, split.decode):
+        if part is None:
+            continue
+        ratio = getattr(part, "target_compression_ratio", None)
+        if ratio is None:
+            try:
+                ratio = part.compression_ratio
+            except (AttributeError, ValueError):
+                ratio = None
+        if ratio is not None:
+            return float(ratio)
+    return math.nan
+
+
+def _load_predictor(
+    given: str | Path | HazardModel,
+) -> tuple[HazardModel, str | None, dict[str, OperatingPoint]]:
+    from kvguard.calibration import load_certificate
+    from kvguard.train import load_predictor, rules_predictor
+
+    if isinstance(given, str) and given == "rules":
+        return rules_predictor(), None, RULES_POINTS
+    if isinstance(given, str | Path):
+        path = Path(given)
+        if not path.is_file():
+            raise GuardError(f'predictor: no file at {path}; give a trained predictor or "rules"')
+        beside = path.with_name("certificate.json")
+        if not beside.is_file():
+            return load_predictor(path), None, RULES_POINTS
+        certificate = load_certificate(beside)
+        points = {name: certificate.operating_point(name) for name in OPERATING_POINTS}
+        logger.info("%s", certificate.text)
+        return load_predictor(path), certificate.text, points  # type: ignore[return-value]
+    if given.feature_version != FEATURE_VERSION:
+        raise GuardError(
+            f"predictor: made for feature version {given.feature_version}, the guard computes "
+            f"version {FEATURE_VERSION}"
+        )
+    return given, None, RULES_POINTS
+
+
+def _operating_point(
+    given: str | OperatingPoint, points: dict[str, OperatingPoint]
+) -> OperatingPoint:
+    if isinstance(given, OperatingPoint):
+        return given
+    if given not in points:
+        raise GuardError(f"operating_point is one of {', '.join(points)}, got {given!r}")
+    return points[given]
+
+
+def _policy_name(recovery: str, after_alarm: str) -> str:
+    known = ("rewind", "rewind_tolerant", "recompute", "relax_only", "restart")
+    if recovery not in known:
+        raise GuardError(f"recovery is one of {', '.join(known)}, got {recovery!r}")
+    if after_alarm not in ("stay", "resume"):
+        raise GuardError(f"after_alarm is 'stay' or 'resume', got {after_alarm!r}")
+    if after_alarm == "stay":
+        return f"guard_{recovery}"
+    if recovery != "rewind":
+        raise GuardError(f"after_alarm='resume' goes with recovery='rewind', got {recovery!r}")
+    return "guard_rewind_resume"
+
+
+def _decoding(
+    model: PreTrainedModel, settings: GenerationConfig, processors: Any, prompt_length: int
+) -> Decoding:
+    """The guard's decoding from a generation config; what it cannot do is refused by name."""
+    known = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+    for processor in processors or []:
+        if not isinstance(processor, known):
+            raise GuardError(
+                f"logits processor {type(processor).__name__} is not supported; the guard decodes "
+                "greedily or with temperature, top_k and top_p. A model may ship others in its "
+                "generation config: switch them off, e.g. repetition_penalty=1.0"
+            )
+    if (settings.num_beams or 1) > 1:
+        raise GuardError(f"num_beams: the guard decodes one beam a row, got {settings.num_beams}")
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(settings, name, None):
+            raise GuardError(f"{name}: the guard returns token ids; its signals are in `report`")
+    ends = settings.eos_token_id
+    if ends is None:
+        ends = model.config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if settings.max_new_tokens is not None:
+        count = settings.max_new_tokens
+    else:
+        count = (settings.max_length or 20) - prompt_length
+    sample = bool(settings.do_sample)
+    return Decoding(
+        max_new_tokens=count,
+        end_token_ids=tuple(int(end) for end in ends),
+        do_sample=sample,
+        temperature=float(settings.temperature or 1.0) if sample else 1.0,
+        top_p=float(settings.top_p or 1.0) if sample else 1.0,
+        top_k=int(settings.top_k or 0) if sample else 0,
+    )
+
+
+def _stopping(criteria: Any, device: torch.device) -> Callable[[list[int]], bool] | None:
+    """A user's stopping criteria; length and end tokens are the engine's own business."""
+    own = [
+        one for one in criteria or [] if not isinstance(one, MaxLengthCriteria | EosTokenCriteria)
+    ]
+    if not own:
+        return None
+
+    def stop(tokens: list[int]) -> bool:
+        ids = torch.tensor([tokens], device=device)
+        return any(bool(torch.as_tensor(one(ids, None)).all()) for one in own)
+
+    return stop
