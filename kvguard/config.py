@@ -320,6 +320,10 @@ class Predictor(Section):
     max_depth: Count = 4
     learning_rate: float = Field(default=0.1, gt=0, le=1)
     probability_calibration: Literal["isotonic", "platt", "none"] = "platt"
+    probability_share: Probability = Field(
+        default=0.34,
+        description="of the calibration prompts: they fit the probabilities, the rest certify",
+    )
     bootstrap_samples: Count = 500
     false_alarm_rate: Probability = 0.05
 

@@ -1,0 +1,278 @@
+"""A hazard predictor: one JSON file that turns the 40 features of a token into a probability.
+
+`Predictor.predict` is what a decode loop calls: it selects its own columns, runs the booster in
+place on one thread and applies the calibration map. Nothing is pickled: the file holds XGBoost's
+own JSON, or the coefficients of a linear score, and everything that is needed to trace its origin.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xgboost
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy.special import expit
+
+from kvguard import schema
+from kvguard.config import digest
+
+Floats = NDArray[np.float64]
+Features = NDArray[np.float32]
+
+FORMAT = 1
+"""Version of the file's own layout."""
+
+RULES = "rules"
+"""What `KVGuard(predictor=...)` takes instead of a path to use `rules_predictor`."""
+
+
+class PredictorError(ValueError):
+    """A predictor file that cannot be used; the message says what it has and what is accepted."""
+
+
+class CalibrationMap(BaseModel):
+    """From an uncalibrated log-odds to a probability.
+
+    ``platt``: sigmoid(slope x + intercept). ``isotonic``: linear between (x, y), flat outside.
+    ``none``: sigmoid(x).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["platt", "isotonic", "none"] = "none"
+    slope: float = 1.0
+    intercept: float = 0.0
+    x: list[float] = []
+    y: list[float] = []
+    note: str | None = Field(default=None, description="why the method differs from the config's")
+
+    def apply(self, log_odds: Floats) -> Floats:
+        """Probabilities (n,) from log-odds (n,)."""
+        if self.method == "isotonic":
+            return np.interp(log_odds, self.x, self.y)
+        return np.asarray(expit(self.slope * log_odds + self.intercept), dtype=np.float64)
+
+
+class Predictor(BaseModel):
+    """One hazard model for one target; make it with `kvguard.train` or `load_predictor`.
+
+    Attributes:
+        kind: ``xgboost``; or the scores that are trained beside it: ``logistic`` (all its
+            features), ``entropy`` and ``position`` (one feature); or ``rules`` (not trained).
+        target: the failure that it forecasts, one of `schema.TARGETS`.
+        formulation: ``windowed`` (is the onset within the horizon?) or ``discrete_time`` (a hazard
+            per stretch of the horizon, and the survival over all of them).
+        horizon_tokens: how far ahead "within the horizon" reaches.
+        feature_names: the columns that it reads, names of `schema.FEATURE_NAMES`.
+        feature_version: of the features that it was trained on.
+        model: the booster or the coefficients.
+        calibration: from log-odds to probability.
+        provenance: data, seeds, parameters and library versions.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    format: int = FORMAT
+    kind: Literal["xgboost", "logistic", "entropy", "position", "rules"]
+    target: str
+    formulation: Literal["windowed", "discrete_time"] = "windowed"
+    horizon_tokens: int = Field(ge=1)
+    feature_names: tuple[str, ...] = Field(min_length=1)
+    feature_version: int
+    model: dict[str, Any]
+    calibration: CalibrationMap = CalibrationMap()
+    provenance: dict[str, Any] = {}
+
+    def predict(self, features: Features) -> NDArray[np.float32]:
+        """Calibrated probability that the onset lies within the horizon, one per row.
+
+        Args:
+            features: (n, 40) float32 in the order of `schema.FEATURE_NAMES`; NaN: missing.
+
+        Returns:
+            (n,) float32 in [0, 1]; higher is riskier.
+
+        Raises:
+            ValueError: another number of columns.
+        """
+        return self.calibration.apply(self.log_odds(features)).astype(np.float32)
+
+    def log_odds(self, features: Features) -> Floats:
+        """Uncalibrated log-odds (n,), class weights undone; arguments as in `predict`."""
+        if features.ndim != 2 or features.shape[1] != len(schema.FEATURE_NAMES):
+            raise ValueError(
+                f"features have shape (n, {len(schema.FEATURE_NAMES)}), in the order of "
+                f"schema.FEATURE_NAMES; got {features.shape}"
+            )
+        if len(features) == 0:
+            return np.zeros(0)
+        return self._score(features)
+
+    @cached_property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the predictor's content."""
+        return digest(self.model_dump(mode="json"))
+
+    @cached_property
+    def _score(self) -> Callable[[Features], Floats]:
+        columns = np.array([schema.FEATURE_NAMES.index(name) for name in self.feature_names])
+        if self.kind == "rules":
+            return lambda features: _rules_log_odds(features[:, columns])
+        if self.kind != "xgboost":
+            return _linear_score(self.model, columns)
+        return _booster_score(self.model, columns)
+
+
+def save_predictor(predictor: Predictor, path: str | Path) -> None:
+    """Write a predictor as JSON, all or nothing."""
+    with schema.atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(predictor.model_dump(mode="json"), separators=(",", ":")))
+
+
+def save_refusal(target: str, reason: str, path: str | Path) -> None:
+    """Write a file that says why there is no predictor for a target; `load_predictor` raises it."""
+    with schema.atomic_path(path) as temporary:
+        temporary.write_text(json.dumps({"target": target, "refused": reason}))
+
+
+def load_predictor(path: str | Path) -> Predictor:
+    """Read a predictor that `save_predictor` wrote.
+
+    Raises:
+        FileNotFoundError: names the path and the command that would make it.
+        PredictorError: it was trained for other features or another feature version (names both),
+            training had refused the target, or the file is not a predictor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no predictor at {path}; `kvguard train` makes it, or pass predictor={RULES!r}"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise PredictorError(f"{path} is not JSON: {error}") from None
+    if isinstance(content, dict) and "refused" in content:
+        raise PredictorError(
+            f"{path} holds no predictor for target {content.get('target')!r}: "
+            f"{content['refused']}; pass predictor={RULES!r} to go without one"
+        )
+    return parse_predictor(content, str(path))
+
+
+def parse_predictor(content: object, source: str) -> Predictor:
+    """Check a predictor's JSON content; ``source`` names it in errors.
+
+    Raises:
+        PredictorError: as in `load_predictor`.
+    """
+    if not isinstance(content, Mapping):
+        raise PredictorError(f"{source}: a predictor is a mapping, got {type(content).__name__}")
+    version = content.get("feature_version")
+    if version != schema.FEATURE_VERSION:
+        raise PredictorError(
+            f"{source} was trained on feature version {version!r}, this package computes feature "
+            f"version {schema.FEATURE_VERSION}: train it again"
+        )
+    names = content.get("feature_names")
+    unknown = [name for name in names or () if name not in schema.FEATURE_NAMES]
+    if unknown:
+        raise PredictorError(
+            f"{source} reads the features {unknown}, which this package does not compute; it "
+            f"computes {list(schema.FEATURE_NAMES)}"
+        )
+    if content.get("target") not in schema.TARGETS:
+        raise PredictorError(
+            f"{source} forecasts {content.get('target')!r}; known targets: {list(schema.TARGETS)}"
+        )
+    try:
+        return Predictor.model_validate(content)
+    except ValidationError as error:
+        raise PredictorError(f"{source} is not a predictor of this package:\n{error}") from None
+
+
+RULES_FEATURES = ("repetition_sum", "entropy_mean_8")
+RULES_HORIZON_TOKENS = 32
+
+
+def rules_predictor() -> Predictor:
+    """A risk from two rules, for a guard without a trained predictor.
+
+    The risk is that of either of two alarms, 1 - (1 - a)(1 - b): a is
+    one half where 12 of the last 32 tokens end an n-gram that was there before, b where the mean
+    entropy over 8 tokens is 4 nats. It is a score in [0, 1], not a calibrated probability.
+    """
+    return Predictor(
+        kind="rules",
+        target="any",
+        horizon_tokens=RULES_HORIZON_TOKENS,
+        feature_names=RULES_FEATURES,
+        feature_version=schema.FEATURE_VERSION,
+        model={},
+    )
+
+
+def _rules_log_odds(columns: Features) -> Floats:
+    repetition, entropy = np.nan_to_num(columns.astype(np.float64)).T
+    repeats = expit(0.5 * (repetition - 12))
+    confused = expit(2.0 * (entropy - 4))
+    risk = np.clip(1 - (1 - repeats) * (1 - confused), 1e-12, 1 - 1e-12)
+    return np.asarray(np.log(risk) - np.log1p(-risk), dtype=np.float64)
+
+
+def _linear_score(
+    model: Mapping[str, Any], columns: NDArray[np.int64]
+) -> Callable[[Features], Floats]:
+    """intercept + sum of coefficient x standardised feature; a missing value counts as the mean."""
+    means, scales, coefficients = (
+        np.asarray(model[name], dtype=np.float64) for name in ("means", "scales", "coefficients")
+    )
+    intercept = float(model["intercept"])
+
+    def score(features: Features) -> Floats:
+        standardised = np.nan_to_num((features[:, columns] - means) / scales)
+        return np.asarray(standardised @ coefficients + intercept, dtype=np.float64)
+
+    return score
+
+
+def _booster_score(
+    model: Mapping[str, Any], columns: NDArray[np.int64]
+) -> Callable[[Features], Floats]:
+    booster = xgboost.Booster({"nthread": 1})
+    booster.load_model(bytearray(json.dumps(model["booster"]).encode()))
+    booster.set_param({"nthread": 1})
+    log_weight, bins = float(np.log(model["class_weight"])), int(model["lead_bins"])
+
+    def margin(rows: Features) -> Floats:
+        raw = booster.inplace_predict(rows, predict_type="margin", validate_features=False)
+        return raw.astype(np.float64) - log_weight
+
+    def windowed(features: Features) -> Floats:
+        return margin(features[:, columns])
+
+    def survival(features: Features) -> Floats:
+        return survival_log_odds(margin(lead_rows(features[:, columns], bins)).reshape(-1, bins))
+
+    score = survival if bins else windowed
+    score(np.zeros((1, len(schema.FEATURE_NAMES)), np.float32))  # the first call is slow
+    return score
+
+
+def lead_rows(features: Features, bins: int) -> Features:
+    """Each row once per stretch of the horizon, the stretch's number appended: (n bins, d + 1)."""
+    leads = np.tile(np.arange(bins, dtype=np.float32), len(features))
+    return np.column_stack([np.repeat(features, bins, axis=0), leads])
+
+
+def survival_log_odds(margins: Floats) -> Floats:
+    """Log-odds (n,) of an event in any stretch, from each stretch's hazard log-odds (n, bins).
+
+    The risk is 1 - prod(1 - h); in logarithms, so that neither end loses digits.
+    """
+    log_survival = -np.logaddexp(0, margins).sum(axis=1)
+    return np.asarray(np.log(-np.expm1(log_survival)) - log_survival, dtype=np.float64)
