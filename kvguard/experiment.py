@@ -152,13 +152,13 @@ def run_shard(
             started = time.perf_counter()
             if completion.error is None:
                 audited = press is not None and experiment.generation.audit
-                tokens[prompt_id] = _tokens_frame(
+                tokens[prompt_id] = tokens_frame(
                     completion,
                     keys | {"prompt_id": prompt_id},
-                    _audit(model, completion, ready) if audited else None,
+                    audit_completion(model, completion, ready) if audited else None,
                     own=press is None,
                 )
-            traces[prompt_id] = _trace_row(completion, model, ready.decoding) | {
+            traces[prompt_id] = trace_row(completion, model, ready.decoding) | {
                 **keys,
                 "shard": shard,
                 "audit_seconds": time.perf_counter() - started,
@@ -173,7 +173,9 @@ def run_shard(
     return RunResult(check(frame, TRACES, "traces"), pl.concat(token_frames))
 
 
-def _audit(model: LoadedModel, completion: Completion, ready: Prepared) -> dict[str, NDArray[Any]]:
+def audit_completion(
+    model: LoadedModel, completion: Completion, ready: Prepared
+) -> dict[str, NDArray[Any]]:
     request = completion.request
     audit = audit_tokens(
         model.model,
@@ -190,14 +192,21 @@ def _audit(model: LoadedModel, completion: Completion, ready: Prepared) -> dict[
     }
 
 
-def _tokens_frame(
+def tokens_frame(
     completion: Completion,
     keys: dict[str, str],
     audit: dict[str, NDArray[Any]] | None,
     *,
     own: bool,
 ) -> pl.DataFrame:
-    """TOKENS rows of one completion; ``own``: the run is the uncompressed model's own."""
+    """TOKENS rows of one completion.
+
+    Args:
+        completion: a request that did not fail.
+        keys: model, press, ratio and prompt_id.
+        audit: audit_logprob, audit_is_argmax and audit_gap, (tokens,) each; None: not audited.
+        own: the tokens are the uncompressed model's own, which audits itself.
+    """
     count = len(completion.token_ids)
     columns = {name: completion.signals[:, i] for i, name in enumerate(SIGNAL_NAMES)}
     frame = pl.DataFrame(
@@ -224,7 +233,7 @@ def _tokens_frame(
     return check(conform(frame, TOKENS), TOKENS, "tokens")
 
 
-def _trace_row(completion: Completion, model: LoadedModel, decoding: Decoding) -> dict[str, object]:
+def trace_row(completion: Completion, model: LoadedModel, decoding: Decoding) -> dict[str, object]:
     request = completion.request
     ok = completion.error is None
     held = completion.kv_bytes

@@ -98,7 +98,8 @@ class RowReport(BaseModel):
         tokens_wasted: generated, then dropped.
         tokens_prefilled: of prompts, verifying passes and recoveries; a shared prefix counts.
         decode_steps: single-token passes, those of dropped tokens included.
-        kv_bytes_mean: allocated for the row, mean over its decode steps; None without a step.
+        kv_bytes_mean: bytes that the row's entries take, hidden ones too, mean over its decode
+            steps; None without a step. Padding belongs to the batch and is left out.
         kv_bytes_peak: the largest of them, and of the caches that verifying passes held.
         seconds: of this request's prefill, recoveries and share of the decoding.
         stop_reason: "eos", "length" or "stopped"; None on error.
@@ -434,7 +435,9 @@ class Watch:
         report.decode_steps = completion.decode_steps
         report.seconds = completion.prefill_seconds + completion.decode_seconds
         report.stop_reason, report.error = completion.stop_reason, completion.error
-        allocated = completion.kv_bytes.sum(axis=1)
+        allocated = completion.kv_bytes[:, :2].sum(
+            axis=1
+        )  # kept and masked; padding is the batch's
         if len(allocated):
             report.kv_bytes_mean = float(allocated.mean())
             report.kv_bytes_peak = max(report.kv_bytes_peak or 0, int(allocated.max()))

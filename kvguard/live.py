@@ -1,0 +1,173 @@
+"""The live experiment: policies on the same prompts, through the engine, with what they cost."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+
+from kvguard import config
+from kvguard.detectors import agreement, detect_outcomes
+from kvguard.engine import Completion, Session
+from kvguard.experiment import (
+    Prepared,
+    audit_completion,
+    prepare_requests,
+    tokens_frame,
+    trace_row,
+)
+from kvguard.guard import HazardModel, RowReport, Tolerance, Watch, guarded
+from kvguard.joblog import progress
+from kvguard.models import LoadedModel
+from kvguard.policies import make_policy
+from kvguard.presses import build_press
+from kvguard.prompts import Example, Prompt, prompts_frame
+from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
+
+
+def run_policy_shard(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    examples: Sequence[Example],
+    *,
+    press: config.Press,
+    ratio: str,
+    policy: str,
+    shard: int,
+    experiment: config.Config,
+    baseline: pl.DataFrame,
+    predictor: HazardModel | None = None,
+    controller: config.OperatingPoint | None = None,
+    alarm_rate: float | None = None,
+    constant_ratio: str | None = None,
+) -> pl.DataFrame:
+    """Run one policy over one condition's prompts.
+
+    Args:
+        model: a loaded model.
+        prompts: of the test split.
+        examples: few-shot examples.
+        press: the press to guard.
+        ratio: its ratio.
+        policy: one of config.POLICY_NAMES.
+        shard: number, stored in the rows.
+        experiment: the whole configuration.
+        baseline: OUTCOMES that hold the uncompressed run of these prompts.
+        predictor: for the guard's policies.
+        controller: their thresholds.
+        alarm_rate: share of requests that ``random`` alarms.
+        constant_ratio: the ratio of ``constant``.
+
+    Returns:
+        RUNS, source "live", one row a prompt in the prompts' order. What a request failed with is
+        in its row. ``prefilled_tokens`` counts a shared prefix for every pass that starts with it,
+        as if nothing were shared; ``seconds`` are those of the shared computation.
+    """
+    ready = prepare_requests(model, prompts, examples, experiment)
+    rule = make_policy(
+        policy,
+        ready.rows,
+        max_new_tokens=ready.decoding.max_new_tokens,
+        live=experiment.live,
+        controller=controller,
+        alarm_rate=alarm_rate,
+        press_ratio=constant_ratio,
+    )
+    compressor = build_press(press, rule.press_ratio or ratio)
+    session = Session(
+        model.model, ready.decoding, press=compressor, rows=ready.rows, prefix=ready.prefix
+    )
+    detection = experiment.detection
+    watch = Watch(
+        session,
+        rule,
+        predictor=predictor,
+        ratio=float(rule.press_ratio or ratio),
+        safe_ratio=float(experiment.controller.safe_ratio),
+        margin_nats=experiment.live.margin_nats,
+        tolerance=Tolerance(
+            window_tokens=detection.divergence_window_tokens, window_llr=detection.divergence_llr
+        ),
+        holdback_tokens=experiment.controller.holdback_tokens,
+        released=lambda _key, _tokens: None,  # counts what a streaming user would have seen
+    )
+    keys = {"model": model.name, "press": press.name, "ratio": ratio}
+    traces, tokens, reports = [], [], []
+    with progress(len(prompts), f"{press.name} {ratio} {policy} shard {shard:02d}") as advance:
+        for completion, report in guarded(session, ready.requests, watch):
+            traces.append(trace_row(completion, model, ready.decoding) | keys | {"shard": shard})
+            reports.append(_report_row(completion, report))
+            if completion.error is None:
+                tokens.append(_audited_tokens(model, completion, report, ready, keys))
+            advance(1, f"{len(report.alarm_steps)} alarms")
+    frame = pl.DataFrame(traces, schema=TRACES)
+    outcomes = detect_outcomes(
+        prompts_frame(prompts), frame, pl.concat([pl.DataFrame(schema=TOKENS), *tokens]), detection
+    )
+    outcomes = outcomes.with_columns(agrees=agreement(outcomes, baseline))
+    order = pl.DataFrame({"prompt_id": [prompt.prompt_id for prompt in prompts]})
+    runs = (
+        order.join(frame, on="prompt_id", maintain_order="left")
+        .join(pl.DataFrame(reports, schema=_REPORT), on="prompt_id", maintain_order="left")
+        .join(outcomes.drop("model", "press", "ratio"), on="prompt_id", maintain_order="left")
+        .with_columns(policy=pl.lit(policy), source=pl.lit("live"))
+    )
+    return check(conform(runs, RUNS), RUNS, "runs")
+
+
+_REPORT = {
+    name: RUNS[name]
+    for name in (
+        "prompt_id",
+        "token_ids",
+        "alarmed",
+        "alarm_steps",
+        "rewound_to",
+        "unrecoverable",
+        "kv_bytes_mean",
+        "kv_bytes_peak",
+        "prefilled_tokens",
+        "decode_steps",
+        "wasted_tokens",
+        "seconds",
+    )
+}
+
+
+def _report_row(completion: Completion, report: RowReport) -> dict[str, object]:
+    ok = completion.error is None
+    return {
+        "prompt_id": completion.request.key,
+        "token_ids": completion.token_ids if ok else None,
+        "alarmed": bool(report.alarm_steps),
+        "alarm_steps": report.alarm_steps,
+        "rewound_to": report.rewound_to,
+        "unrecoverable": report.unrecoverable,
+        "kv_bytes_mean": report.kv_bytes_mean,
+        "kv_bytes_peak": report.kv_bytes_peak,
+        "prefilled_tokens": report.tokens_prefilled,
+        "decode_steps": report.decode_steps,
+        "wasted_tokens": report.tokens_wasted,
+        "seconds": report.seconds,
+    }
+
+
+def _audited_tokens(
+    model: LoadedModel,
+    completion: Completion,
+    report: RowReport,
+    ready: Prepared,
+    keys: dict[str, str],
+) -> pl.DataFrame:
+    """TOKENS of the final answer, audited; an audit is a measurement and costs the policy nothing.
+
+    Tokens that a recovery verified are the uncompressed model's as much as the compressed one's:
+    their log-likelihood ratio is 0.
+    """
+    audit = audit_completion(model, completion, ready)
+    verified = max(report.rewound_to, default=0)
+    frame = tokens_frame(completion, keys | {"prompt_id": completion.request.key}, audit, own=False)
+    settled = pl.col("position") < np.int32(verified)
+    return frame.with_columns(
+        chosen_logprob=pl.when(settled).then("audit_logprob").otherwise("chosen_logprob"),
+        llr=pl.when(settled).then(pl.lit(0.0, pl.Float32)).otherwise("llr"),
+    )
