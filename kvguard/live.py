@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import polars as pl
 
 from kvguard import config
@@ -166,7 +165,7 @@ def _audited_tokens(
     audit = audit_completion(model, completion, ready)
     verified = max(report.rewound_to, default=0)
     frame = tokens_frame(completion, keys | {"prompt_id": completion.request.key}, audit, own=False)
-    settled = pl.col("position") < np.int32(verified)
+    settled = pl.col("position") < pl.lit(verified, pl.Int32)
     return frame.with_columns(
         chosen_logprob=pl.when(settled).then("audit_logprob").otherwise("chosen_logprob"),
         llr=pl.when(settled).then(pl.lit(0.0, pl.Float32)).otherwise("llr"),
