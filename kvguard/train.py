@@ -1,10 +1,4 @@
-"""Splits by prompt, the check that nothing leaks between them, and training.
-
-**Who sees which prompts.** Fitting, early stopping and search see train prompts only. The
-calibration prompts are divided once more by `calibration_parts`: one part fits the map from scores
-to probabilities, the other is kept for the certificate, which is only valid for a predictor that
-was fixed before it saw them. Test prompts are read by evaluation alone. `SplitGuard` checks each
-matrix when it is made, and a foreign prompt in it ends the run.
+"""Training of the hazard predictors.
 
 **Two formulations.** ``windowed``: one binary model of "the onset lies within the horizon".
 ``discrete_time``: the horizon is cut into `LEAD_BINS` stretches; one model gives the hazard of an
@@ -49,6 +43,18 @@ from kvguard.predictor import (
     save_refusal,
     survival_log_odds,
 )
+from kvguard.splits import (
+    LeakageError,
+    SplitGuard,
+    Table,
+    assert_disjoint,
+    calibration_parts,
+    hash_order,
+    prompts_of,
+    read_splits,
+    scan_table,
+    split_prompts,
+)
 
 __all__ = [
     "LeakageError",
@@ -73,9 +79,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Table = pl.DataFrame | str | Path
-"""A table, or the Parquet file that holds it."""
-
 Bools = NDArray[np.bool_]
 Formulation = Literal["windowed", "discrete_time"]
 Parameters = dict[str, float | int]
@@ -90,169 +93,6 @@ BASELINE_KINDS: tuple[BaselineKind, ...] = ("logistic", "entropy", "position")
 MODEL_FILE = "hazard_{target}.json"
 DEFAULT_FILE = "hazard_predictor.json"
 BASELINES_FILE = "baselines.json"
-
-STAGES = {
-    "fit": "train",
-    "early_stopping": "train",
-    "search": "train",
-    "feature_choice": "train",
-    "out_of_fold": "train",
-    "probability_calibration": "calibration",
-    "importance": "calibration",
-    "thresholds": "calibration",
-    "certificate": "calibration",
-    "evaluate": "test",
-}
-"""Which split each stage may see."""
-
-
-# --- splits and the leakage check ----------------------------------------------------------------
-
-
-def split_prompts(prompt_ids: Iterable[str], splits: config.Splits, seed: int) -> pl.DataFrame:
-    """Assign every prompt to train, calibration or test.
-
-    Prompts are ordered by a hash of their id and the seed, and that order is cut at the shares
-    (largest remainders, so that they are exact to one prompt). The order of ``prompt_ids`` and
-    repetitions in it make no difference.
-
-    Returns:
-        `schema.SPLITS`, sorted by prompt.
-
-    Raises:
-        ValueError: a split would be empty; says how many prompts are needed.
-    """
-    unique = sorted(set(prompt_ids))
-    shares = [getattr(splits, name) for name in schema.SPLIT_NAMES]
-    counts = _largest_remainders(len(unique), shares)
-    if min(counts) == 0:
-        needed = len(unique) + 1
-        while min(_largest_remainders(needed, shares)) == 0:
-            needed += 1
-        raise ValueError(
-            f"{len(unique)} prompts cannot fill splits of {shares}: at least {needed} prompts are "
-            f"needed so that none of {', '.join(schema.SPLIT_NAMES)} is empty"
-        )
-    ordered = _hash_order(unique, str(seed))
-    names = np.repeat(schema.SPLIT_NAMES, counts).tolist()
-    frame = pl.DataFrame({"prompt_id": ordered, "split": names}, schema=schema.SPLITS)
-    return frame.sort("prompt_id")
-
-
-def calibration_parts(
-    splits: pl.DataFrame, probability_share: float
-) -> tuple[list[str], list[str]]:
-    """Divide the calibration prompts: those that fit probabilities, those kept to certify.
-
-    By a hash of the ids alone, so every caller gets the same parts. Each part has at least one
-    prompt; a single calibration prompt certifies, and the probabilities stay uncalibrated.
-    """
-    ids = _ids(splits, "calibration")
-    ordered = _hash_order(ids, "probability")
-    count = min(max(round(probability_share * len(ids)), 1), len(ids) - 1)
-    return sorted(ordered[:count]), sorted(ordered[count:])
-
-
-class LeakageError(RuntimeError):
-    """A prompt is where it must not be: in another split's matrix, or in two splits."""
-
-
-def assert_disjoint(groups: Mapping[str, Iterable[str]]) -> None:
-    """Check that no prompt is in two of the named groups.
-
-    Raises:
-        LeakageError: names the two groups and a prompt that both hold.
-    """
-    seen: dict[str, str] = {}
-    for name, prompts in groups.items():
-        for prompt in set(prompts):
-            if prompt in seen:
-                raise LeakageError(f"prompt {prompt} is in {seen[prompt]!r} and in {name!r}")
-            seen[prompt] = name
-
-
-class SplitGuard:
-    """Checks that each stage sees prompts of its own split only, and keeps a record.
-
-    Raises:
-        LeakageError: a prompt is listed twice, or a split has an unknown name.
-    """
-
-    def __init__(self, splits: pl.DataFrame) -> None:
-        twice = splits.filter(pl.col("prompt_id").is_duplicated())
-        if twice.height:
-            raise LeakageError(f"splits: prompt {twice['prompt_id'][0]} is listed more than once")
-        unknown = set(splits["split"]) - set(schema.SPLIT_NAMES)
-        if unknown:
-            raise LeakageError(f"splits: unknown {sorted(unknown)}; known: {schema.SPLIT_NAMES}")
-        self.splits = splits
-        self._split_of = dict(zip(splits["prompt_id"], splits["split"], strict=True))
-        self._records: list[dict[str, Any]] = []
-
-    def check(self, stage: str, prompts: pl.Series | Sequence[str], purpose: str = "") -> None:
-        """Check the prompts of one matrix, given for each of its rows.
-
-        Args:
-            stage: a key of `STAGES`, which says the split that it may see.
-            prompts: the prompt of every row.
-            purpose: what the matrix is for, kept in the record.
-
-        Raises:
-            LeakageError: names the stage, the foreign prompt and the split that it belongs to.
-        """
-        allowed = STAGES[stage]
-        rows = pl.Series("prompt_id", prompts, dtype=pl.String)
-        unique = rows.unique().sort().to_list()
-        foreign = [prompt for prompt in unique if self._split_of.get(prompt) != allowed]
-        if foreign:
-            origin = self._split_of.get(foreign[0], "no split at all")
-            raise LeakageError(
-                f"{stage} ({purpose or 'no purpose given'}) may see {allowed} prompts only, but "
-                f"its matrix holds {len(foreign)} others, such as {foreign[0]} of {origin}"
-            )
-        self._records.append(
-            {
-                "stage": stage,
-                "purpose": purpose,
-                "split": allowed,
-                "rows": len(rows),
-                "prompts": len(unique),
-                "prompts_digest": digest(unique),
-                "foreign_prompts": len(foreign),
-            }
-        )
-
-    def table(self) -> pl.DataFrame:
-        """One row per checked matrix: stage, purpose, split, rows, prompts and their digest."""
-        return pl.DataFrame(
-            self._records,
-            schema={
-                "stage": pl.String,
-                "purpose": pl.String,
-                "split": pl.String,
-                "rows": pl.Int64,
-                "prompts": pl.Int64,
-                "prompts_digest": pl.String,
-                "foreign_prompts": pl.Int64,
-            },
-        )
-
-
-def _largest_remainders(total: int, shares: Sequence[float]) -> list[int]:
-    exact = [round(total * share, 9) for share in shares]
-    counts = [int(value) for value in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
-    for index in by_remainder[: total - sum(counts)]:
-        counts[index] += 1
-    return counts
-
-
-def _hash_order(ids: Iterable[str], salt: str) -> list[str]:
-    return sorted(ids, key=lambda item: hashlib.sha256(f"{salt}:{item}".encode()).hexdigest())
-
-
-def _ids(splits: pl.DataFrame, split: str) -> list[str]:
-    return splits.filter(pl.col("split") == split)["prompt_id"].sort().to_list()
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -297,10 +137,10 @@ def load_rows(
     Raises:
         ValueError: a token has features but no label, or there are no tokens.
     """
-    ids = _ids(splits, split) if isinstance(split, str) else sorted(split)
+    ids = prompts_of(splits, split) if isinstance(split, str) else sorted(split)
     chosen = pl.LazyFrame({"prompt_id": ids}, schema={"prompt_id": pl.String})
     left, right = (
-        _scan(table).join(chosen, on="prompt_id", how="semi") for table in (features, labels)
+        scan_table(table).join(chosen, on="prompt_id", how="semi") for table in (features, labels)
     )
     lengths = [part.select(pl.len()).collect().item() for part in (left, right)]
     joined = left.join(right, on=schema.TOKEN_KEYS, how="inner").sort(schema.TOKEN_KEYS).collect()
@@ -313,19 +153,6 @@ def load_rows(
         )
     matrix = joined.select(schema.FEATURE_NAMES).to_numpy().astype(np.float32, order="C")
     return Rows(joined.select(list(schema.LABELS)), matrix)
-
-
-def _scan(table: Table) -> pl.LazyFrame:
-    if isinstance(table, pl.DataFrame):
-        return table.lazy()
-    return pl.scan_parquet(table, hive_partitioning=False)
-
-
-def read_splits(splits: Table) -> pl.DataFrame:
-    """The splits table, from a frame or a file."""
-    if isinstance(splits, pl.DataFrame):
-        return schema.check(splits, schema.SPLITS, "splits")
-    return schema.read_table(splits, schema.SPLITS)
 
 
 def eligible(rows: Rows, target: str, settings: config.Predictor) -> Bools:
@@ -511,7 +338,7 @@ def _stopping_prompts(rows: Rows, target: str, share: float) -> list[str]:
     others = set(rows.keys["prompt_id"]) - harmed
     chosen: list[str] = []
     for group in (harmed, others):
-        ordered = _hash_order(group, "early stopping")
+        ordered = hash_order(group, "early stopping")
         chosen += ordered[: min(max(round(share * len(ordered)), 1), len(ordered) - 1)]
     return sorted(chosen)
 
@@ -828,7 +655,7 @@ def _folds(rows: Rows, target: str, folds: int) -> dict[str, int]:
     others = set(rows.keys["prompt_id"]) - harmed
     if len(harmed) < 2 * folds:
         raise Refusal(f"{len(harmed)} harmed train prompts; {folds} folds need {2 * folds}")
-    dealt = _hash_order(harmed, "fold") + _hash_order(others, "fold")
+    dealt = hash_order(harmed, "fold") + hash_order(others, "fold")
     return {prompt: index % folds for index, prompt in enumerate(dealt)}
 
 
@@ -1082,7 +909,11 @@ def predict_tokens(
         `schema.PREDICTIONS`, targets one after the other, tokens in the order of ``features``.
     """
     known = read_splits(splits)
-    rows = _scan(features).collect().join(known, on="prompt_id", how="inner", maintain_order="left")
+    rows = (
+        scan_table(features)
+        .collect()
+        .join(known, on="prompt_id", how="inner", maintain_order="left")
+    )
     matrix = rows.select(schema.FEATURE_NAMES).to_numpy().astype(np.float32, order="C")
     keys = rows.select(*schema.TOKEN_KEYS, "split")
     parts = [
@@ -1102,7 +933,7 @@ def write_predictions(
     """`predict_tokens` out of core, one (model, press, ratio) at a time, into a Parquet file."""
     known = read_splits(splits)
     condition = ["model", "press", "ratio"]
-    lazy = _scan(features)
+    lazy = scan_table(features)
     conditions = lazy.select(condition).unique().sort(condition).collect()
     empty = pl.DataFrame(schema=schema.PREDICTIONS).to_arrow()
     with (
