@@ -1,0 +1,448 @@
+"""Features of a token: its signals, their last few values, repetition, position and ratio.
+
+One set of kernels serves both uses, and their results agree bit for bit. `compute_features` and
+`build_features` lay whole traces end to end; `FeatureState` carries what a kernel needs of the past
+and takes the next token of each row of a batch. Sums are float64, added in one fixed order, and
+cast to float32 at the end.
+
+- ``repeated_ngram`` is 1 where the 4 tokens that end here also stand, as a whole, somewhere earlier
+  within the last 128 generated tokens; the two may overlap. ``repetition_sum`` adds it up over the
+  last 32 tokens.
+- ``*_mean_8`` and ``*_std_8`` (population standard deviation) are over the last 8 tokens, or over
+  as many as there are. An undefined value (``entropy_delta`` of the first token) is left out; where
+  none is left the feature is null in tables and NaN in arrays.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import ArrayLike, NDArray
+
+from kvguard import schema
+
+ROLLING_TOKENS = 8
+NGRAM_TOKENS = 4
+NGRAM_WINDOW_TOKENS = 128
+REPETITION_TOKENS = 32
+
+ROLLED = ("entropy", "top1_probability", "alternatives_entropy", "entropy_delta")
+"""Signals whose rolling mean and standard deviation are features."""
+
+_REPETITION = ("repeated_ngram", "repetition_sum")
+_NO_RATIO = tuple(name for name in schema.FEATURE_NAMES if name != "compression_ratio")
+_NO_REPETITION = tuple(name for name in _NO_RATIO if name not in _REPETITION)
+
+FEATURE_SETS: dict[str, tuple[str, ...]] = {
+    "full": schema.FEATURE_NAMES,
+    "no_ratio": _NO_RATIO,
+    "no_repetition": _NO_REPETITION,
+    "logit_only": tuple(name for name in _NO_REPETITION if name != "relative_position"),
+}
+"""Named ablation sets; each one drops what the one before it drops, and more."""
+
+_SIGNALS = tuple(schema.SIGNALS)
+_ROLLED_COLUMNS = np.array([_SIGNALS.index(name) for name in ROLLED])
+_PAST = ROLLING_TOKENS - 1
+_LANES = 3 * len(ROLLED)  # value, square, 1 where defined
+_NGRAM_PAST = NGRAM_TOKENS - 1
+_LAGS = NGRAM_WINDOW_TOKENS - NGRAM_TOKENS  # how far back an earlier n-gram may end
+_ABSENT = -1  # stands for an n-gram that would begin before the first token
+_DERIVED = schema.FEATURE_NAMES[len(_SIGNALS) :]
+_BLOCK_ROWS = 8192  # kernels work on pieces that stay in a core's cache
+_FLAG = len(_SIGNALS)
+_STATISTICS = slice(_FLAG + 1, _FLAG + 1 + 2 * len(ROLLED))
+_SUM, _POSITION, _RATIO = range(_STATISTICS.stop, len(schema.FEATURE_NAMES))
+
+
+def compute_features(tokens: pl.DataFrame, traces: pl.DataFrame) -> pl.DataFrame:
+    """Compute the features of every token of a table.
+
+    Args:
+        tokens: at least the columns `schema.TOKEN_KEYS`, ``token_id`` and `schema.SIGNALS`, of
+            whole traces.
+        traces: at least `schema.TRACE_KEYS` and ``max_new_tokens``, of all those traces.
+
+    Returns:
+        `schema.FEATURES`, trace by trace in order of position; null where undefined.
+
+    Raises:
+        ValueError: a trace's positions do not count 0, 1, 2, ..., or its ``max_new_tokens`` is not
+            known or smaller than its number of tokens.
+    """
+    tokens, offsets = schema.order_by_trace(tokens.select(_TOKEN_COLUMNS))
+    derived = _derived_columns(tokens, offsets, traces)
+    frame = tokens.select(
+        *schema.TOKEN_KEYS, *(pl.col(name).cast(pl.Float32) for name in _SIGNALS)
+    ).hstack(
+        [
+            pl.Series(name, column, nan_to_null=True)
+            for name, column in zip(_DERIVED, derived, strict=True)
+        ]
+    )
+    return schema.check(frame, schema.FEATURES, "features")
+
+
+_TOKEN_COLUMNS = (*schema.TOKEN_KEYS, "token_id", *_SIGNALS)
+
+
+def _derived_columns(
+    tokens: pl.DataFrame, offsets: NDArray[np.int64], traces: pl.DataFrame
+) -> NDArray[np.float32]:
+    """(12, rows) the features that are not signals, of tokens in trace order."""
+    keys = tokens[offsets[:-1]].select(schema.TRACE_KEYS)
+    limits = keys.join(
+        traces.select(*schema.TRACE_KEYS, "max_new_tokens"),
+        on=schema.TRACE_KEYS,
+        how="left",
+        maintain_order="left",
+    )
+    lengths = np.diff(offsets)
+    wrong = limits.filter(
+        pl.col("max_new_tokens").is_null() | (pl.col("max_new_tokens") < pl.Series(lengths))
+    )
+    if wrong.height:
+        row = wrong.row(0, named=True)
+        raise ValueError(f"max_new_tokens must be at least a trace's number of tokens, got {row}")
+    rolled = [tokens[name].to_numpy() for name in ROLLED]
+    token_ids = tokens["token_id"].to_numpy().astype(np.int64)
+    derived = np.empty((len(_DERIVED), tokens.height), dtype=np.float32)
+    for first, last in _blocks(offsets):
+        rows = slice(int(offsets[first]), int(offsets[last]))
+        _derive_block(
+            np.stack([column[rows] for column in rolled], axis=-1),
+            token_ids[rows],
+            lengths[first:last],
+            derived[:, rows],
+        )
+    position = tokens["position"].to_numpy()
+    derived[_POSITION - _FLAG] = position / np.repeat(limits["max_new_tokens"].to_numpy(), lengths)
+    derived[_RATIO - _FLAG] = np.repeat(keys["ratio"].cast(pl.Float64).to_numpy(), lengths)
+    return derived
+
+
+def _blocks(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Ranges of whole traces of about `_BLOCK_ROWS` rows each."""
+    first = 0
+    while first < len(offsets) - 1:
+        last = int(np.searchsorted(offsets, offsets[first] + _BLOCK_ROWS, side="right")) - 1
+        last = max(last, first + 1)
+        yield first, last
+        first = last
+
+
+def _derive_block(
+    rolled: NDArray[np.float32],
+    token_ids: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    derived: NDArray[np.float32],
+) -> None:
+    """Fill ``derived`` (12, n) but for position and ratio, for whole traces end to end.
+
+    Args:
+        rolled: (n, 4) the signals `ROLLED`, NaN where undefined.
+        token_ids: (n,).
+        lengths: (traces,) their numbers of tokens; none is 0.
+        derived: (12, n), filled in place.
+    """
+    rows = np.arange(len(token_ids))
+    start = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    # Undefined rows before each trace stand for the tokens that it does not have.
+    at = rows + _PAST * (np.repeat(np.arange(len(lengths)), lengths) + 1)
+    lanes = np.zeros((len(rows) + _PAST * len(lengths), _LANES))
+    lanes[at] = _rolling_lanes(rolled)
+    derived[_STATISTICS.start - _FLAG : _STATISTICS.stop - _FLAG] = _rolling_statistics(lanes)[
+        at - _PAST
+    ].T
+    repeated = _repeated_in(token_ids, rows - start)
+    total = np.concatenate([[0], np.cumsum(repeated)])
+    derived[0] = repeated
+    derived[_SUM - _FLAG] = total[1:] - total[np.maximum(rows + 1 - REPETITION_TOKENS, start)]
+
+
+def _rolling_lanes(rolled: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(..., 4) values -> (..., 12): values, squares, ones; all 0 where a value is undefined."""
+    defined = ~np.isnan(rolled)
+    values = np.where(defined, rolled, np.float32(0)).astype(np.float64)
+    return np.concatenate([values, values * values, defined], axis=-1)
+
+
+def _rolling_statistics(lanes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean and standard deviation over 8 tokens: (7 + t, ..., 12) -> (t, ..., 8).
+
+    The sums run over axis 0 as a tree: of 2, of 4, of 8. Squares of float32 are exact in float64,
+    so that a constant signal has a deviation of exactly 0.
+    """
+    sums = lanes[1:] + lanes[:-1]
+    sums = sums[2:] + sums[:-2]
+    sums = sums[4:] + sums[:-4]
+    signals = len(ROLLED)
+    count = sums[..., 2 * signals :]
+    count = np.where(count > 0, count, np.nan)
+    mean = sums[..., :signals] / count
+    variance = sums[..., signals : 2 * signals] / count - mean * mean
+    statistics = np.empty((*mean.shape[:-1], 2 * signals))
+    statistics[..., 0::2] = mean
+    statistics[..., 1::2] = np.sqrt(np.maximum(variance, 0))
+    return statistics
+
+
+def _ngrams(
+    token_ids: NDArray[np.int64], position: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of tokens, and the n-gram that ends at each token as two pairs: (pairs, tails, heads).
+
+    A pair is two token ids in one integer, so that equal integers are equal tokens.
+    """
+    pairs = np.full(len(token_ids), _ABSENT)
+    pairs[1:] = token_ids[:-1] << 32 | token_ids[1:]
+    heads = np.full(len(token_ids), _ABSENT)
+    heads[2:] = pairs[:-2]
+    return pairs, np.where(position >= _NGRAM_PAST, pairs, _ABSENT), heads
+
+
+def _repeated_in(token_ids: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(n,) whether the n-gram that ends here stands earlier in its trace, within the window."""
+    _, tails, heads = _ngrams(token_ids, position)
+    before = np.full(_LAGS, _ABSENT)
+    return _repeated(
+        tails,
+        heads,
+        sliding_window_view(np.concatenate([before, tails[:-1]]), _LAGS),
+        sliding_window_view(np.concatenate([before, heads[:-1]]), _LAGS),
+        position - _NGRAM_PAST,
+    )
+
+
+def _repeated(
+    tails: NDArray[np.int64],
+    heads: NDArray[np.int64],
+    earlier_tails: NDArray[np.int64],
+    earlier_heads: NDArray[np.int64],
+    reach: NDArray[np.int64] | None = None,
+) -> NDArray[np.bool_]:
+    """(n,) whether an n-gram is among the `_LAGS` earlier ones.
+
+    Args:
+        tails, heads: (n,) the n-gram in two pairs.
+        earlier_tails, earlier_heads: (n, 124) those before it, `_ABSENT` where there is none.
+        reach: (n,) how many of the last ones belong to the same trace; None: all that are there.
+    """
+    same = earlier_tails == tails[:, None]
+    repeated: NDArray[np.bool_] = same.any(axis=1)
+    rows = np.flatnonzero(repeated)
+    if len(rows):  # the tail alone is seen far less often than not: look at the rest only there
+        whole = same[rows] & (earlier_heads[rows] == heads[rows, None])
+        if reach is not None:
+            whole &= np.arange(_LAGS, 0, -1) <= reach[rows, None]
+        repeated[rows] = whole.any(axis=1)
+    return repeated
+
+
+class FeatureState:
+    """What the features of the next token need of the past, for each row of a batch.
+
+    Args:
+        rows: size of the batch.
+        max_new_tokens: (rows,) or one for all.
+        ratio: (rows,) or one for all: compression ratio, in [0, 1).
+    """
+
+    def __init__(self, rows: int, max_new_tokens: ArrayLike, ratio: ArrayLike) -> None:
+        self._limit = np.empty(rows, dtype=np.int64)
+        self._limit[:] = max_new_tokens
+        self._ratio = np.empty(rows, dtype=np.float32)
+        self._ratio[:] = ratio
+        self._position = np.zeros(rows, dtype=np.int64)
+        self._lanes = np.zeros((_PAST, rows, _LANES))
+        self._recent = np.full((3, rows), _ABSENT)  # last token, last pair, the pair before it
+        self._tails = np.full((rows, _LAGS), _ABSENT)  # ring: the n-gram of position p at p % 124
+        self._heads = np.full((rows, _LAGS), _ABSENT)
+        self._repeats = np.zeros(rows, dtype=np.uint32)  # bit i: the token i steps back repeated
+
+    def step(
+        self,
+        rows: NDArray[np.integer[Any]],
+        signals: NDArray[np.float32],
+        token_ids: NDArray[np.integer[Any]],
+        positions: NDArray[np.integer[Any]],
+    ) -> NDArray[np.float32]:
+        """Take one more token of each of some rows and return its features.
+
+        Args:
+            rows: (n,) rows of the batch, each at most once.
+            signals: (n, 28) in the order of `schema.SIGNALS`, NaN where undefined.
+            token_ids: (n,) the tokens.
+            positions: (n,) how many tokens each row had before.
+
+        Returns:
+            (n, 40) in the order of `schema.FEATURE_NAMES`.
+
+        Raises:
+            ValueError: a position does not follow the row's last one.
+        """
+        expected = self._position[rows]
+        if (expected != positions).any():
+            raise ValueError(f"positions must be {expected.tolist()}, got {positions.tolist()}")
+        features = np.empty((len(rows), len(schema.FEATURE_NAMES)), dtype=np.float32)
+        features[:, :_FLAG] = signals
+
+        lanes = np.empty((ROLLING_TOKENS, len(rows), _LANES))
+        lanes[:-1] = self._lanes[:, rows]
+        lanes[-1] = _rolling_lanes(signals[:, _ROLLED_COLUMNS])
+        self._lanes[:, rows] = lanes[1:]
+        features[:, _STATISTICS] = _rolling_statistics(lanes)[0]
+
+        last, pairs, heads = self._recent[:, rows]
+        tails = last << 32 | token_ids
+        repeated = _repeated(tails, heads, self._tails[rows], self._heads[rows])
+        slots = expected % _LAGS
+        self._tails[rows, slots] = np.where(heads >= 0, tails, _ABSENT)
+        self._heads[rows, slots] = heads
+        self._recent[:, rows] = token_ids, tails, pairs
+        repeats = self._repeats[rows] << np.uint32(1) | repeated
+        self._repeats[rows] = repeats
+
+        features[:, _FLAG] = repeated
+        features[:, _SUM] = np.bitwise_count(repeats)
+        features[:, _POSITION] = expected / self._limit[rows]
+        features[:, _RATIO] = self._ratio[rows]
+        self._position[rows] = expected + 1
+        return features
+
+    def move(self, source: int, target: int) -> None:
+        """Let the request in row ``source`` go on in row ``target``, whose past is lost."""
+        for state in (self._limit, self._ratio, self._position, self._tails, self._heads):
+            state[target] = state[source]
+        self._repeats[target] = self._repeats[source]
+        self._lanes[:, target] = self._lanes[:, source]
+        self._recent[:, target] = self._recent[:, source]
+
+    def reset(self, row: int, ratio: float, max_new_tokens: int) -> None:
+        """Forget a row's past: a new request begins there."""
+        self._limit[row] = max_new_tokens
+        self._ratio[row] = ratio
+        self._position[row] = 0
+        self._lanes[:, row] = 0
+        self._recent[:, row] = _ABSENT
+        self._tails[row] = _ABSENT
+        self._heads[row] = _ABSENT
+        self._repeats[row] = 0
+
+    def replace(
+        self,
+        row: int,
+        signals: NDArray[np.float32],
+        token_ids: NDArray[np.integer[Any]],
+        ratio: float | None = None,
+    ) -> None:
+        """Put another past in a row's place, as after a rewind.
+
+        Args:
+            row: the row of the batch.
+            signals: (t, 28) of all its tokens so far, NaN where undefined.
+            token_ids: (t,) those tokens.
+            ratio: the row's compression ratio from here on; None: as before.
+
+        Raises:
+            ValueError: signals and tokens of different length.
+        """
+        length = len(token_ids)
+        if len(signals) != length:
+            raise ValueError(f"signals of {len(signals)} tokens, but {length} token ids")
+        self.reset(row, self._ratio[row] if ratio is None else ratio, int(self._limit[row]))
+        self._position[row] = length
+        if not length:
+            return
+        lanes = _rolling_lanes(signals[-_PAST:, _ROLLED_COLUMNS])
+        self._lanes[_PAST - len(lanes) :, row] = lanes
+        # The last 32 flags look back 127 tokens each; what lies further back is forgotten anyway.
+        kept = np.asarray(token_ids, dtype=np.int64)[-(REPETITION_TOKENS + NGRAM_WINDOW_TOKENS) :]
+        position = np.arange(len(kept))
+        pairs, tails, heads = _ngrams(kept, position)
+        self._recent[: min(3, 1 + length), row] = np.concatenate([kept[-1:], pairs[-1:-3:-1]])
+        slots = np.arange(length - len(kept), length)[-_LAGS:] % _LAGS
+        self._tails[row, slots] = tails[-_LAGS:]
+        self._heads[row, slots] = heads[-_LAGS:]
+        flags = _repeated_in(kept, position)[: -REPETITION_TOKENS - 1 : -1]
+        self._repeats[row] = int(flags @ (1 << np.arange(len(flags))))
+
+
+def build_features(
+    token_paths: Sequence[str | Path],
+    trace_paths: Sequence[str | Path],
+    target: str | Path,
+    *,
+    chunk_rows: int = 65_536,
+) -> None:
+    """Compute the features of many token files into one file, a piece at a time.
+
+    Memory holds a few pieces of ``chunk_rows`` rows (or of one trace, if that is longer), whatever
+    the sizes of the files. One piece is read and one written while a third is computed.
+
+    Args:
+        token_paths: Parquet files of `schema.TOKENS`, each trace's rows together and in order.
+        trace_paths: Parquet files of `schema.TRACES`, of all their traces.
+        target: the file to write (`schema.FEATURES`), rows in the order of ``token_paths``.
+        chunk_rows: about how many rows to hold at a time.
+
+    Raises:
+        ValueError: as `compute_features`; nothing is written.
+    """
+    columns = [*schema.TRACE_KEYS, "max_new_tokens"]
+    traces = pl.concat(
+        pl.read_parquet(Path(path), columns=columns, hive_partitioning=False)
+        for path in trace_paths
+    )
+    empty = _to_arrow(pl.DataFrame(schema=schema.FEATURES))
+    with (
+        schema.atomic_path(target) as temporary,
+        pq.ParquetWriter(
+            temporary,
+            empty.schema,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=list(schema.TRACE_KEYS),
+        ) as writer,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        pieces = _pieces(token_paths, chunk_rows)
+        reading = pool.submit(next, pieces, None)
+        writing: Future[None] | None = None
+        while (piece := reading.result()) is not None:
+            reading = pool.submit(next, pieces, None)
+            table = _to_arrow(compute_features(piece, traces))
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(writer.write_table, table)
+        if writing is not None:
+            writing.result()
+
+
+def _to_arrow(frame: pl.DataFrame) -> pa.Table:
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def _pieces(paths: Sequence[str | Path], chunk_rows: int) -> Iterator[pl.DataFrame]:
+    """Token rows of many files in order, in pieces of about ``chunk_rows``, cut between traces."""
+    held: list[pl.DataFrame] = []
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(chunk_rows, columns=list(_TOKEN_COLUMNS)):
+                held.append(pl.DataFrame(batch))
+                if sum(rows.height for rows in held) < chunk_rows:
+                    continue
+                rows = pl.concat(held)
+                starts = (rows["position"] == 0).arg_true()
+                cut = starts[-1] if len(starts) else 0
+                if cut:
+                    yield rows[:cut]
+                held = [rows[cut:]]
+    if held:
+        yield pl.concat(held)
