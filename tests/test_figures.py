@@ -1,0 +1,392 @@
+"""Figures show the numbers of their frames, refuse frames that lack some, and are written whole."""
+
+import itertools
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.container import ErrorbarContainer
+
+from kvguard import figures
+from kvguard.figures import MissingData
+
+PRESSES = ("snapkv", "streaming_llm", "expected_attention")
+RATIOS = ("0.500", "0.750")
+RATES = ("accuracy", "agreement", "cfr", *figures.KINDS)
+
+
+def interval(value, reach=0.1):
+    return {"": value, "_low": max(value - reach, 0.0), "_high": min(value + reach, 1.0)}
+
+
+def summary(models=("tiny",), presses=PRESSES, ratios=RATIOS, requests=24):
+    rows = []
+    conditions = [("none", "0.000"), *itertools.product(presses, ratios)]
+    for model, (number, (press, ratio)) in itertools.product(models, enumerate(conditions)):
+        row = {"model": model, "press": press, "ratio": ratio, "requests": requests}
+        row["prompts"] = requests
+        for place, metric in enumerate((*RATES, "excess_cfr", "excess_error")):
+            value = (7 * number + 3 * place) % 20 / 20
+            row |= {f"{metric}{end}": number for end, number in interval(value).items()}
+        rows.append(row)
+    return pl.DataFrame(rows)
+
+
+def only(count, *metrics):
+    """The summary's keys, its count and some of its metrics with their intervals."""
+    intervals = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
+    return summary().select("model", "press", "ratio", count, *intervals)
+
+
+def timeline(length, press="snapkv"):
+    rng = np.random.default_rng(length)
+    return pl.DataFrame(
+        {
+            "position": range(length),
+            "token_text": [f" word{n}" if n % 7 else " $5\n" for n in range(length)],
+            "entropy": rng.uniform(0, 3, length),
+            "hazard": rng.uniform(0, 1, length),
+            "mode": np.minimum(np.arange(length) * 3 // max(length, 1), 2),
+            "llr": rng.normal(0, 0.3, length),
+            "audit_is_argmax": np.arange(length) % 5 != 3,
+        },
+        schema_overrides={"mode": pl.Int8},
+    )
+
+
+def curves(targets=("any", "looping")):
+    rows = []
+    kinds = ("roc", "precision_recall", "calibration")
+    for target, predictor, kind in itertools.product(targets, figures._PREDICTORS, kinds):
+        for x in np.linspace(0, 1, 5):
+            rows.append(
+                {
+                    "target": target,
+                    "predictor": predictor,
+                    "curve": kind,
+                    "x": x,
+                    "y": math.sqrt(x),
+                    "y_low": max(math.sqrt(x) - 0.1, 0),
+                    "y_high": min(math.sqrt(x) + 0.1, 1),
+                    "score": 0.8125,
+                    "score_low": 0.7,
+                    "score_high": 0.9,
+                }
+            )
+    return pl.DataFrame(rows)
+
+
+def alarms(presses=PRESSES):
+    return pl.DataFrame(
+        [
+            {"press": press, "lead_time_tokens": lead, "detection_delay_tokens": delay}
+            for press in presses
+            for lead, delay in ((10, 3), (-4, 9), (None, None), (2, None))
+        ]
+    )
+
+
+def sensitivity(models=("tiny",)):
+    return pl.DataFrame(
+        [
+            {
+                "parameter": parameter,
+                "value": float(value),
+                "configured": value == values[1],
+                "model": model,
+                "press": press,
+                "ratio": ratio,
+                "cfr": 0.1 * place,
+                "cfr_low": 0.05 * place,
+                "cfr_high": 0.2 * place,
+            }
+            for model in models
+            for parameter, values in (("amnesia_llr", (0.5, 1)), ("loop_repeats", (2, 3, 4)))
+            for place, value in enumerate(values)
+            for press, ratio in (("none", "0.000"), *itertools.product(PRESSES, RATIOS))
+        ]
+    )
+
+
+def memory():
+    rows = []
+    for policy in ("none", "guard_rewind"):
+        for step in range(6):
+            mode = None if policy == "none" else (0, 0, 1, 2, 2, 2)[step]
+            size = 2**20 * (4 if mode == 2 else 1) + step * 1000
+            rows.append({"policy": policy, "step": step, "kv_bytes": size, "mode": mode})
+    return pl.DataFrame(rows, schema_overrides={"mode": pl.Int8})
+
+
+def policies(names=("none", "guard_rewind", "verify_all"), presses=PRESSES, ratios=RATIOS):
+    rows = []
+    for name, press, ratio in itertools.product(names, presses, ratios):
+        row = {"policy": name, "model": "tiny", "press": press, "ratio": ratio, "prompts": 6}
+        for place, metric in enumerate(figures.POLICY_METRICS):
+            value = 0.1 * (place + names.index(name)) * float(ratio)
+            row |= {f"{metric}{end}": number for end, number in interval(value, 0.05).items()}
+        rows.append(row)
+    return pl.DataFrame(rows)
+
+
+def gap():
+    rows = [
+        {"metric": metric, "policy": policy, "model": "tiny", "press": "snapkv", "ratio": "0.750"}
+        | {f"live{end}": number for end, number in interval(0.3).items()}
+        | {f"simulation{end}": number for end, number in interval(0.35).items()}
+        for metric in ("excess_cfr", "kv_bytes_mean")
+        for policy in ("none", "guard_rewind")
+    ]
+    return pl.DataFrame(rows)
+
+
+def pareto(models=("tiny",)):
+    rows = []
+    for _ in models:
+        for place, point in enumerate((None, "balanced", None, "aggressive")):
+            rows.append(
+                ("guard_rewind", point, 1e6 * (1 + place), 400.0 + 50 * place, 0.4 / (1 + place))
+            )
+        rows += [("none", None, 1e6, 400.0, 0.5), ("verify_all", None, 1e6, 600.0, 0.0)]
+        names = ["policy", "operating_point", "kv_bytes_mean", "prefilled_tokens", "excess_cfr"]
+    frame = pl.DataFrame(rows, schema=names, orient="row")
+    return frame.with_columns(
+        model=pl.Series([m for m in models for _ in range(6)]),
+        excess_cfr_low=pl.col("excess_cfr") - 0.1,
+        excess_cfr_high=pl.col("excess_cfr") + 0.1,
+    )
+
+
+def draw_trace(tokens):
+    return figures.plot_trace(
+        tokens,
+        press="snapkv",
+        title="snapkv 0.75: costs $5 or $6",
+        marks={"first rejected": 1, "looping": 2, "amnesia": None},
+        thresholds=(0.2, 0.5),
+    )
+
+
+DRAWN = {
+    "rates": (figures.plot_rates, lambda: only("requests", "accuracy", "agreement", "cfr")),
+    "failure_kinds": (figures.plot_failure_kinds, lambda: only("requests", *figures.KINDS)),
+    "excess": (figures.plot_excess, lambda: only("prompts", "excess_cfr", "excess_error")),
+    "trace": (draw_trace, lambda: timeline(20)),
+    "predictor": (figures.plot_predictor, curves),
+    "lead_time": (figures.plot_lead_time, alarms),
+    "sensitivity": (figures.plot_sensitivity, sensitivity),
+    "memory": (lambda frame: figures.plot_memory(frame, title="one request"), memory),
+    "policies": (figures.plot_policies, policies),
+    "pareto": (figures.plot_pareto, pareto),
+    "simulation_gap": (figures.plot_simulation_gap, gap),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_figure_is_saved_as_pdf_and_png(name, tmp_path):
+    plot, frame = DRAWN[name]
+    pdf, png = figures.save_figure(plot(frame()), tmp_path / "made" / f"{name}_0.750")
+    assert (pdf.name, png.name) == (f"{name}_0.750.pdf", f"{name}_0.750.png")
+    assert pdf.read_bytes().startswith(b"%PDF-")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in pdf.parent.iterdir()) == [pdf.name, png.name]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_each_column_is_needed_and_named(name):
+    plot, frame = DRAWN[name]
+    complete = frame()
+    for column in complete.columns:
+        with pytest.raises(MissingData, match=rf"'{name}'.*'{column}'"):
+            plot(complete.drop(column))
+    with pytest.raises(MissingData, match=rf"'{name}'.*empty"):
+        plot(complete.clear())
+
+
+def test_a_saved_figure_carries_no_date(tmp_path):
+    first = figures.save_figure(figures.plot_excess(summary()), tmp_path / "a")
+    second = figures.save_figure(figures.plot_excess(summary()), tmp_path / "b")
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    assert b"CreationDate" not in first[0].read_bytes()
+
+
+def error_bars(axes):
+    """Label to (x, y, low, high) of every error bar of the axes."""
+    found = {}
+    for container in axes.containers:
+        if isinstance(container, ErrorbarContainer):
+            line, _, (bars,) = container.lines
+            ends = np.array(bars.get_segments())[:, :, 1]
+            found[container.get_label()] = (line.get_ydata(), ends[:, 0], ends[:, 1])
+    return found
+
+
+def test_rates_are_drawn_with_their_intervals_and_the_baseline_as_a_band():
+    frame = summary()
+    axes = figures.plot_rates(frame).axes
+    assert [panel.get_title(loc="left") for panel in axes] == [
+        "accuracy",
+        "agrees with uncompressed",
+        "catastrophic failure rate",
+    ]
+    for panel, metric in zip(axes, ("accuracy", "agreement", "cfr"), strict=True):
+        bars = error_bars(panel)
+        assert set(bars) == {figures.press_styles(PRESSES)[press].label for press in PRESSES}
+        for press in PRESSES:
+            rows = frame.filter(pl.col("press") == press).sort("ratio")
+            y, low, high = bars[figures.press_styles([press])[press].label]
+            assert y == pytest.approx(rows[metric].to_list())
+            assert low == pytest.approx(rows[f"{metric}_low"].to_list())
+            assert high == pytest.approx(rows[f"{metric}_high"].to_list())
+        baseline = frame.filter(pl.col("press") == "none").row(0, named=True)
+        band = panel.patches[0].get_bbox()
+        assert (band.y0, band.y1) == (baseline[f"{metric}_low"], baseline[f"{metric}_high"])
+
+
+def test_an_undefined_rate_leaves_a_gap_and_an_undefined_metric_says_so():
+    frame = summary().with_columns(
+        accuracy=pl.when(pl.col("ratio") != "0.750").then("accuracy"), agreement=None
+    )
+    accuracy, agreement, _ = figures.plot_rates(frame).axes
+    assert {len(y) for y, _, _ in error_bars(accuracy).values()} == {1}
+    assert [text.get_text() for text in agreement.texts] == ["undefined"]
+    assert not error_bars(agreement)
+
+
+def test_a_press_has_one_colour_in_all_figures():
+    both = ["snapkv", "my_press"]
+    expected = figures.press_styles(both)
+    frame = summary(presses=("my_press",))
+    lines = figures.plot_rates(frame, presses=both).axes[0].containers
+    assert lines[0].lines[0].get_color() == expected["my_press"].colour
+    ends = figures.plot_lead_time(alarms(["my_press"]), presses=both).axes[0].lines
+    assert ends[0].get_color() == expected["my_press"].colour
+
+
+@given(st.sets(st.sampled_from([*figures._WELL_KNOWN, "a", "b", "c", "d", "e"])))
+@settings(deadline=None)
+def test_presses_differ_in_colour_and_marker(names):
+    styles = figures.press_styles(names)
+    looks = [(style.colour, style.marker) for style in styles.values()]
+    assert len(set(looks)) == len(looks)
+    assert styles == figures.press_styles(sorted(names, reverse=True))
+    if len(names) <= 8:
+        assert len({style.colour for style in styles.values()}) == len(styles)
+
+
+def test_excess_leaves_the_baseline_out_and_keeps_values_below_zero():
+    frame = summary().with_columns(pl.col("^excess_cfr.*$") - 0.5)
+    (axes,) = figures.plot_excess(frame).axes
+    drawn = [c.lines[0].get_xdata()[0] for c in axes.containers if c.get_label() == "excess_cfr"]
+    expected = frame.filter(pl.col("press") != "none")["excess_cfr"].to_list()
+    assert sorted(drawn) == pytest.approx(sorted(expected))
+    assert min(drawn) < 0
+    with pytest.raises(MissingData):
+        figures.plot_excess(frame.filter(pl.col("press") == "none"))
+
+
+@pytest.mark.parametrize("length", [1, 2, 40, 300])
+def test_a_trace_shows_every_signal_and_all_its_text(length):
+    tokens = timeline(length)
+    figure = draw_trace(tokens)
+    entropy, hazard, mode, llr = figure.axes
+    assert entropy.lines[0].get_ydata() == pytest.approx(tokens["entropy"].to_list())
+    assert hazard.lines[0].get_ydata() == pytest.approx(tokens["hazard"].to_list())
+    assert {line.get_ydata()[0] for line in hazard.lines[1:3]} == {0.2, 0.5}
+    tops = [segment[1][1] for segment in llr.collections[0].get_segments()]
+    assert tops == pytest.approx(tokens["llr"].to_list())
+    assert len(mode.patches) == len(set(tokens["mode"]))
+    labels = [label.get_text() for label in llr.get_xticklabels()]
+    if length <= 100:
+        assert labels == ["$5↵" if n % 7 == 0 else f"word{n}" for n in range(length)]
+    assert len(labels) * 0.08 < figure.get_figwidth()
+    assert [t.get_text() for t in entropy.texts] == ["first rejected", "looping"]
+
+
+def test_a_trace_without_predictor_or_audit_says_so():
+    empty = timeline(5).with_columns(
+        hazard=pl.lit(None, pl.Float32),
+        mode=pl.lit(None, pl.Int8),
+        llr=pl.lit(None, pl.Float32),
+        audit_is_argmax=pl.lit(None, pl.Boolean),
+    )
+    texts = [t.get_text() for axes in draw_trace(empty).axes for t in axes.texts]
+    assert {"no predictor", "no controller", "not audited"} <= set(texts)
+    assert not any("rejected by" in text for text in texts)
+
+
+def test_lead_time_counts_requests_that_never_alarmed():
+    lead, delay = figures.plot_lead_time(alarms(["snapkv"])).axes
+    # 4 harmed requests; leads 10, 2, -4 and never: a quarter each, drawn from early to late
+    assert lead.lines[0].get_xdata().tolist() == [-10, -10, -2, 4]
+    assert lead.lines[0].get_ydata().tolist() == [0, 0.25, 0.5, 0.75]
+    assert delay.lines[0].get_ydata().tolist() == [0, 0.25, 0.5]
+
+
+def test_predictor_states_its_score_with_the_interval():
+    figure = figures.plot_predictor(curves(["any"]))
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert texts.count("AUROC 0.81 [0.70, 0.90]") == 1
+    roc = figure.axes[0]
+    assert roc.lines[0].get_ydata() == pytest.approx(np.sqrt(np.linspace(0, 1, 5)))
+
+
+def test_policies_are_drawn_in_mebibytes_and_in_order():
+    figure = figures.plot_policies(policies())
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert rows == ["compression alone", "verify all", "guard: rewind"]
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    memory_axes = figure.axes[titles.index("KV memory (MiB)")]
+    drawn = sorted(bar.lines[0].get_xdata()[0] for bar in memory_axes.containers)
+    assert drawn == pytest.approx(sorted(policies()["kv_bytes_mean"] / 2**20))
+
+
+def test_pareto_joins_the_settings_that_no_other_beats():
+    x = np.array([3.0, 1.0, 2.0, 2.5, 1.0])
+    y = np.array([0.1, 0.5, 0.3, 0.4, 0.6])
+    front_x, front_y = figures._front(x, y)
+    beaten = [
+        any(a <= x[i] and b <= y[i] and (a, b) != (x[i], y[i]) for a, b in zip(x, y, strict=True))
+        for i in range(len(x))
+    ]
+    expected = sorted((x[i], y[i]) for i in range(len(x)) if not beaten[i])
+    assert list(zip(front_x, front_y, strict=True)) == expected
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0.01, 0.2))
+@settings(deadline=None)
+def test_labels_at_line_ends_keep_their_order_and_distance(heights, gap_size):
+    wanted = np.sort(np.array(heights))
+    placed = figures._spread(wanted, gap_size)
+    assert (np.diff(placed) >= gap_size - 1e-9).all()
+    if (np.diff(wanted) >= gap_size).all():
+        assert placed == pytest.approx(wanted)
+    assert placed.mean() == pytest.approx(wanted.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("models", "ratios", "requests"),
+    [
+        (("tiny",), ("0.500",), 1),
+        (("model-one", "model-two"), ("0.250", "0.500", "0.625", "0.750", "0.875"), 500),
+    ],
+)
+def test_no_label_leaves_the_figure_or_hides_another(models, ratios, requests):
+    frame = summary(models, (*PRESSES, "another_press"), ratios, requests)
+    for plot in (figures.plot_rates, figures.plot_excess):
+        figure = plot(frame)
+        figure.draw_without_rendering()
+        page = figure.bbox
+        boxes = [t.get_window_extent() for axes in figure.axes for t in axes.texts]
+        boxes += [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+        assert boxes
+        for box in boxes:
+            assert page.x0 <= box.x0
+            assert box.x1 <= page.x1
+        for one, other in itertools.combinations(boxes, 2):
+            overlap = min(one.y1, other.y1) - max(one.y0, other.y0)
+            beside = one.x1 < other.x0 or other.x1 < one.x0
+            assert beside or overlap < 0.35 * min(one.height, other.height)
