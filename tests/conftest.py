@@ -5,6 +5,7 @@
 """
 
 import os
+import shutil
 import string
 from collections.abc import Callable
 from functools import cache
@@ -27,7 +28,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from kvguard.config import load_config
+import kvguard.models
+from kvguard.config import digest, load_config
 from kvguard.models import RECORD, LoadedModel, load_model, prepare_model
 
 settings.register_profile("kvguard", deadline=None, print_blob=True)
@@ -75,8 +77,9 @@ def make_tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreT
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.requires_grad_(False).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.requires_grad_(False).eval()
+    return model
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -125,8 +128,11 @@ def smollm2_folder() -> Path:
     spec = load_config(CHECKOUT / "config.yaml").models[0]
     cache_folder = Path(os.environ.get("KVGUARD_TEST_CACHE") or CHECKOUT / ".cache")
     cache_folder.mkdir(parents=True, exist_ok=True)
-    folder = cache_folder / spec.name
+    made_by = [spec.model_dump(mode="json"), Path(kvguard.models.__file__).read_text()]
+    folder = cache_folder / f"{spec.name}-{digest(made_by)}"
     with FileLock(cache_folder / f"{spec.name}.lock"):
+        for stale in set(cache_folder.glob(f"{spec.name}-*")) - {folder}:
+            shutil.rmtree(stale)
         if not (folder / RECORD).is_file():
             prepare_model(spec, folder)
     return folder
