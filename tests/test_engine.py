@@ -1,0 +1,377 @@
+"""The engine decodes ragged batches of compressed caches exactly as ``model.generate`` does."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import kvpress
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from kvguard import catalogue
+from kvguard.config import Press
+from kvguard.engine import Completion, Request, Session, generate, prefill_prefix
+from kvguard.models import LoadedModel
+from kvguard.presses import PressError, build_press, fresh, phases
+from kvguard.sampling import Decoding
+from kvguard.signals import extract_signals
+
+KNORM = {"class": "KnormPress"}
+SNAPKV = {"class": "SnapKVPress", "kwargs": {"window_size": 4}}
+
+PREFILL: dict[str, dict[str, Any]] = {
+    "AdaKVPress": {"press": SNAPKV},
+    "BlockPress": {"press": {"class": "KeyDiffPress"}, "block_size": 8},
+    "CURPress": {},
+    "CapPress": {"n_future_positions": 16},
+    "ChunkKVPress": {"press": SNAPKV, "chunk_length": 6},
+    "ChunkPress": {"press": KNORM, "chunk_length": 16},
+    "CompactorPress": {"sketch_dimension": 8, "chunk_size": 16},
+    "ComposedPress": {
+        "presses": [
+            {"class": "KnormPress", "kwargs": {"compression_ratio": 0.2}},
+            {"class": "KeyDiffPress", "kwargs": {"compression_ratio": 0.375}},
+        ]
+    },
+    "CriticalAdaKVPress": {
+        "press": {"class": "ExpectedAttentionPress", "kwargs": {"use_vnorm": False}}
+    },
+    "CriticalKVPress": {"press": SNAPKV},
+    "EntropyGatedChunkKVPress": {"press": SNAPKV, "chunk_length": 6, "low_entropy_chunk_length": 2},
+    "ExpectedAttentionPress": {"n_future_positions": 16},
+    "KeyDiffPress": {},
+    "KeyRerotationPress": {"press": SNAPKV},
+    "KnormPress": {},
+    "LagKVPress": {"n_sink": 4, "lag_size": 8},
+    "LeverageScorePress": {"sketch_dimension": 8},
+    "MergingPress": {"press": KNORM},
+    "NonCausalAttnPress": {"chunk_size": 16},
+    "ObservedAttentionPress": {},
+    "PerLayerCompressionPress": {"press": KNORM, "compression_ratios": "spread"},
+    "PyramidKVPress": {"window_size": 4, "beta": 3},
+    "RandomPress": {"seed": 3},
+    "SimLayerKVPress": {"lazy_threshold": 0.6, "n_recent": 8, "n_initial": 2},
+    "SnapKVPress": {"window_size": 4},
+    "StreamingLLMPress": {},
+    "TOVAPress": {},
+    "ThinKPress": {"window_size": 4},
+}
+DECODE = [name for name in PREFILL if name not in catalogue.PREFILL_ONLY]
+
+NEW_TOKENS = 20
+
+
+def spec(name: str, layers: int, phase: str = "prefill") -> Press:
+    """The configuration of one press of the matrix."""
+    kwargs = dict(PREFILL[name])
+    if kwargs.get("compression_ratios") == "spread":
+        kwargs["compression_ratios"] = [0.2 + 0.6 * i / (layers - 1) for i in range(layers)]
+    return Press.model_validate(
+        {
+            "name": "press",
+            "class": name,
+            "kwargs": kwargs,
+            "ratios": ["0.500"],
+            "phase": phase,
+            "interval_tokens": 6,
+            "buffer_tokens": 9,
+        }
+    )
+
+
+def ragged_requests(vocabulary: int, count: int = 9, shared: int = 11) -> list[Request]:
+    """Prompts of very different lengths that begin alike, with limits that end rows early."""
+    draw = np.random.default_rng(5)
+    prefix = draw.integers(4, vocabulary, shared).tolist()
+    lengths = [14, 90, 23, 61, 17, 40, 120, 30, 19][:count]
+    limits = [NEW_TOKENS, 5, NEW_TOKENS, 11, 1, NEW_TOKENS, 17, 2, NEW_TOKENS][:count]
+    return [
+        Request(
+            str(i),
+            [*prefix, *draw.integers(4, vocabulary, length - shared + 9).tolist()],
+            seed=100 + i,
+            max_new_tokens=limit,
+        )
+        for i, (length, limit) in enumerate(zip(lengths, limits, strict=True))
+    ]
+
+
+def reference(
+    model: PreTrainedModel, request: Request, press: kvpress.BasePress | None, ends: Sequence[int]
+) -> tuple[list[int], torch.Tensor]:
+    """What ``model.generate`` answers under the press: tokens and raw logits."""
+    ids = torch.tensor([list(request.prompt_ids)])
+    arguments = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": request.max_new_tokens,
+        "do_sample": False,
+        "eos_token_id": list(ends),
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    torch.manual_seed(request.seed)
+    with torch.inference_mode():
+        if press is None:
+            output = model.generate(ids, **arguments)
+        else:
+            with press(model):
+                output = model.generate(ids, **arguments)
+    for layer in model.model.layers:
+        layer.self_attn.masked_key_indices = None
+    return output.sequences[0, ids.shape[1] :].tolist(), torch.cat(output.logits)
+
+
+def run(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    press: kvpress.BasePress | None,
+    rows: int,
+    *,
+    ends: Sequence[int] = (2,),
+    share: bool = False,
+    decoding: Decoding | None = None,
+) -> dict[str, Completion]:
+    """What the engine answers."""
+    prefix = prefill_prefix(model, requests[0].prompt_ids[:11]) if share else None
+    longest = max(request.max_new_tokens or 0 for request in requests)
+    decoding = decoding or Decoding(longest, tuple(ends))
+    session = Session(model, decoding, press=press, rows=rows, prefix=prefix)
+    return {done.request.key: done for done in generate(session, requests)}
+
+
+def assert_exact(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    make: Callable[[], kvpress.BasePress | None],
+    rows: int,
+    *,
+    share: bool = False,
+    expected: dict[str, tuple[list[int], torch.Tensor]] | None = None,
+) -> None:
+    """Tokens equal, signals within 1e-4, of every request."""
+    done = run(model, requests, make(), rows, share=share)
+    for request in requests:
+        tokens, logits = (expected or {}).get(request.key) or reference(model, request, make(), [2])
+        assert done[request.key].error is None
+        assert done[request.key].token_ids == tokens
+        entropy = None
+        for position, token in enumerate(tokens):
+            signals = extract_signals(
+                logits[position : position + 1], torch.tensor([token]), entropy
+            ).table
+            entropy = signals[:, 0]
+            np.testing.assert_allclose(
+                done[request.key].signals[position], signals[0].numpy(), atol=1e-4
+            )
+
+
+_expected: dict[tuple[str, str], dict[str, tuple[list[int], torch.Tensor]]] = {}
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("share", [False, True], ids=["undivided", "shared-prefix"])
+@pytest.mark.parametrize("name", PREFILL)
+def test_prefill_compression_equals_generate(
+    tiny_model: Callable[..., PreTrainedModel], name: str, share: bool, rows: int
+) -> None:
+    attention = "eager" if name in catalogue.ATTENTION_WEIGHTS else "sdpa"
+    model = tiny_model("llama", attention)
+    press = spec(name, model.config.num_hidden_layers)
+    requests = ragged_requests(model.config.vocab_size)
+    key = (name, "prefill")
+    if key not in _expected:
+        _expected[key] = {
+            request.key: reference(model, request, build_press(press, "0.500"), [2])
+            for request in requests
+        }
+    assert_exact(
+        model,
+        requests,
+        lambda: build_press(press, "0.500"),
+        rows,
+        share=share,
+        expected=_expected[key],
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("phase", ["decode", "both"])
+@pytest.mark.parametrize("name", DECODE)
+def test_compression_while_decoding_equals_generate(
+    tiny_model: Callable[..., PreTrainedModel], name: str, phase: str, rows: int
+) -> None:
+    model = tiny_model("llama")
+    press = spec(name, model.config.num_hidden_layers, phase)
+    requests = ragged_requests(model.config.vocab_size)
+    assert_exact(model, requests, lambda: build_press(press, "0.500"), rows)
+
+
+def test_fixed_target_size_equals_generate(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size)
+    assert_exact(
+        tiny_llama,
+        requests,
+        lambda: kvpress.DecodingPress(
+            kvpress.KeyDiffPress(),
+            compression_interval=4,
+            target_size=16,
+            hidden_states_buffer_size=0,
+        ),
+        7,
+    )
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", ["SnapKVPress", "ExpectedAttentionPress", "AdaKVPress"])
+def test_other_families_equal_generate(
+    tiny_model: Callable[..., PreTrainedModel], family: str, name: str
+) -> None:
+    model = tiny_model(family)
+    press = spec(name, model.config.num_hidden_layers)
+    requests = ragged_requests(model.config.vocab_size, count=4)
+    assert_exact(model, requests, lambda: build_press(press, "0.500"), 3, share=True)
+
+
+def test_without_a_press_equals_generate(tiny_llama: PreTrainedModel) -> None:
+    assert_exact(
+        tiny_llama, ragged_requests(tiny_llama.config.vocab_size), lambda: None, 7, share=True
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in PREFILL if name != "ObservedAttentionPress"])
+def test_real_model_equals_generate(smollm2: LoadedModel, name: str) -> None:
+    model = smollm2.model
+    press = spec(name, model.config.num_hidden_layers)
+    text = "A farmer has 12 hens. Each hen lays 2 eggs a day. How many eggs does he collect in "
+    endings = ["one week?", "the month of May, if one hen in four lays no eggs on Sundays?"]
+    requests = [
+        Request(ending, smollm2.tokenizer(text + ending).input_ids, seed=7, max_new_tokens=8 + i)
+        for i, ending in enumerate(endings)
+    ]
+    assert_exact(model, requests, lambda: build_press(press, "0.500"), 2)
+
+
+def test_every_supported_press_is_in_the_matrix() -> None:
+    supported = set(catalogue.press_classes()) - set(catalogue.REFUSED)
+    assert supported == set(PREFILL)
+
+
+@settings(max_examples=25)
+@given(order=st.permutations(range(9)), rows=st.integers(1, 9))
+def test_a_row_does_not_depend_on_its_neighbours(order: list[int], rows: int) -> None:
+    from conftest import make_tiny_model
+
+    model = make_tiny_model("llama")
+    requests = ragged_requests(model.config.vocab_size)
+    decoding = Decoding(NEW_TOKENS, (2,), do_sample=True, temperature=1.3, top_p=0.9, top_k=40)
+    press = spec("SnapKVPress", 3, "both")
+    alone = {
+        request.key: run(model, [request], build_press(press, "0.500"), 1, decoding=decoding)
+        for request in requests
+    }
+    together = run(
+        model, [requests[i] for i in order], build_press(press, "0.500"), rows, decoding=decoding
+    )
+    for key, done in together.items():
+        assert done.token_ids == alone[key][key].token_ids
+
+
+def test_rows_end_at_any_end_token(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=3)
+    free = run(tiny_llama, requests, None, 3, ends=())
+    ends = (free["0"].token_ids[4], free["2"].token_ids[7])
+    done = run(tiny_llama, requests, None, 3, ends=ends)
+    for key in ("0", "2"):
+        expected = free[key].token_ids
+        stop = next(i for i, token in enumerate(expected) if token in ends)
+        assert done[key].token_ids == expected[: stop + 1]
+        assert done[key].stop_reason == "eos"
+
+
+def test_a_failing_request_is_a_completion_with_an_error(tiny_llama: PreTrainedModel) -> None:
+    good = ragged_requests(tiny_llama.config.vocab_size, count=2)
+    short = Request("short", [5, 6, 7], max_new_tokens=4)
+    long = Request("long", [5] * 3000, max_new_tokens=4)
+    empty = Request("empty", [], max_new_tokens=4)
+    press = kvpress.SnapKVPress(0.5, window_size=4)
+    done = run(tiny_llama, [short, good[0], long, empty, good[1]], press, 2)
+    assert "window size" in (done["short"].error or "")
+    assert "2048 positions" in (done["long"].error or "")
+    assert "empty" in (done["empty"].error or "")
+    assert done["0"].error is None
+    assert len(done["0"].token_ids) == NEW_TOKENS
+
+
+def test_non_finite_logits_end_one_row_only(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=3)
+    expected = run(tiny_llama, requests, None, 3)
+    session = Session(tiny_llama, Decoding(NEW_TOKENS, (2,)), rows=3)
+    advance, steps = session.advance, iter(range(100))
+
+    def poisoned() -> None:
+        advance()
+        if next(steps) == 2:
+            row = next(i for i, r in enumerate(session.rows) if r.completion.request.key == "2")
+            session.logits[row] = torch.nan
+
+    monkeypatch.setattr(session, "advance", poisoned)
+    done = {completion.request.key: completion for completion in generate(session, requests)}
+    assert "non-finite logits at token 3" in (done["2"].error or "")
+    assert done["0"].token_ids == expected["0"].token_ids
+    assert done["0"].error is None
+
+
+def test_memory_is_what_the_press_leaves(tiny_llama: PreTrainedModel) -> None:
+    request = ragged_requests(tiny_llama.config.vocab_size, count=1)[0]
+    done = run(tiny_llama, [request], kvpress.KnormPress(0.5), 1)["0"]
+    config = tiny_llama.config
+    entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    prompt = len(request.prompt_ids)
+    assert done.cache_bytes_before == prompt * entry
+    assert done.cache_bytes_after == prompt // 2 * entry
+    kept = (prompt // 2 + np.arange(1, NEW_TOKENS)) * entry
+    np.testing.assert_array_equal(done.kv_bytes[:, 0], kept)
+    assert (done.kv_bytes[:, 1] == 0).all()
+    assert (done.kv_bytes.sum(axis=1) % (64 * entry) == 0).all()
+
+
+def test_head_wise_presses_hide_entries_and_free_none(tiny_llama: PreTrainedModel) -> None:
+    request = ragged_requests(tiny_llama.config.vocab_size, count=1)[0]
+    press = kvpress.AdaKVPress(kvpress.SnapKVPress(0.5, window_size=4))
+    done = run(tiny_llama, [request], press, 1)["0"]
+    first = done.kv_bytes[0]
+    assert first[1] > 0
+    assert done.cache_bytes_after < done.cache_bytes_before
+    whole = run(tiny_llama, [request], None, 1)["0"].kv_bytes[0]
+    assert first[0] + first[1] == whole[0]
+
+
+def test_refused_presses_say_why(tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(PressError, match="KVzipPress is not supported: it needs several passes"):
+        phases(kvpress.KVzipPress(0.5))
+    with pytest.raises(PressError, match="AdaKVPress is not supported: it writes fake keys"):
+        phases(kvpress.DecodingPress(kvpress.AdaKVPress(kvpress.KnormPress())))
+    with pytest.raises(PressError, match=r"ComposedPress: its arguments remove 0\.500, not 0\.750"):
+        build_press(spec("ComposedPress", 3), "0.750")
+
+
+def test_presses_are_never_shared_between_requests() -> None:
+    press = kvpress.DecodingPress(kvpress.KnormPress())
+    copied = fresh(press)
+    assert copied is not press
+    assert copied.base_press is not press.base_press
+
+
+def test_greedy_ties_go_to_the_first_token_as_in_generate() -> None:
+    logits = torch.zeros(1, 30)
+    logits[0, [11, 17]] = 5.0
+    from kvguard.sampling import token_scores
+
+    zero = torch.zeros(1, dtype=torch.long)
+    assert token_scores(logits, zero, zero, Decoding(1)).argmax().item() == 11
