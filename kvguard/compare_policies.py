@@ -1,0 +1,317 @@
+"""Tables about policies: paired benefit and cost, equal memory, live against simulated.
+
+Everything here works on RUNS tables, whatever their source, so that the live experiment and the
+offline simulation are judged by the same functions.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from kvguard import config
+from kvguard.controller import Settings
+from kvguard.costs import COSTS
+from kvguard.schema import TRACE_KEYS
+from kvguard.statistics import bootstrap_interval, resample_weights
+
+CONDITION = ("model", "press", "ratio")
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float64]
+
+SHARES = ("alarmed", "cfr", "accuracy", "agreement")
+"""Measures in [0, 1]; higher is better for accuracy and agreement, lower for the others."""
+
+DIFFERENCES = ("excess_cfr", "prevented_cfr", "excess_error")
+"""Paired measures in [-1, 1]. ``excess_*``: policy minus the uncompressed run of the same prompts,
+lower is better. ``prevented_cfr``: compression alone minus policy, higher is better."""
+
+
+def estimates(
+    values: Mapping[str, FloatArray], prompts: pl.Series, samples: int, seed: int
+) -> dict[str, pl.Series]:
+    """Means of many measures over the same requests, with intervals that resample prompts.
+
+    Args:
+        values: by name, (G, n): n requests under each of G settings; NaN entries are left out.
+        prompts: (n,) prompt of each request.
+        samples: bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        For each name three columns of G rows: the mean, ``_low`` and ``_high`` (95 %); null where
+        undefined.
+    """
+    unique, codes = np.unique(prompts.to_numpy(), return_inverse=True)
+    member = np.zeros((len(codes), len(unique)))
+    member[np.arange(len(codes)), codes] = 1
+    weights = resample_weights(len(unique), samples, seed)  # (B, P)
+    columns: dict[str, pl.Series] = {}
+    for name, numbers in values.items():
+        known = np.isfinite(numbers)
+        sums, counts = np.where(known, numbers, 0) @ member, known @ member  # (G, P)
+        bounds = (0.0, 1.0) if name in SHARES or name.endswith("_rate") else None
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = sums.sum(axis=1) / counts.sum(axis=1)
+            replicates = (sums @ weights.T) / (counts @ weights.T)  # (G, B)
+        found: list[tuple[float | None, float | None, float | None]] = []
+        for mean, drawn, units in zip(means, replicates, (counts > 0).sum(axis=1), strict=True):
+            value = float(mean) if np.isfinite(mean) else None
+            found.append((value, *bootstrap_interval(value, drawn, int(units), bounds=bounds)))
+        for suffix, column in zip(("", "_low", "_high"), zip(*found, strict=True), strict=True):
+            columns[name + suffix] = pl.Series(column, dtype=pl.Float64)
+    return columns
+
+
+def summarize_runs(
+    runs: pl.DataFrame,
+    outcomes: pl.DataFrame,
+    *,
+    exclude: pl.DataFrame | None = None,
+    bootstrap_samples: int = 500,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Paired benefit and cost of each policy in each condition, live or simulated.
+
+    Args:
+        runs: RUNS of one source, the policy ``none`` among them (else ``prevented_cfr`` is null).
+        outcomes: OUTCOMES, for the uncompressed run of each prompt.
+        exclude: keys (TRACE_KEYS) of requests to leave out, e.g. `tied_requests`.
+        bootstrap_samples: resamples of prompts.
+        seed: of the resampling.
+
+    Returns:
+        One row per condition and policy: ``requests`` that did not fail to run, ``known`` (share of
+        them whose outcome is known), and `SHARES`, `DIFFERENCES` and `COSTS` with intervals. A
+        measure that is unknown for any request is null: the known ones are not a fair sample.
+    """
+    runs = runs.filter(pl.col("status") == "ok")
+    if exclude is not None:
+        runs = runs.join(exclude, on=TRACE_KEYS, how="anti", maintain_order="left")
+    baseline = outcomes.filter(pl.col("press") == config.BASELINE).select(
+        "model", "prompt_id", base_failed="catastrophe", base_right="correct"
+    )
+    alone = runs.filter(pl.col("policy") == "none").select(*TRACE_KEYS, alone="catastrophe")
+    paired = runs.join(baseline, on=["model", "prompt_id"], how="left", maintain_order="left").join(
+        alone, on=TRACE_KEYS, how="left", maintain_order="left"
+    )
+    failed, right = pl.col("catastrophe").cast(pl.Float64), pl.col("correct").cast(pl.Float64)
+    measured = paired.with_columns(
+        alarmed=pl.col("alarmed").cast(pl.Float64),
+        cfr=failed,
+        accuracy=right,
+        agreement=pl.col("agrees").cast(pl.Float64),
+        excess_cfr=failed - pl.col("base_failed").cast(pl.Float64),
+        prevented_cfr=pl.col("alone").cast(pl.Float64) - failed,
+        excess_error=pl.col("base_right").cast(pl.Float64) - right,
+        **{name: pl.col(name).cast(pl.Float64) for name in COSTS},
+    )
+    frames = []
+    by = (*CONDITION, "policy", "source")
+    for key, part in measured.group_by(by, maintain_order=True):
+        values = {
+            # A single-token answer has no decode step and no mean over them: that is not unknown.
+            name: np.full((1, part.height), np.nan)
+            if part.filter(pl.col("catastrophe").is_null() | (pl.col("decode_steps") > 0))[
+                name
+            ].null_count()
+            else part[name].to_numpy()[None]
+            for name in (*SHARES, *DIFFERENCES, *COSTS)
+        }
+        frames.append(
+            pl.DataFrame(
+                dict(zip(by, key, strict=True))
+                | {
+                    "requests": part.height,
+                    "known": 1 - part["catastrophe"].null_count() / part.height,
+                }
+            ).with_columns(**estimates(values, part["prompt_id"], bootstrap_samples, seed))
+        )
+    if not frames:
+        raise ValueError("no run with status 'ok' to summarise")
+    return pl.concat(frames)
+
+
+def constant_frontier(table: pl.DataFrame) -> pl.DataFrame:
+    """What a constant ratio of the same press would give at each row's mean KV memory.
+
+    The measured ratios of a press, ratio 0 included, are points (mean KV bytes, measure) under the
+    policy ``none``. Between two neighbouring points the measure is interpolated linearly, as if
+    requests were dealt out between the two ratios at random; outside the measured range it is null.
+
+    Args:
+        table: rows like those of `summarize_runs`, with ``none`` for every ratio and the baseline.
+
+    Returns:
+        The table with ``constant_cfr``, ``constant_agreement`` and ``constant_accuracy``.
+    """
+    measures = ("cfr", "agreement", "accuracy")
+    points = table.filter((pl.col("policy") == "none") & pl.col("kv_bytes_mean").is_not_null())
+    frames = []
+    for (model, press), part in table.with_row_index("order").group_by("model", "press"):
+        own = points.filter(
+            (pl.col("model") == model) & pl.col("press").is_in([press, config.BASELINE])
+        ).sort("kv_bytes_mean")
+        bytes_ = part["kv_bytes_mean"].cast(pl.Float64).to_numpy()
+        columns = {}
+        for name in measures:
+            line = own.drop_nulls(name)
+            found = np.full(part.height, np.nan)
+            if line.height:
+                at, value = line["kv_bytes_mean"].to_numpy(), line[name].to_numpy()
+                found = np.interp(bytes_, at, value, left=np.nan, right=np.nan)
+            columns[f"constant_{name}"] = pl.Series(found).fill_nan(None)
+        frames.append(part.with_columns(**columns))
+    return pl.concat(frames).sort("order").drop("order")
+
+
+def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:
+    """The guard's whole grid and every policy in one table, benefit against cost.
+
+    Args:
+        grid: from `simulate_settings`; its rows are ``guard_rewind`` under each setting.
+        summary: from `summarize_runs` of the simulation, without the requests that the grid left
+            out (``exclude=tied_requests(...)``).
+
+    Returns:
+        Both, with `constant_frontier`, and ``efficient``: no other row of the same condition is at
+        least as good in excess CFR and in every one of KV bytes (mean), prefilled tokens and decode
+        steps, and better in one of them. Null where any of these is.
+    """
+    rows = grid.with_columns(
+        policy=pl.lit("guard_rewind"), source=pl.lit("simulation"), known=pl.lit(1.0)
+    )
+    table = constant_frontier(pl.concat([summary, rows], how="diagonal_relaxed"))
+    goals = ("excess_cfr", "kv_bytes_mean", "prefilled_tokens", "decode_steps")  # all: lower
+    frames = []
+    for _, part in table.with_row_index("order").group_by(CONDITION):
+        values = part.select(pl.col(goals).cast(pl.Float64)).to_numpy()  # (n, 4)
+        no_worse = (values[:, None] <= values[None]).all(axis=2)  # [i, j]: i is no worse than j
+        better = (values[:, None] < values[None]).any(axis=2)
+        efficient = ~(no_worse & better).any(axis=0)
+        undefined = np.isnan(values).any(axis=1)
+        flag = (
+            pl.Series(efficient)
+            .to_frame("efficient")
+            .select(pl.when(~pl.Series(undefined)).then("efficient").alias("efficient"))
+        )
+        frames.append(part.with_columns(flag["efficient"]))
+    order = (*CONDITION, "policy", "source", *Settings._fields)
+    return pl.concat(frames).sort("order").select(*order, pl.exclude("order", *order))
+
+
+def compare_live_simulation(live: pl.DataFrame, simulated: pl.DataFrame) -> pl.DataFrame:
+    """Request by request: alarm step and final tokens, live against simulated, and what differs.
+
+    Args:
+        live: RUNS with source "live".
+        simulated: RUNS with source "simulation".
+
+    Returns:
+        One row per (trace, policy) of ``live``: ``alarm_step_live`` and ``_simulated`` (of the
+        first alarm; null: none), ``tokens_live`` and ``_simulated``, ``first_difference``
+        (position; null: none, or unknown), the difference of every cost (live minus simulated), and
+        ``reason``: one of `REASONS`.
+    """
+    keys = [*TRACE_KEYS, "policy"]
+    columns = ("status", "alarm_steps", "token_ids", *COSTS)
+    both = (
+        live.select(*keys, *columns)
+        .join(
+            simulated.select(*keys, *columns),
+            on=keys,
+            how="left",
+            suffix="_simulated",
+            maintain_order="left",
+        )
+        .with_columns(
+            first_difference=_first_difference("token_ids", "token_ids_simulated"),
+            alarm_step_live=pl.col("alarm_steps").list.first(),
+            alarm_step_simulated=pl.col("alarm_steps_simulated").list.first(),
+        )
+    )
+    same_alarm = pl.col("alarm_step_live").eq_missing(pl.col("alarm_step_simulated"))
+    same_tokens = pl.col("token_ids").eq_missing(pl.col("token_ids_simulated"))
+    no_alarm = pl.col("alarm_step_live").is_null()
+    reason = (
+        pl.when(pl.col("status_simulated").is_null())
+        .then(pl.lit("not simulated"))
+        .when((pl.col("status") != "ok") | (pl.col("status_simulated") != "ok"))
+        .then(
+            pl.when(pl.col("status") == pl.col("status_simulated"))
+            .then(pl.lit("both failed"))
+            .otherwise(pl.lit("one failed"))
+        )
+        .when(~same_alarm)
+        .then(pl.lit("alarm step differs"))
+        .when(pl.col("token_ids_simulated").is_null())
+        .then(pl.lit("outcome unknown offline"))
+        .when(same_tokens)
+        .then(pl.lit("same"))
+        .when(no_alarm)
+        .then(pl.lit("draft differs"))
+        .otherwise(pl.lit("recovery differs"))
+    )
+    return both.select(
+        *keys,
+        "alarm_step_live",
+        "alarm_step_simulated",
+        tokens_live=pl.col("token_ids").list.len(),
+        tokens_simulated=pl.col("token_ids_simulated").list.len(),
+        first_difference="first_difference",
+        reason=reason,
+        **{name: pl.col(name) - pl.col(f"{name}_simulated") for name in COSTS},
+    )
+
+
+REASONS = {
+    "same": "same first alarm, same final tokens",
+    "outcome unknown offline": "same first alarm; no trace holds what came after it",
+    "alarm step differs": "the hazards differ: another batch, or a draft that differs before",
+    "draft differs": "no alarm, yet the compressed answer differs: rounding in another batch",
+    "recovery differs": "same alarm, other tokens: a tie within the margin, or rounding",
+    "both failed": "an error in both",
+    "one failed": "an error in one of them",
+    "not simulated": "no simulated run of that trace and policy",
+}
+"""What `compare_live_simulation` finds, and what explains it."""
+
+
+def _first_difference(one: str, other: str) -> pl.Expr:
+    """Position of the first element in which two list columns differ, null where they do not."""
+    return pl.struct(one, other).map_batches(_differing, return_dtype=pl.Int32)
+
+
+def _differing(pairs: pl.Series) -> pl.Series:
+    one, other = (_padded_lists(pairs.struct.field(name)) for name in pairs.struct.fields)
+    width = max(one.shape[1], other.shape[1])
+    one, other = (
+        np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=-1) for x in (one, other)
+    )
+    differs = one != other
+    first = np.where(differs.any(axis=1), differs.argmax(axis=1), -1)
+    unknown = pairs.struct.field(pairs.struct.fields[0]).is_null()
+    unknown |= pairs.struct.field(pairs.struct.fields[1]).is_null()
+    found = pl.Series("at", first, dtype=pl.Int32).replace(-1, None).to_frame()
+    return found.select(pl.when(~unknown).then("at"))["at"]
+
+
+def _padded_lists(lists: pl.Series) -> IntArray:
+    """(n, longest) elements of integer lists, padded with -1; a null is an empty list."""
+    lengths = lists.list.len().fill_null(0).to_numpy()
+    grid = np.full((len(lengths), int(lengths.max(initial=0))), -1, np.int32)
+    values = lists.filter(pl.Series(lengths > 0)).explode().to_numpy()
+    grid[np.arange(grid.shape[1]) < lengths[:, None]] = values
+    return grid
+
+
+def summarize_differences(differences: pl.DataFrame) -> pl.DataFrame:
+    """Counts of `compare_live_simulation` by condition, policy and reason, with an explanation."""
+    return (
+        differences.group_by(*CONDITION, "policy", "reason")
+        .agg(requests=pl.len())
+        .with_columns(explanation=pl.col("reason").replace_strict(REASONS))
+        .sort(*CONDITION, "policy", "requests", descending=[False] * 4 + [True])
+    )

@@ -1,0 +1,705 @@
+"""The offline simulation against a guard played by hand, request by request and token by token."""
+
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import pytest
+
+from kvguard import config, schema
+from kvguard.compare_policies import (
+    compare_live_simulation,
+    constant_frontier,
+    pareto,
+    summarize_differences,
+    summarize_runs,
+)
+from kvguard.controller import ControllerConfig, Mode, settings_grid, stack_settings
+from kvguard.costs import COSTS
+from kvguard.detectors import detect_all, detect_outcomes
+from kvguard.evaluate_controller import (
+    OUTCOME_COLUMNS,
+    SIMULABILITY,
+    alarm_rate,
+    load_requests,
+    simulability,
+    simulate_controller,
+    simulate_policies,
+    simulate_settings,
+    tied_requests,
+)
+from kvguard.guard import Tolerance, harmful_token
+from kvguard.policies import ENTROPY, Action, Observation, make_policy
+
+MAX_NEW_TOKENS = 48
+ENTRY_BYTES = 64
+END = 2
+DETECTION = config.Detection(
+    loop_window_tokens=4,
+    loop_repeats=3,
+    amnesia_window_tokens=4,
+    divergence_window_tokens=4,
+    divergence_llr=0.25,
+)
+TOLERANCE = Tolerance(window_tokens=4, window_llr=0.25)
+LIVE = config.Live(
+    entropy_nats=3.0,
+    entropy_tokens=3,
+    ergo_window_tokens=5,
+    ergo_delta_nats=0.6,
+    refresh_tokens=15,
+    loop_pattern_tokens=6,
+    loop_cover_tokens=9,
+)
+POINT = ControllerConfig(tau_low=0.4, tau_high=0.6, k=1, j=3)
+KEYS = list(schema.TRACE_KEYS)
+
+
+def decode(token_ids):
+    """Tokens from 900 on are written answers, all others are words."""
+    return "\n".join(f"#### {t - 900}" if t >= 900 else f"w{t}" for t in token_ids)
+
+
+class Run(NamedTuple):
+    prompts: pl.DataFrame
+    traces: pl.DataFrame
+    tokens: pl.DataFrame
+    outcomes: pl.DataFrame
+    predictions: pl.DataFrame
+
+
+def answer_tokens(rng, length, answer, loop):
+    """``length`` tokens: words, perhaps a loop at the end, perhaps a written number."""
+    tokens = rng.choice(800, length, replace=False) + 10
+    if loop:
+        start, period = length // 3, int(rng.integers(1, 4))
+        cycle = start + (np.arange(length) - start) % period
+        tokens = np.where(np.arange(length) >= start, tokens[cycle], tokens)
+    if answer is not None:
+        tokens[-2] = 900 + answer
+    if length < MAX_NEW_TOKENS:
+        tokens[-1] = END
+    return tokens.tolist()
+
+
+def make_run(seed=0, num_prompts=14, conditions=(("snapkv", "0.500"), ("snapkv", "0.750"))):
+    """A run whose compressed answers follow the uncompressed one up to a planted divergence."""
+    rng = np.random.default_rng(seed)
+    prompts, traces, tokens, predictions = [], [], [], []
+    for index in range(num_prompts):
+        prompt_id = f"{index:016x}"
+        reference = int(rng.integers(1, 90))
+        prompts.append(
+            {
+                "prompt_id": prompt_id,
+                "task": "t",
+                "index": index,
+                "question": "q",
+                "reference": f"#### {reference}",
+                "reference_answer": str(reference),
+            }
+        )
+        length = int(rng.choice([12, 20, 30, MAX_NEW_TOKENS]))
+        answer = reference if rng.random() < 0.6 else None
+        baseline = answer_tokens(rng, length, answer, loop=rng.random() < 0.15)
+        for press, ratio in (("none", "0.000"), *conditions):
+            draft, diverges = baseline, None
+            if press != "none" and rng.random() < 0.8:
+                diverges = int(rng.integers(0, len(baseline)))
+                rest = int(rng.integers(1, MAX_NEW_TOKENS - diverges + 1))
+                wrong = int(rng.integers(1, 90)) if rng.random() < 0.5 else None
+                tail = answer_tokens(rng, max(diverges + rest, 3), wrong, rng.random() < 0.5)
+                draft = baseline[:diverges] + tail[diverges:]
+                if len(draft) > diverges and draft[diverges] == baseline[diverges]:
+                    draft[diverges] = 5  # a word of no other answer
+            add_trace(
+                rng, traces, tokens, predictions, prompt_id, index, press, ratio, draft, diverges
+            )
+    run = Run(
+        pl.DataFrame(prompts, schema=schema.PROMPTS),
+        pl.DataFrame(traces, schema=schema.TRACES),
+        pl.concat(tokens),
+        pl.DataFrame(),
+        pl.concat(predictions),
+    )
+    return judge(run)
+
+
+def judge(run):
+    outcomes = detect_outcomes(run.prompts, run.traces, run.tokens, DETECTION)
+    return run._replace(outcomes=outcomes)
+
+
+def add_trace(rng, traces, tokens, predictions, prompt_id, index, press, ratio, draft, diverges):
+    count, prompt_tokens = len(draft), 30 + index
+    before = ENTRY_BYTES * prompt_tokens
+    after = before - round(float(ratio) * prompt_tokens) * ENTRY_BYTES
+    masked = 128.0 if press == "adakv" else 0.0
+    keys = {"model": "m", "press": press, "ratio": ratio, "prompt_id": prompt_id}
+    traces.append(
+        keys
+        | {
+            "shard": index // 8,
+            "seed": 1000 + index,
+            "status": "ok",
+            "prompt_tokens": prompt_tokens,
+            "generated_tokens": count,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "stop_reason": "eos" if draft[-1] == END else "length",
+            "text": decode(draft),
+            "cache_bytes_before": before,
+            "cache_bytes_after": after,
+            "kv_kept_bytes_mean": after + ENTRY_BYTES * count / 2 if count > 1 else None,
+            "kv_masked_bytes_mean": masked if count > 1 else None,
+            "prefill_seconds": 0.1,
+            "decode_seconds": 0.1,
+        }
+    )
+    gap = np.zeros(count)
+    llr = rng.uniform(-0.1, 0.1, count)
+    if diverges is not None:
+        gap[diverges:] = np.where(rng.random(count - diverges) < 0.4, 0.5, 0)
+        gap[diverges] = 0.5
+        llr[diverges:] += rng.choice([0.0, 1.2])
+    columns = {name: np.zeros(count) for name in schema.SIGNALS} | {
+        "position": np.arange(count),
+        "token_id": draft,
+        "entropy": rng.gamma(2.0, 1.2, count),
+        "audit_logprob": np.where(rng.random(count) < 0.02, -9.0, -1.0),
+        "audit_is_argmax": gap == 0,
+        "audit_gap": gap,
+        "llr": llr,
+    }
+    frame = pl.DataFrame(columns).with_columns(pl.lit(v).alias(k) for k, v in keys.items())
+    tokens.append(schema.conform(frame, schema.TOKENS))
+    hazard = np.clip(0.25 + 0.3 * (np.arange(count) >= (diverges or count)), 0, 1)
+    hazard = np.clip(hazard + rng.normal(0, 0.2, count), 0, 1)
+    predicted = frame.select(*KEYS, "position").with_columns(
+        split=pl.lit("test"), target=pl.lit("any"), hazard=pl.Series(hazard)
+    )
+    predictions.append(schema.conform(predicted, schema.PREDICTIONS))
+
+
+def requests_of(run, **options):
+    return load_requests(run.traces, run.tokens, run.outcomes, run.predictions, **options)
+
+
+def simulate(run, policies, **options):
+    options = {"controller": POINT, "decode": decode} | options
+    return simulate_policies(
+        requests_of(run), policies, prompts=run.prompts, live=LIVE, detection=DETECTION, **options
+    )
+
+
+def sequences(run):
+    """Per trace: token ids, gaps, hazards, entropies, and the trace's row, as plain lists."""
+    columns = [*KEYS, "position"]
+    table = run.tokens.join(run.predictions, on=columns).sort(columns)
+    found = {}
+    for key, part in table.group_by(KEYS, maintain_order=True):
+        found[key] = {
+            name: part[name].to_list()
+            for name in ("token_id", "audit_gap", "hazard", "entropy", "llr", "audit_logprob")
+        }
+    for row in run.traces.to_dicts():
+        found[tuple(row[k] for k in KEYS)]["trace"] = row
+    return found
+
+
+def play(name, request, baseline, holdback=16, rate=None):
+    """One request under a live guard, in plain Python: the uncompressed model is the baseline.
+
+    Returns final tokens, alarm steps, cuts and costs; None when the baseline cannot say.
+    """
+    policy = make_policy(
+        name, 1, max_new_tokens=MAX_NEW_TOKENS, live=LIVE, controller=POINT, alarm_rate=rate
+    )
+    policy.reset(0, request["trace"]["seed"])
+    prompt = request["trace"]["prompt_tokens"]
+    entry = ENTRY_BYTES
+    full = request["trace"]["cache_bytes_before"]
+    held = request["trace"]["cache_bytes_after"] + (request["trace"]["kv_masked_bytes_mean"] or 0)
+    bytes_, peak_of_passes, prefilled = [], [], prompt
+    alarms, cuts, wasted, streamed, unrecoverable = [], [], 0, 0, 0
+    if policy.starts_safe:
+        final = baseline["token_id"]
+        bytes_ = [full + entry * s for s in range(1, len(final))]
+    else:
+        final, draft = None, request["token_id"]
+        for at in range(len(draft)):
+            history = np.full((1, MAX_NEW_TOKENS), -1, np.int32)
+            history[0, : at + 1] = draft[: at + 1]
+            signals = np.zeros((1, len(schema.SIGNALS)), np.float32)
+            signals[0, ENTROPY] = request["entropy"][at]
+            seen = Observation(
+                np.array([0]),
+                np.array([at], np.int32),
+                np.array([draft[at]], np.int32),
+                signals,
+                np.array([request["hazard"][at]], np.float32),
+                history,
+            )
+            decision = policy.step(seen)
+            action, ended = decision.actions[0], at == len(draft) - 1
+            if ended and action == Action.CONTINUE:
+                decision = policy.finish(seen)
+                action = decision.actions[0]
+            if ended and action not in (Action.REWIND, Action.RECOMPUTE, Action.RESTART):
+                action = Action.CONTINUE
+            if action in (Action.RELAX, Action.RECOMPUTE) and (ended or action == Action.RELAX):
+                alarms.append(at + 1)  # nothing changes
+                action = Action.CONTINUE
+            if action == Action.CONTINUE:
+                if not ended:  # feed the token: one decode step
+                    bytes_.append(held + entry * (at + 1))
+                if decision.modes[0] == Mode.NORMAL:
+                    streamed = max(streamed, at + 1 - holdback)
+                continue
+            if action in (Action.PRUNE, Action.REFRESH) or policy.safe_after == "resume":
+                return None
+            alarms.append(at + 1)
+            if action == Action.STOP:
+                final = draft[: at + 1]
+                break
+            rejected = next((i for i in range(at + 1) if request["audit_gap"][i] > 1e-3), at + 1)
+            cut = rejected
+            if policy.recovery_cut == "tolerant":
+                seen_so_far = (np.array(request[c][: at + 1]) for c in ("llr", "audit_logprob"))
+                harm = harmful_token(*seen_so_far, TOLERANCE)
+                cut = at + 1 if harm is None else harm
+            if action == Action.RESTART:
+                kept, carried = 0, 0
+            elif action == Action.REWIND:
+                kept, carried = cut, at + 1
+            else:
+                kept, carried = at + 1, at + 1
+            if kept > rejected:
+                return None
+            unrecoverable += kept < streamed
+            prefilled += prompt + carried
+            peak_of_passes.append(full + entry * carried)
+            wasted += at + 1 - kept
+            cuts += [] if action == Action.RECOMPUTE else [kept]
+            assert draft[:kept] == baseline["token_id"][:kept]
+            final = draft[:kept]
+            while final != baseline["token_id"]:
+                if len(final) > kept:  # the pass itself gave the logits of token ``kept``
+                    bytes_.append(full + entry * len(final))
+                final = [*final, baseline["token_id"][len(final)]]
+            break
+        else:
+            final = draft
+    return {
+        "token_ids": final,
+        "alarm_steps": alarms,
+        "rewound_to": cuts,
+        "unrecoverable": unrecoverable,
+        "kv_bytes_mean": float(np.mean(bytes_)) if bytes_ else None,
+        "kv_bytes_peak": max([*bytes_, *peak_of_passes], default=None),
+        "prefilled_tokens": prefilled,
+        "decode_steps": len(bytes_),
+        "wasted_tokens": wasted,
+    }
+
+
+EXACT = (
+    "none",
+    "always_safe",
+    "random",
+    "entropy",
+    "ergo",
+    "ngram_stop",
+    "verify_all",
+    "guard_relax_only",
+    "guard_recompute",
+    "guard_restart",
+    "guard_rewind",
+    "guard_rewind_tolerant",
+    "guard_rewind_resume",
+    "guard_gate",
+)
+
+
+@pytest.mark.parametrize("name", [*EXACT, "loopguard", "periodic_refresh"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_simulated_requests_are_those_of_a_guard_played_by_hand(name, seed):
+    run = make_run(seed, conditions=(("snapkv", "0.500"), ("adakv", "0.750")))
+    played = sequences(run)
+    simulated = simulate(run, [name], random_rate=0.6, holdback_tokens=4)
+    simulated = simulated.filter(pl.col("press") != "none")
+    known, acted = 0, 0
+    for row in simulated.to_dicts():
+        key = tuple(row[k] for k in KEYS)
+        by_hand = play(name, played[key], played["m", "none", "0.000", key[3]], 4, rate=0.6)
+        if by_hand is None:
+            assert row["token_ids"] is None
+            assert row["catastrophe"] is None
+            assert row["kv_bytes_mean"] is None
+            continue
+        known += 1
+        acted += bool(by_hand["alarm_steps"])
+        for name_, expected in by_hand.items():
+            found = row[name_]
+            if name_.startswith("kv_bytes") and expected is not None:
+                assert found == pytest.approx(expected, rel=1e-9)
+            else:
+                assert found == expected, name_
+        assert row["alarmed"] == bool(by_hand["alarm_steps"])
+    assert known > 0
+    if name in EXACT and name not in ("none", "always_safe", "guard_rewind_resume"):
+        assert acted > 0
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_outcomes_of_simulated_requests_are_those_of_their_tokens(name):
+    run = make_run(3)
+    simulated = simulate(run, [name], random_rate=0.6).filter(pl.col("token_ids").is_not_null())
+    references = dict(run.prompts.select("prompt_id", "reference_answer").iter_rows())
+    llr = {
+        key: part["llr"].to_list()
+        for key, part in run.tokens.sort(*KEYS, "position").group_by(KEYS, maintain_order=True)
+    }
+    drafts = {key: trace["token_id"] for key, trace in sequences(run).items()}
+    for row in simulated.to_dicts():
+        key = tuple(row[k] for k in KEYS)
+        baseline = ("m", "none", "0.000", key[3])
+        is_own = row["token_ids"] == drafts[key][: len(row["token_ids"])]
+        source = key if is_own else baseline
+        found = detect_all(
+            row["token_ids"],
+            stop_reason=row["stop_reason"],
+            max_new_tokens=MAX_NEW_TOKENS,
+            llr=llr[source][: len(row["token_ids"])],
+            detection=DETECTION,
+        )
+        if row["token_ids"] != drafts[baseline]:
+            assert row["amnesia"] == found.amnesia
+            assert row["catastrophe"] == found.catastrophe
+        assert (row["looping"], row["non_termination"]) == (found.looping, found.non_termination)
+        assert row["text"] == decode(row["token_ids"])
+        written = [t - 900 for t in row["token_ids"] if t >= 900]
+        assert row["answer"] == (str(written[-1]) if written else None)
+        assert row["correct"] == (row["answer"] == references[key[3]])
+
+
+def test_verified_policies_have_the_uncompressed_accuracy_and_no_excess_failure():
+    run = make_run(4, num_prompts=20)
+    runs = simulate(run, ["none", "verify_all", "guard_restart", "always_safe"])
+    table = summarize_runs(runs, run.outcomes, bootstrap_samples=50)
+    baseline = run.outcomes.filter(pl.col("press") == "none")
+    for row in table.filter(pl.col("policy").is_in(["verify_all", "always_safe"])).to_dicts():
+        assert row["known"] == 1
+        assert row["accuracy"] == pytest.approx(baseline["correct"].mean())
+        assert row["excess_cfr"] == 0
+        assert row["excess_error"] == 0
+    verify = table.filter(pl.col("policy") == "verify_all")
+    assert verify["alarmed"].to_list() == [1.0, 1.0]
+    failing = run.outcomes.group_by("ratio").agg(pl.col("catastrophe").mean())
+    rates = dict(failing.iter_rows())
+    for row in verify.to_dicts():
+        assert row["prevented_cfr"] == pytest.approx(rates[row["ratio"]] - rates["0.000"])
+
+
+def test_a_tie_between_audit_and_tokens_makes_only_later_alarms_unknown():
+    run = make_run(5)
+    key = {"press": "snapkv", "ratio": "0.750"}
+    mine = pl.all_horizontal(pl.col(name) == value for name, value in key.items())
+    # The audit accepts everything, although the tokens leave the uncompressed answer: a tie.
+    tokens = run.tokens.with_columns(
+        audit_gap=pl.when(mine).then(pl.lit(0.0, pl.Float32)).otherwise("audit_gap")
+    )
+    tied = judge(run._replace(tokens=tokens))
+    requests = requests_of(tied)
+    drafts = {key: trace["token_id"] for key, trace in sequences(run).items()}
+    runs = simulate(tied, ["guard_rewind"]).filter(mine)
+    seen = set()
+    for row in runs.to_dicts():
+        own = drafts[tuple(row[k] for k in KEYS)]
+        base = drafts["m", "none", "0.000", row["prompt_id"]]
+        differs = next((i for i, t in enumerate(own) if t != base[i]), None)
+        alarm = row["alarm_steps"][0] if row["alarmed"] else None
+        unknown = alarm is not None and differs is not None and alarm > differs
+        assert (row["token_ids"] is None) == unknown
+        seen.add(unknown)
+    assert seen == {True, False}
+    left = run.traces.filter(mine).select(KEYS)
+    assert tied_requests(requests).join(left, on=KEYS, how="anti").height == 0
+
+
+def test_without_an_audit_the_cut_is_where_the_tokens_differ():
+    run = make_run(6)
+    silent = run.tokens.with_columns(pl.lit(None, pl.Float32).alias("audit_gap"))
+    one = simulate(run, ["guard_rewind", "none"])
+    other = simulate(run._replace(tokens=silent), ["guard_rewind", "none"])
+    assert one.equals(other)
+
+
+def test_order_of_the_tables_does_not_matter():
+    run = make_run(7)
+    shuffled = Run(*(table.sample(fraction=1, shuffle=True, seed=1) for table in run))
+    by = [*KEYS, "policy"]
+    names = ["guard_rewind", "ngram_stop", "random"]
+    assert simulate(run, names).sort(by).equals(simulate(shuffled, names).sort(by))
+
+
+def test_a_safe_ratio_above_zero_leaves_recoveries_unknown():
+    run = make_run(8)
+    runs = simulate(run, ["guard_rewind", "guard_restart", "always_safe"], safe_ratio="0.250")
+    assert runs.filter(pl.col("alarmed"))["token_ids"].null_count() == runs["alarmed"].sum() > 0
+    assert runs.filter(pl.col("policy") == "always_safe")["catastrophe"].is_null().all()
+
+
+def test_relaxing_after_compression_while_decoding_is_unknown():
+    run = make_run(9)
+    flat = run.traces.with_columns(
+        kv_kept_bytes_mean=pl.when(pl.col("press") != "none")
+        .then(pl.lit(777.0))
+        .otherwise("kv_kept_bytes_mean")
+    )
+    runs = simulate(run._replace(traces=flat), ["guard_relax_only", "guard_rewind"])
+    relaxed = runs.filter((pl.col("policy") == "guard_relax_only") & pl.col("alarmed"))
+    assert relaxed.height > 0
+    assert relaxed["token_ids"].is_null().all()
+    rewound = runs.filter((pl.col("policy") == "guard_rewind") & pl.col("alarmed"))
+    assert rewound["token_ids"].is_not_null().all()
+
+
+def test_failed_prompts_stay_rows():
+    run = make_run(10)
+    bad = run.traces.with_columns(
+        failed=(pl.col("prompt_id") == f"{3:016x}") & (pl.col("ratio") == "0.750")
+    ).with_columns(
+        status=pl.when("failed").then(pl.lit("error")).otherwise("status"),
+        error=pl.when("failed").then(pl.lit("ValueError: too short")),
+    )
+    runs = simulate(run._replace(traces=bad.drop("failed")), ["none", "guard_rewind"])
+    assert runs.height == 3 * 14 + 2 * 14
+    rows = runs.filter(pl.col("status") == "error")
+    assert sorted(rows["policy"]) == ["guard_rewind", "none"]
+    assert rows["error"].to_list() == ["ValueError: too short"] * 2
+    table = summarize_runs(runs, run.outcomes, bootstrap_samples=20)
+    assert table.filter(pl.col("ratio") == "0.750")["requests"].to_list() == [13, 13]
+
+
+def test_only_the_given_prompts_are_simulated():
+    run = make_run(11)
+    wanted = {f"{2:016x}", f"{5:016x}"}
+    requests = requests_of(run, prompt_ids=wanted)
+    assert set(requests.table["prompt_id"]) == wanted
+    assert tied_requests(requests).height == 0
+
+
+def test_settings_agree_with_simulating_each_of_them():
+    run = make_run(12, num_prompts=24)
+    requests = requests_of(run)
+    grid = settings_grid(
+        config.Controller(tau_low=[0.3, 0.5], tau_high=[0.5, 0.7], k=[1, 2], j=[3])
+    )
+    table = simulate_settings(requests, grid, bootstrap_samples=50)
+    assert table.height == 2 * len(grid.k)
+    measures = ("alarmed", "cfr", "accuracy", "agreement", "excess_cfr", "prevented_cfr", *COSTS)
+    for index in range(len(grid.k)):
+        setting = grid.setting(index)
+        runs = simulate(run, ["none", "guard_rewind"], controller=setting)
+        alone = summarize_runs(runs, run.outcomes, bootstrap_samples=50)
+        for row in alone.filter(pl.col("policy") == "guard_rewind").to_dicts():
+            mine = table.filter(
+                (pl.col("ratio") == row["ratio"])
+                & (pl.col("tau_low") == setting.tau_low)
+                & (pl.col("tau_high") == setting.tau_high)
+                & (pl.col("k") == setting.k)
+            ).row(0, named=True)
+            for name in measures:
+                for suffix in ("", "_low", "_high"):
+                    assert mine[name + suffix] == pytest.approx(row[name + suffix]), name + suffix
+
+
+def test_detection_columns_by_hand():
+    run = make_run(13, num_prompts=30)
+    table = simulate_controller(requests_of(run), {"balanced": POINT}, bootstrap_samples=20)
+    assert table["operating_point"].to_list() == ["balanced"] * 2
+    runs = simulate(run, ["guard_rewind"]).join(
+        run.outcomes.select(*KEYS, alone="catastrophe", onset="onset"), on=KEYS
+    )
+    for row in table.to_dicts():
+        mine = runs.filter(pl.col("ratio") == row["ratio"]).to_dicts()
+        harmless = [r["alarmed"] for r in mine if not r["alone"]]
+        harmful = [r for r in mine if r["alone"]]
+        leads = [r["onset"] - (r["alarm_steps"][0] - 1) for r in harmful if r["alarmed"]]
+        early = [lead for lead in leads if lead >= 0]
+        assert row["false_alarm_rate"] == pytest.approx(np.mean(harmless))
+        assert row["detection_rate"] == pytest.approx(len(leads) / len(harmful))
+        assert row["early_rate"] == pytest.approx(len(early) / len(harmful))
+        assert row["lead_tokens"] == (pytest.approx(np.mean(early)) if early else None)
+
+
+def test_intervals_cover_their_means_and_shrink_with_more_prompts():
+    widths = []
+    for count in (12, 120):
+        run = make_run(14, num_prompts=count, conditions=(("snapkv", "0.500"),))
+        row = simulate_controller(requests_of(run), {"x": POINT}).row(0, named=True)
+        assert row["agreement_low"] < row["agreement"] < row["agreement_high"]
+        widths.append(row["agreement_high"] - row["agreement_low"])
+    assert widths[1] < 0.5 * widths[0]
+
+
+def frontier_rows(points):
+    return pl.DataFrame(
+        [
+            {
+                "model": "m",
+                "press": press,
+                "ratio": ratio,
+                "policy": policy,
+                "kv_bytes_mean": kv,
+                "cfr": cfr,
+                "agreement": 1 - cfr,
+                "accuracy": 0.5,
+            }
+            for press, ratio, policy, kv, cfr in points
+        ]
+    )
+
+
+def test_constant_ratio_of_equal_memory_is_interpolated_within_the_measured_range():
+    table = constant_frontier(
+        frontier_rows(
+            [
+                ("none", "0.000", "none", 1000.0, 0.1),
+                ("snapkv", "0.500", "none", 600.0, 0.3),
+                ("snapkv", "0.750", "none", 400.0, 0.7),
+                ("snapkv", "0.750", "guard_rewind", 700.0, 0.1),
+                ("snapkv", "0.750", "guard_restart", 450.0, 0.1),
+                ("snapkv", "0.750", "verify_all", 1200.0, 0.1),
+                ("knorm", "0.750", "guard_rewind", 700.0, 0.1),
+            ]
+        )
+    )
+    found = dict(
+        zip(table["policy"].to_list()[3:], table["constant_cfr"].to_list()[3:], strict=True)
+    )
+    # 700 lies a quarter of the way from 600 (0.3) to 1000 (0.1); 450 a quarter from 400 to 600.
+    guards = table["constant_cfr"].to_list()
+    assert guards[3] == pytest.approx(0.25)
+    assert guards[4] == pytest.approx(0.6)
+    assert found["verify_all"] is None  # more memory than no compression at all
+    assert guards[6] is None  # one measured point of this press at 1000 bytes: 700 is outside
+    assert table["constant_agreement"][3] == pytest.approx(0.75)
+    assert table["constant_accuracy"][3] == pytest.approx(0.5)
+
+
+def test_pareto_marks_what_nothing_else_beats():
+    run = make_run(15, num_prompts=30)
+    requests = requests_of(run)
+    grid = simulate_settings(requests, settings_grid(config.Controller()), bootstrap_samples=20)
+    runs = simulate(run, [name for name in config.POLICY_NAMES if name != "constant"])
+    summary = summarize_runs(
+        runs, run.outcomes, exclude=tied_requests(requests), bootstrap_samples=20
+    )
+    table = pareto(grid, summary)
+    assert table.height == grid.height + summary.height
+    goals = ["excess_cfr", "kv_bytes_mean", "prefilled_tokens", "decode_steps"]
+    for _, part in table.group_by("press", "ratio"):
+        rows = part.select(*goals, "efficient").rows()
+        for *mine, efficient in rows:
+            if None in mine:
+                assert efficient is None
+                continue
+            beaten = any(
+                None not in other
+                and all(o <= m for o, m in zip(other, mine, strict=True))
+                and other != mine
+                for *other, _ in rows
+            )
+            assert efficient == (not beaten)
+    assert table.filter(pl.col("efficient"))["policy"].n_unique() > 1
+
+
+def test_alarm_rate_counts_compressed_requests_alone():
+    run = make_run(16)
+    runs = simulate(run, ["guard_rewind"])
+    assert alarm_rate(requests_of(run), POINT) == pytest.approx(runs["alarmed"].mean())
+    only = run.traces.filter(pl.col("press") == "none")
+    alone = load_requests(only, run.tokens, run.outcomes, run.predictions)
+    assert alarm_rate(alone, POINT) is None
+
+
+def test_simulability_says_what_is_known_of_every_policy():
+    run = make_run(17)
+    table = simulability(simulate(run, config.POLICY_NAMES))
+    assert table["policy"].to_list() == list(config.POLICY_NAMES) == list(SIMULABILITY)
+    counts = {row["policy"]: row for row in table.to_dicts()}
+    for name in ("none", "always_safe", "random", "entropy", "verify_all", "guard_rewind"):
+        assert counts[name]["known"] == counts[name]["requests"] == 28
+    resume = counts["guard_rewind_resume"]
+    assert resume["alarmed"] > 0
+    assert resume["known"] == resume["requests"] - resume["alarmed"]
+    assert counts["constant"]["requests"] == 0
+
+
+def test_live_runs_that_differ_from_the_simulation_are_told_apart():
+    run = make_run(18)
+    simulated = simulate(run, ["guard_rewind", "none", "guard_rewind_resume"])
+    simulated = simulated.filter(pl.col("press") != "none")
+    live = simulated.with_columns(source=pl.lit("live")).with_row_index("n")
+    same = compare_live_simulation(live.drop("n"), simulated)
+    assert set(same["reason"]) == {"same", "outcome unknown offline"}
+    assert same.filter(pl.col("reason") == "same").select(COSTS).fill_null(
+        0
+    ).sum().sum_horizontal()[0] == pytest.approx(0)
+
+    guard, alone = pl.col("policy") == "guard_rewind", pl.col("policy") == "none"
+    rewound = live.filter(guard & pl.col("alarmed"))["n"].to_list()
+    calm = live.filter(alone)["n"].to_list()
+    changed = pl.concat_list(pl.col("token_ids").list.head(4), pl.lit(7, pl.Int32))
+    is_ = pl.col("n")
+    live = live.with_columns(
+        token_ids=pl.when(is_.is_in([rewound[0], calm[0]])).then(changed).otherwise("token_ids"),
+        alarm_steps=pl.when(is_ == rewound[1])
+        .then(pl.concat_list(pl.col("alarm_steps").list.first() + 1))
+        .otherwise("alarm_steps"),
+        status=pl.when(is_ == calm[1]).then(pl.lit("error")).otherwise("status"),
+        policy=pl.when(is_ == calm[2]).then(pl.lit("always_safe")).otherwise("policy"),
+    ).with_columns(
+        decode_steps=pl.col("decode_steps") + pl.when(is_ == calm[3]).then(2).otherwise(0)
+    )
+    found = compare_live_simulation(live.drop("n"), simulated)
+    reasons = found["reason"].to_list()
+    assert reasons[rewound[0]] == "recovery differs"
+    assert found["first_difference"][rewound[0]] == 4
+    assert reasons[rewound[1]] == "alarm step differs"
+    assert reasons[calm[0]] == "draft differs"
+    assert reasons[calm[1]] == "one failed"
+    assert reasons[calm[2]] == "not simulated"
+    assert reasons[calm[3]] == "same"
+    assert found["decode_steps"][calm[3]] == 2
+    counted = summarize_differences(found)
+    assert counted["requests"].sum() == live.height
+    assert counted["explanation"].null_count() == 0
+
+
+def test_runs_have_their_schema_and_the_baseline_appears_once():
+    run = make_run(19)
+    runs = simulate(run, config.POLICY_NAMES)
+    schema.check(runs, schema.RUNS, "simulation")
+    assert set(runs.filter(pl.col("press") == "none")["policy"]) == {"none"}
+    assert runs.select(*KEYS, "policy").is_duplicated().sum() == 0
+    assert runs["source"].unique().to_list() == ["simulation"]
+    none = runs.filter(pl.col("policy") == "none").join(run.outcomes, on=KEYS, suffix="_own")
+    for name in OUTCOME_COLUMNS:
+        if name != "agrees":
+            assert none[name].equals(none[f"{name}_own"], check_names=False)
+
+
+def test_tables_that_do_not_belong_together_are_refused():
+    run = make_run(20)
+    missing = run.tokens.filter(pl.col("prompt_id") != f"{1:016x}")
+    with pytest.raises(ValueError, match=r"no tokens for the trace .*0000000000000001"):
+        load_requests(run.traces, missing, run.outcomes, run.predictions)
+    with pytest.raises(ValueError, match="no trace with status 'ok'"):
+        requests_of(run, prompt_ids=["unheard of"])
+    only = run.traces.filter(pl.col("press") == "none")
+    with pytest.raises(ValueError, match="only the baseline was given"):
+        simulate_settings(
+            load_requests(only, run.tokens, run.outcomes, run.predictions), stack_settings([POINT])
+        )
