@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentF
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from kvguard.config import BASELINE
+from kvguard.config import BASELINE, OperatingPoint
 from kvguard.schema import atomic_path
 
 STYLE_FILE = Path(__file__).parents[1] / "reports" / "kvguard.mplstyle"
@@ -860,15 +860,16 @@ def plot_policies(policies: pl.DataFrame, *, presses: Sequence[str] = ()) -> Fig
     """Benefit and cost of every policy in the live experiment, as dots with intervals.
 
     Args:
-        policies: one row per (policy, model, press, ratio): ``prompts`` and, each with its paired
-            bootstrap interval, `POLICY_METRICS`. Lower is better in all of them.
+        policies: one row per (policy, model, press, ratio), all of one source: ``requests`` and,
+            each with its interval, `POLICY_METRICS`, as `compare_policies.summarize_runs` gives
+            them. Lower is better in all of them.
         presses: all presses of the experiment, for stable colours.
 
     Raises:
         MissingData: a column is absent, or there are no rows.
     """
     intervals = [f"{metric}{end}" for metric in POLICY_METRICS for end in ("", "_low", "_high")]
-    _need(policies, ["policy", "model", "press", "ratio", "prompts", *intervals], "policies")
+    _need(policies, ["policy", "model", "press", "ratio", "requests", *intervals], "policies")
     styles = press_styles([*presses, *policies["press"]])
     names = sorted(set(policies["policy"]), key=_policy_order)
     models = _in_order(policies["model"])
@@ -877,7 +878,7 @@ def plot_policies(policies: pl.DataFrame, *, presses: Sequence[str] = ()) -> Fig
         key=lambda key: (list(styles).index(key[0]), key[1]),
     )
     ratios = sorted({ratio for _, ratio in keys})
-    height = max(0.2, 0.055 * len(keys) + 0.08) * len(names)
+    height = max(0.2, 0.055 * min(len(keys), 8) + 0.03 * max(len(keys) - 8, 0) + 0.08) * len(names)
     figure = Figure(
         figsize=(1.45 * len(POLICY_METRICS) + 1.5, height * len(models) + 1.1),
         layout="constrained",
@@ -913,7 +914,7 @@ def plot_policies(policies: pl.DataFrame, *, presses: Sequence[str] = ()) -> Fig
             label.set_color(_policy_style(name).colour)
     figure.legend(handles=_condition_handles(keys, styles), loc="outside upper right", ncols=8)
     figure.supxlabel(
-        f"per request, {_count_text(policies['prompts'])} prompts a point, 95 % intervals",
+        f"per request, {_count_text(policies['requests'])} requests a point, 95 % intervals",
         fontsize=7.5,
         color=INK,
     )
@@ -942,78 +943,107 @@ def _condition_handles(
 
 
 @_styled
-def plot_pareto(pareto: pl.DataFrame) -> Figure:
-    """Harm left over against cost: every setting of the guard, its operating points, its rivals.
+def plot_pareto(
+    pareto: pl.DataFrame,
+    *,
+    cost: str,
+    operating_points: Mapping[str, OperatingPoint],
+    presses: Sequence[str] = (),
+) -> Figure:
+    """Harm left over against one cost: every setting of the guard, and its rivals.
 
-    Lower left is better. Intervals are drawn for operating points and rivals; the guard's other
-    settings are small dots, and a line joins those that no other setting beats in both.
+    Lower left is better. The guard's settings are dots in the press's colour, and a line joins
+    those that no other setting beats in both; its operating points are named. Intervals are drawn
+    for operating points and rivals.
 
     Args:
-        pareto: one row per (model, policy, setting): ``policy``, ``operating_point`` (null: another
-            setting of the grid, or a rival), ``kv_bytes_mean``, ``prefilled_tokens`` (both per
-            request), and ``excess_cfr`` with its interval.
+        pareto: `compare_policies.pareto`: one row per (model, press, ratio, policy), and for the
+            guard's grid per setting (``tau_low``, ``tau_high``, ``k``, ``j``; null: no grid), with
+            the cost and ``excess_cfr`` with its interval. Rows whose harm is null are left out.
+        cost: a key of `POLICY_METRICS`: "kv_bytes_mean" or "prefilled_tokens".
+        operating_points: settings by name.
+        presses: all presses of the experiment, for stable colours.
 
     Raises:
         MissingData: a column is absent, or there are no rows.
     """
-    columns = ["model", "policy", "operating_point", "kv_bytes_mean", "prefilled_tokens"]
-    _need(pareto, [*columns, "excess_cfr", "excess_cfr_low", "excess_cfr_high"], "pareto")
-    pareto = pareto.drop_nulls("excess_cfr").with_columns(
-        kv_bytes_mean=pl.col("kv_bytes_mean") * 2.0**-20
-    )
+    title, unit = POLICY_METRICS[cost]
+    harm = ("excess_cfr", "excess_cfr_low", "excess_cfr_high")
+    settings = ("tau_low", "tau_high", "k", "j")
+    _need(pareto, ["model", "press", "ratio", "policy", *settings, cost, *harm], "pareto")
+    pareto = pareto.drop_nulls(["excess_cfr", cost]).filter(pl.col("press") != BASELINE)
     _need(pareto, [], "pareto")
-    costs = {"kv_bytes_mean": "mean KV memory (MiB)", "prefilled_tokens": "tokens prefilled"}
+    pareto = pareto.with_columns(pl.col(cost) * _UNITS[unit])
+    styles = press_styles([*presses, *pareto["press"]])
     models = _in_order(pareto["model"])
-    figure = Figure(figsize=(7.8, 2.6 * len(models) + 0.2), layout="constrained")
-    grid = figure.subplots(len(models), len(costs), squeeze=False, sharey=True)
-    for row, model in enumerate(models):
-        of_model = pareto.filter(pl.col("model") == model)
-        for axes, (cost, label) in zip(grid[row], costs.items(), strict=True):
-            rows = of_model.drop_nulls(cost)
-            per_policy = rows.group_by("policy").len().filter(pl.col("len") > 1)
-            for policy in sorted(per_policy["policy"], key=_policy_order):
-                settings = rows.filter(pl.col("policy") == policy)
-                x, y = settings[cost].to_numpy(), settings["excess_cfr"].to_numpy()
-                style = _policy_style(policy)
-                axes.plot(x, y, ".", ms=2.5, color=style.colour, alpha=0.3, mew=0)
-                axes.step(*_front(x, y), where="post", color=style.colour, lw=0.8)
-            named = rows.filter(
-                pl.col("operating_point").is_not_null()
-                | ~pl.col("policy").is_in(per_policy["policy"].to_list())
-            ).sort("policy", "operating_point")
-            names = []
-            for entry in named.to_dicts():
+    lines = [(model, press) for model in models for press in _in_order(pareto["press"], styles)]
+    ratios = sorted(set(pareto["ratio"]))
+    figure = Figure(
+        figsize=(1.9 * len(ratios) + 1.9, 1.75 * len(lines) + 0.4), layout="constrained"
+    )
+    grid = figure.subplots(len(lines), len(ratios), squeeze=False, sharex="row", sharey="row")
+    labels: list[tuple[Axes, list[LineEnd]]] = []
+    for row, (model, press) in enumerate(lines):
+        for axes, ratio in zip(grid[row], ratios, strict=True):
+            here = pareto.filter(
+                (pl.col("model") == model) & (pl.col("press") == press) & (pl.col("ratio") == ratio)
+            )
+            colour = styles[press].colour
+            tried = here.filter(pl.col("tau_low").is_not_null())
+            x, y = tried[cost].to_numpy(), tried["excess_cfr"].to_numpy()
+            axes.plot(x, y, ".", ms=3, color=colour, alpha=0.35, mew=0)
+            if tried.height:
+                axes.step(*_front(x, y), where="post", color=colour, lw=0.8)
+            for entry in here.filter(pl.col("tau_low").is_null()).to_dicts():
                 style = _policy_style(entry["policy"])
-                x_value, y_value = entry[cost], entry["excess_cfr"]
-                low, high = entry["excess_cfr_low"], entry["excess_cfr_high"]
-                reach = None if low is None or high is None else _reach(y_value, low, high)
-                axes.errorbar(
-                    [x_value],
-                    [y_value],
-                    yerr=reach,
-                    color=style.colour,
-                    marker=style.marker,
-                    ms=5,
-                    elinewidth=0.6,
-                    ls="none",
+                _vertical_interval(axes, entry, cost, style.colour, style.marker)
+            names = []
+            for name, point in operating_points.items():
+                chosen = tried.filter(
+                    [pl.col(field) == getattr(point, field) for field in settings]
                 )
-                if entry["operating_point"] is not None:
-                    names.append((x_value, y_value, entry["operating_point"], style.colour))
+                for entry in chosen.to_dicts():
+                    _vertical_interval(axes, entry, cost, colour, styles[press].marker)
+                    names.append((entry[cost], entry["excess_cfr"], name, colour))
+            labels.append((axes, names))
             axes.axhline(0, color=GREY, lw=0.7)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.grid(axis="y")
-            if row == len(models) - 1:
-                axes.set_xlabel(f"{label} per request")
             axes.margins(x=0.12, y=0.1)
-            _label_points(axes, names)
-        grid[row][0].set_ylabel(f"{model}\nexcess CFR")
-    styles = map(_policy_style, sorted(set(pareto["policy"]), key=_policy_order))
+            if row == 0:
+                axes.set_title(f"ratio {float(ratio):g}")
+        of_model = f"{model}\n" if len(models) > 1 else ""
+        grid[row][0].set_ylabel(f"{of_model}{styles[press].label}\nexcess CFR")
+    figure.supxlabel(f"{title} per request", fontsize=8)
+    rivals = pareto.filter(pl.col("tau_low").is_null())["policy"]
     handles = [
         Line2D([], [], color=style.colour, marker=style.marker, ls="none", label=style.label)
-        for style in styles
+        for style in map(_policy_style, sorted(set(rivals), key=_policy_order))
     ]
+    handles.append(Line2D([], [], color=INK, lw=0.8, marker=".", ms=3, label="guard's settings"))
     figure.legend(handles=handles, loc="outside right center")
+    for axes, names in labels:
+        _label_points(axes, names)
     return figure
+
+
+def _vertical_interval(
+    axes: Axes, row: Mapping[str, Any], cost: str, colour: str, marker: str
+) -> None:
+    """A policy's dot at (cost, excess CFR) with the interval of its excess CFR."""
+    value, low, high = (row[f"excess_cfr{end}"] for end in ("", "_low", "_high"))
+    axes.errorbar(
+        [row[cost]],
+        [value],
+        yerr=None if low is None or high is None else _reach(value, low, high),
+        color=colour,
+        marker=marker,
+        ms=4,
+        elinewidth=0.6,
+        ls="none",
+        label=row["policy"],
+    )
 
 
 def _front(
@@ -1077,88 +1107,79 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 @_styled
-def plot_simulation_gap(gap: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figure:
+def plot_simulation_gap(summary: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figure:
     """What the offline simulation says of each policy against what the live run measured.
 
-    On the diagonal the simulation is right; the three largest gaps of a panel are named.
+    On the diagonal the simulation is right; the largest gaps of a panel are named.
 
     Args:
-        gap: one row per (metric, policy, model, press, ratio): ``metric`` (a key of
-            `POLICY_METRICS`), and ``live`` and ``simulation`` with their paired intervals.
+        summary: `compare_policies.summarize_runs` of both sources: one row per (policy, model,
+            press, ratio, ``source``), source "live" or "simulation", with `POLICY_METRICS` and
+            their intervals. A measure that is null in either source has no point.
         presses: all presses of the experiment, for stable colours.
 
     Raises:
-        MissingData: a column is absent, or there are no rows.
+        MissingData: a column is absent, or no policy is in both sources.
     """
-    values = [
-        f"{source}{end}" for source in ("live", "simulation") for end in ("", "_low", "_high")
-    ]
-    _need(gap, ["metric", "policy", "model", "press", "ratio", *values], "simulation_gap")
-    styles = press_styles([*presses, *gap["press"]])
-    metrics = [metric for metric in POLICY_METRICS if metric in set(gap["metric"])]
-    keys = sorted(set(zip(gap["press"], gap["ratio"], strict=True)))
-    ratios = sorted({ratio for _, ratio in keys})
-    across = min(len(metrics), 3)
-    down = -(-len(metrics) // across)
-    figure = Figure(figsize=(2.35 * across + 0.2, 2.4 * down + 0.4), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).ravel()
-    for axes, metric in zip(panels, metrics, strict=False):
-        title, unit = POLICY_METRICS[metric]
-        scaled = [pl.col(value) * _UNITS[unit] for value in values]
-        rows = gap.filter(pl.col("metric") == metric).with_columns(scaled)
-        rows = rows.drop_nulls(["live", "simulation"])
+    keys = ["policy", "model", "press", "ratio"]
+    intervals = [f"{metric}{end}" for metric in POLICY_METRICS for end in ("", "_low", "_high")]
+    _need(summary, [*keys, "source", *intervals], "simulation_gap")
+    live, simulated = (
+        summary.filter(pl.col("source") == source).select(*keys, *intervals)
+        for source in ("live", "simulation")
+    )
+    pairs = live.join(simulated, on=keys, suffix="_simulated", maintain_order="left")
+    _need(pairs, [], "simulation_gap")
+    styles = press_styles([*presses, *pairs["press"]])
+    conditions = sorted(set(zip(pairs["press"], pairs["ratio"], strict=True)))
+    ratios = sorted({ratio for _, ratio in conditions})
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
+    grid = figure.subplots(2, len(POLICY_METRICS) // 2, squeeze=False)
+    labels: list[tuple[Axes, list[LineEnd]]] = []
+    for axes, (metric, (title, unit)) in zip(grid.flat, POLICY_METRICS.items(), strict=True):
         axes.set(title=title, xlabel="simulation", ylabel="live")
-        if rows.is_empty():
-            axes.text(0.5, 0.5, "undefined", transform=axes.transAxes, ha="center", color=GREY)
+        of_panel = pairs.drop_nulls([metric, f"{metric}_simulated"])
+        of_panel = of_panel.with_columns(pl.col(f"^{metric}(_.*)?$") * _UNITS[unit])
+        if of_panel.is_empty():
+            axes.text(0.5, 0.5, "not simulated", transform=axes.transAxes, ha="center", color=GREY)
+            axes.set(xticks=[], yticks=[])
             continue
-        for entry in rows.to_dicts():
-            style = styles[entry["press"]]
-            across_reach, along_reach = (
-                None
-                if entry[f"{source}_low"] is None or entry[f"{source}_high"] is None
-                else _reach(entry[source], entry[f"{source}_low"], entry[f"{source}_high"])
-                for source in ("simulation", "live")
-            )
-            axes.plot(
-                [entry["simulation"]],
-                [entry["live"]],
-                color=style.colour,
-                marker=style.marker,
-                ms=_ratio_size(ratios, entry["ratio"]),
-                mec="white",
-                mew=0.4,
-                ls="none",
-            )
+        for entry in of_panel.to_dicts():
+            style, size = styles[entry["press"]], _ratio_size(ratios, entry["ratio"])
+            x, y = entry[f"{metric}_simulated"], entry[metric]
+            axes.plot([x], [y], style.marker, color=style.colour, ms=size, mec="white", mew=0.4)
+            bars = {}
+            for name, value, end in (("yerr", y, ""), ("xerr", x, "_simulated")):
+                low, high = entry[f"{metric}_low{end}"], entry[f"{metric}_high{end}"]
+                bars[name] = None if low is None or high is None else _reach(value, low, high)
             axes.errorbar(
-                [entry["simulation"]],
-                [entry["live"]],
-                xerr=across_reach,
-                yerr=along_reach,
+                [x],
+                [y],
+                **bars,
                 color=style.colour,
                 alpha=0.35,
                 elinewidth=0.5,
                 ls="none",
                 zorder=0,
             )
-        largest = rows.with_columns(gap=(pl.col("live") - pl.col("simulation")).abs())
-        largest = largest.filter(pl.col("gap") > 0).sort("gap", descending=True).head(3)
         axes.set_aspect("equal", adjustable="datalim")
         axes.axline((0, 0), slope=1, color=GREY, lw=0.7, ls=":")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        if unit == "share":
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        _label_points(
-            axes,
-            [
-                (entry["simulation"], entry["live"], _policy_style(entry["policy"]).label, INK)
-                for entry in largest.to_dicts()
-            ],
-        )
-    for axes in panels[len(metrics) :]:
-        axes.set_visible(False)
-    figure.legend(handles=_condition_handles(keys, styles), loc="outside lower center", ncols=5)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(4))
+            if unit == "share":
+                axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        apart = (pl.col(metric) - pl.col(f"{metric}_simulated")).abs()
+        span = of_panel.select(pl.max_horizontal(metric, f"{metric}_simulated")).max().item()
+        largest = of_panel.filter(apart > 0.02 * abs(span)).sort(apart, descending=True).head(3)
+        names = [
+            (entry[f"{metric}_simulated"], entry[metric], _policy_style(entry["policy"]).label, INK)
+            for entry in largest.to_dicts()
+        ]
+        labels.append((axes, names))
+    handles = _condition_handles(conditions, styles)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    for axes, names in labels:
+        _label_points(axes, names)
     return figure
 
 

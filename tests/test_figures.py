@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.container import ErrorbarContainer
 
 from kvguard import figures
+from kvguard.config import OperatingPoint
 from kvguard.figures import MissingData
 
 PRESSES = ("snapkv", "streaming_llm", "expected_attention")
@@ -124,7 +125,7 @@ def memory():
 def policies(names=("none", "guard_rewind", "verify_all"), presses=PRESSES, ratios=RATIOS):
     rows = []
     for name, press, ratio in itertools.product(names, presses, ratios):
-        row = {"policy": name, "model": "tiny", "press": press, "ratio": ratio, "prompts": 6}
+        row = {"policy": name, "model": "tiny", "press": press, "ratio": ratio, "requests": 6}
         for place, metric in enumerate(figures.POLICY_METRICS):
             value = 0.1 * (place + names.index(name)) * float(ratio)
             row |= {f"{metric}{end}": number for end, number in interval(value, 0.05).items()}
@@ -132,32 +133,40 @@ def policies(names=("none", "guard_rewind", "verify_all"), presses=PRESSES, rati
     return pl.DataFrame(rows)
 
 
-def gap():
-    rows = [
-        {"metric": metric, "policy": policy, "model": "tiny", "press": "snapkv", "ratio": "0.750"}
-        | {f"live{end}": number for end, number in interval(0.3).items()}
-        | {f"simulation{end}": number for end, number in interval(0.35).items()}
-        for metric in ("excess_cfr", "kv_bytes_mean")
-        for policy in ("none", "guard_rewind")
-    ]
-    return pl.DataFrame(rows)
+def both_sources():
+    simulated = policies().with_columns(
+        pl.col("^excess_cfr.*$") + 0.05,
+        kv_bytes_mean=pl.when(pl.col("policy") != "verify_all").then("kv_bytes_mean"),
+    )
+    return pl.concat(
+        [
+            frame.with_columns(source=pl.lit(source))
+            for source, frame in (("live", policies()), ("simulation", simulated))
+        ]
+    ).drop("requests")
 
 
-def pareto(models=("tiny",)):
+POINTS = {"balanced": OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=8)}
+
+
+def pareto():
     rows = []
-    for _ in models:
-        for place, point in enumerate((None, "balanced", None, "aggressive")):
-            rows.append(
-                ("guard_rewind", point, 1e6 * (1 + place), 400.0 + 50 * place, 0.4 / (1 + place))
-            )
-        rows += [("none", None, 1e6, 400.0, 0.5), ("verify_all", None, 1e6, 600.0, 0.0)]
-        names = ["policy", "operating_point", "kv_bytes_mean", "prefilled_tokens", "excess_cfr"]
-    frame = pl.DataFrame(rows, schema=names, orient="row")
-    return frame.with_columns(
-        model=pl.Series([m for m in models for _ in range(6)]),
+    for press, ratio in itertools.product(PRESSES, RATIOS):
+        for place, tau_low in enumerate((0.1, 0.2, 0.3)):
+            rows.append((press, ratio, "guard_rewind", tau_low, 0.5, 2, 8, 1e6 * (3 - place), 0.1))
+        rows.append((press, ratio, "none", None, None, None, None, 1e6, 0.5))
+        rows.append((press, ratio, "loopguard", None, None, None, None, 1e6, None))
+    settings = ["tau_low", "tau_high", "k", "j"]
+    names = ["press", "ratio", "policy", *settings, "kv_bytes_mean", "excess_cfr"]
+    return pl.DataFrame(rows, schema=names, orient="row").with_columns(
+        model=pl.lit("tiny"),
         excess_cfr_low=pl.col("excess_cfr") - 0.1,
         excess_cfr_high=pl.col("excess_cfr") + 0.1,
     )
+
+
+def draw_pareto(frame):
+    return figures.plot_pareto(frame, cost="kv_bytes_mean", operating_points=POINTS)
 
 
 def draw_trace(tokens):
@@ -180,8 +189,8 @@ DRAWN = {
     "sensitivity": (figures.plot_sensitivity, sensitivity),
     "memory": (lambda frame: figures.plot_memory(frame, title="one request"), memory),
     "policies": (figures.plot_policies, policies),
-    "pareto": (figures.plot_pareto, pareto),
-    "simulation_gap": (figures.plot_simulation_gap, gap),
+    "pareto": (draw_pareto, pareto),
+    "simulation_gap": (figures.plot_simulation_gap, both_sources),
 }
 
 
@@ -342,6 +351,27 @@ def test_policies_are_drawn_in_mebibytes_and_in_order():
     memory_axes = figure.axes[titles.index("KV memory (MiB)")]
     drawn = sorted(bar.lines[0].get_xdata()[0] for bar in memory_axes.containers)
     assert drawn == pytest.approx(sorted(policies()["kv_bytes_mean"] / 2**20))
+
+
+def test_pareto_shows_settings_rivals_and_operating_points_with_known_harm():
+    first = draw_pareto(pareto()).axes[0]
+    grid = first.lines[0]
+    assert sorted(grid.get_xdata()) == pytest.approx([n * 1e6 / 2**20 for n in (1, 2, 3)])
+    named = {c.get_label(): c.lines[0].get_xdata()[0] for c in first.containers}
+    expected = {"none": 1e6 / 2**20, "guard_rewind": 2e6 / 2**20}
+    assert named == pytest.approx(expected)  # loopguard's harm is unknown: no point
+    assert [text.get_text() for text in first.texts] == ["balanced"]
+
+
+def test_live_is_paired_with_the_simulation_of_the_same_condition():
+    excess = figures.plot_simulation_gap(both_sources()).axes[0]
+    points = [line for line in excess.lines if len(line.get_xdata()) == 1]
+    assert len(points) == policies().height
+    assert sorted(line.get_ydata()[0] for line in points) == sorted(policies()["excess_cfr"])
+    for line in points:
+        assert line.get_xdata()[0] == pytest.approx(line.get_ydata()[0] + 0.05)
+    with pytest.raises(MissingData):
+        figures.plot_simulation_gap(both_sources().filter(pl.col("source") == "live"))
 
 
 def test_pareto_joins_the_settings_that_no_other_beats():
