@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.container import ErrorbarContainer
+from synthetic import make_run, write_run
 
 from kvguard import figures
 from kvguard.config import OperatingPoint
+from kvguard.database import build_database, condition_summary, read_view
 from kvguard.figures import MissingData
 
 PRESSES = ("snapkv", "streaming_llm", "expected_attention")
@@ -365,7 +367,7 @@ def test_pareto_shows_settings_rivals_and_operating_points_with_known_harm():
 
 def test_live_is_paired_with_the_simulation_of_the_same_condition():
     excess = figures.plot_simulation_gap(both_sources()).axes[0]
-    points = [line for line in excess.lines if len(line.get_xdata()) == 1]
+    points = [line for line in excess.lines if line.get_markersize() and line.get_marker() in "os^"]
     assert len(points) == policies().height
     assert sorted(line.get_ydata()[0] for line in points) == sorted(policies()["excess_cfr"])
     for line in points:
@@ -420,3 +422,17 @@ def test_no_label_leaves_the_figure_or_hides_another(models, ratios, requests):
             overlap = min(one.y1, other.y1) - max(one.y0, other.y0)
             beside = one.x1 < other.x0 or other.x1 < one.x0
             assert beside or overlap < 0.35 * min(one.height, other.height)
+
+
+def test_figures_draw_what_the_database_says(tmp_path):
+    run = write_run(make_run(num_prompts=8, max_new_tokens=64), tmp_path)
+    database = tmp_path / "kvguard.duckdb"
+    build_database(database, run.prompts, run.traces, run.tokens, run.outcomes)
+    summary_view = condition_summary(database)
+    figures.plot_failure_kinds(summary_view)
+    figures.plot_excess(read_view(database, "excess"))
+    cfr = figures.plot_rates(summary_view).axes[2]
+    y, _, _ = error_bars(cfr)["SnapKV"]
+    outcomes = pl.read_parquet(run.outcomes).filter(pl.col("press") == "snapkv")
+    planted = outcomes.group_by("ratio").agg(pl.col("catastrophe").mean()).sort("ratio")
+    assert y == pytest.approx(planted["catastrophe"].to_list())
