@@ -32,6 +32,9 @@ localrules:
     all,
     figures,
     paper,
+    record_run,
+    render_report,
+    write_manifest,
 
 
 rule all:
@@ -39,6 +42,17 @@ rule all:
     input:
         "<results>/report.html",
         "<results>/manifest.json",
+
+
+rule figures:
+    input:
+        collect("<results>/figures/{figure}.pdf", figure=FIGURES),
+
+
+rule paper:
+    input:
+        rules.all.input,
+        rules.figures.input,
 
 
 include: "rules/prepare.smk"

@@ -30,6 +30,7 @@ rule build_database:
         traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
         tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
         outcomes="<results>/outcomes.parquet",
+        splits="<results>/splits.parquet",
     output:
         database="<results>/kvguard.duckdb",
     log:
@@ -45,3 +46,51 @@ rule build_database:
         library=library("build_database"),
     script:
         "../workflow_scripts/build_database.py"
+
+
+rule summarize_conditions:
+    input:
+        database="<results>/kvguard.duckdb",
+    output:
+        condition_summary="<results>/tables/condition_summary.parquet",
+        failure_kinds="<results>/tables/failure_kinds.parquet",
+        excess="<results>/tables/excess.parquet",
+        compression_check="<results>/tables/compression_check.parquet",
+        onsets="<results>/tables/onsets.parquet",
+        errors="<results>/tables/errors.parquet",
+    log:
+        "<results>/logs/summarize_conditions.log",
+    benchmark:
+        "<results>/benchmarks/summarize_conditions.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: 1
+    resources:
+        **job("small"),
+    params:
+        library=library("summarize_conditions"),
+    script:
+        "../workflow_scripts/summarize_conditions.py"
+
+
+rule measure_sensitivity:
+    input:
+        prompts="<results>/prompts/prompts.parquet",
+        traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
+        tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
+    output:
+        sensitivity="<results>/tables/sensitivity.parquet",
+    log:
+        "<results>/logs/measure_sensitivity.log",
+    benchmark:
+        "<results>/benchmarks/measure_sensitivity.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.small.threads
+    resources:
+        **job("small"),
+    params:
+        detection=section("detection"),
+        library=library("measure_sensitivity"),
+    script:
+        "../workflow_scripts/measure_sensitivity.py"

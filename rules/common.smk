@@ -6,14 +6,24 @@ from snakemake.exceptions import WorkflowError
 
 from kvguard.config import BASELINE, ConfigError, parse_config
 from kvguard.provenance import library_digest
+from kvguard.splits import split_prompts
 
 
 def read_config(values):
     """The checked configuration; a wrong one ends Snakemake with the field and what it accepts."""
     try:
-        return parse_config(values)
-    except ConfigError as error:
+        checked = parse_config(values)
+        split_sizes(checked)
+    except (ConfigError, ValueError) as error:
         raise WorkflowError(str(error)) from None
+    return checked
+
+
+def split_sizes(checked):
+    """Number of prompts in each split; how many there are does not depend on which they are."""
+    numbers = map(str, range(checked.task.num_prompts))
+    splits = split_prompts(numbers, checked.splits, checked.seed)
+    return dict(splits["split"].value_counts().iter_rows())
 
 
 def any_of(names):
@@ -83,3 +93,116 @@ def every_trace(pattern):
             shard=[f"{shard:02d}" for shard in range(experiment.num_shards)],
         )
     ]
+
+
+def live_conditions():
+    """(press, ratio) pairs of the live experiment: those listed, or all but the baseline."""
+    return experiment.live.conditions or experiment.conditions[1:]
+
+
+def every_live_run(pattern):
+    """Paths of all (model, press, ratio, policy, shard) of the live experiment."""
+    shards = -(-split_sizes(experiment)["test"] // experiment.live.shard_size)
+    return [
+        path
+        for press, ratio in live_conditions()
+        for path in collect(
+            pattern,
+            model=[model.name for model in experiment.models],
+            press=press,
+            ratio=ratio,
+            policy=experiment.live.policies,
+            shard=[f"{shard:02d}" for shard in range(shards)],
+        )
+    ]
+
+
+def policy_files(wildcards):
+    """What a policy needs beyond the model: a guard its predictor, a matched rival what it matches."""
+    files = {}
+    if wildcards.policy.startswith("guard"):
+        files["predictor"] = "<results>/models/hazard_predictor.json"
+        files["certificate"] = "<results>/models/certificate.json"
+    if wildcards.policy in ("random", "constant"):
+        files["simulation"] = "<results>/simulation.parquet"
+    return files
+
+
+def policy_settings():
+    """The live experiment's section without what only decides which jobs there are."""
+    return {
+        name: value
+        for name, value in section("live").items()
+        if name not in ("policies", "conditions")
+    }
+
+
+def captions():
+    """Texts beside the report's figures and tables."""
+    return sorted((Path(workflow.basedir) / "reports" / "captions").glob("*.rst"))
+
+
+def every_table(suffix):
+    """Paths of all tables that the run's rules write."""
+    return [f"<results>/tables/{name}.{suffix}" for name in TABLES]
+
+
+def table_report(name):
+    """A table's CSV as an entry of the report."""
+    return report(
+        f"<results>/tables/{name}.csv",
+        caption="../reports/captions/table.rst",
+        category="Tables",
+        subcategory=TABLES[name],
+        labels={"table": name.replace("_", " ")},
+    )
+
+
+FIGURES = (
+    "rates",
+    "failure_kinds",
+    "excess",
+    "sensitivity",
+    "trace",
+    "predictor",
+    "lead_time",
+    "policies",
+    "pareto_memory",
+    "pareto_prefill",
+    "simulation_gap",
+)
+
+TABLES = {
+    "condition_summary": "Failures",
+    "failure_kinds": "Failures",
+    "excess": "Failures",
+    "onsets": "Failures",
+    "sensitivity": "Failures",
+    "errors": "Failures",
+    "compression_check": "Failures",
+    "training": "Predictor",
+    "search_trials": "Predictor",
+    "predictor_metrics": "Predictor",
+    "predictor_curves": "Predictor",
+    "lead_times": "Predictor",
+    "detection": "Predictor",
+    "ablation": "Predictor",
+    "feature_importance": "Predictor",
+    "formulation": "Predictor",
+    "controls": "Predictor",
+    "leave_one_out": "Predictor",
+    "transfer": "Predictor",
+    "certificate": "Controller",
+    "certificate_grid": "Controller",
+    "operating_points": "Controller",
+    "pareto": "Controller",
+    "simulability": "Controller",
+    "policies": "Live",
+    "simulation_reasons": "Live",
+    "leakage_check": "Checks",
+    "leakage_check_evaluation": "Checks",
+    "leakage_check_ablation": "Checks",
+    "leakage_check_leave_one_out": "Checks",
+    "leakage_check_calibration": "Checks",
+}
+"""Tables and their place in the report; all hold plain columns and are written as CSV too."""

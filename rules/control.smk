@@ -1,1 +1,89 @@
+# The controller: thresholds with a certificate, and what they would have done to stored requests.
 
+
+rule calibrate_controller:
+    input:
+        predictor="<results>/models/hazard_predictor.json",
+        predictions="<results>/predictions.parquet",
+        labels="<results>/labels.parquet",
+        splits="<results>/splits.parquet",
+    output:
+        certificate="<results>/models/certificate.json",
+        summary="<results>/tables/certificate.parquet",
+        grid="<results>/tables/certificate_grid.parquet",
+        leakage_check="<results>/tables/leakage_check_calibration.parquet",
+    log:
+        "<results>/logs/calibrate_controller.log",
+    benchmark:
+        "<results>/benchmarks/calibrate_controller.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.train.threads
+    resources:
+        **job("train"),
+    params:
+        controller=section("controller"),
+        certificate=section("certificate"),
+        library=library("calibrate_controller"),
+    script:
+        "../workflow_scripts/calibrate_controller.py"
+
+
+rule simulate_controller:
+    input:
+        checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
+        prompts="<results>/prompts/prompts.parquet",
+        traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
+        tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
+        outcomes="<results>/outcomes.parquet",
+        predictions="<results>/predictions.parquet",
+        splits="<results>/splits.parquet",
+        certificate="<results>/models/certificate.json",
+    output:
+        simulation="<results>/simulation.parquet",
+        operating_points="<results>/tables/operating_points.parquet",
+        pareto="<results>/tables/pareto.parquet",
+        simulability="<results>/tables/simulability.parquet",
+    log:
+        "<results>/logs/simulate_controller.log",
+    benchmark:
+        "<results>/benchmarks/simulate_controller.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.train.threads
+    resources:
+        **job("train"),
+    params:
+        controller=section("controller"),
+        live=section("live"),
+        detection=section("detection"),
+        predictor={"bootstrap_samples": experiment.predictor.bootstrap_samples},
+        seed=experiment.seed,
+        library=library("simulate_controller"),
+    script:
+        "../workflow_scripts/simulate_controller.py"
+
+
+rule build_timeline:
+    input:
+        checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
+        tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
+        predictions="<results>/predictions.parquet",
+        certificate="<results>/models/certificate.json",
+    output:
+        timeline="<results>/timeline.parquet",
+    log:
+        "<results>/logs/build_timeline.log",
+    benchmark:
+        "<results>/benchmarks/build_timeline.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.small.threads
+    resources:
+        **job("small"),
+    params:
+        models=[model.name for model in experiment.models],
+        operating_point=experiment.live.operating_point,
+        library=library("build_timeline"),
+    script:
+        "../workflow_scripts/build_timeline.py"

@@ -1,1 +1,62 @@
+# Policies on the test prompts, through the engine; beside them the simulation of the same.
 
+
+rule run_live:
+    input:
+        unpack(policy_files),
+        checkpoint="<results>/checkpoints/{model}",
+        prompts="<results>/prompts/prompts.parquet",
+        examples="<results>/prompts/few_shot.json",
+        splits="<results>/splits.parquet",
+        outcomes="<results>/outcomes.parquet",
+    output:
+        runs="<results>/live/{model}/{press}/{ratio}/{policy}/{shard}.parquet",
+    log:
+        "<results>/logs/run_live/{model}/{press}/{ratio}/{policy}/{shard}.log",
+    benchmark:
+        "<results>/benchmarks/run_live/{model}/{press}/{ratio}/{policy}/{shard}.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.model.threads
+    resources:
+        **job("model"),
+    params:
+        model=lambda wildcards: model_settings(wildcards, "dtype", "device", "attention"),
+        press=press_settings,
+        generation=section("generation"),
+        detection=section("detection"),
+        live=policy_settings(),
+        safe={
+            "ratio": experiment.controller.safe_ratio,
+            "holdback_tokens": experiment.controller.holdback_tokens,
+        },
+        seed=experiment.seed,
+        library=library("run_live"),
+    script:
+        "../workflow_scripts/run_live.py"
+
+
+rule summarize_live:
+    input:
+        live=every_live_run("<results>/live/{model}/{press}/{ratio}/{policy}/{shard}.parquet"),
+        simulation="<results>/simulation.parquet",
+        outcomes="<results>/outcomes.parquet",
+    output:
+        policies="<results>/tables/policies.parquet",
+        differences="<results>/tables/simulation_differences.parquet",
+        reasons="<results>/tables/simulation_reasons.parquet",
+    log:
+        "<results>/logs/summarize_live.log",
+    benchmark:
+        "<results>/benchmarks/summarize_live.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.small.threads
+    resources:
+        **job("small"),
+    params:
+        bootstrap_samples=experiment.predictor.bootstrap_samples,
+        seed=experiment.seed,
+        library=library("summarize_live"),
+    script:
+        "../workflow_scripts/summarize_live.py"

@@ -1,4 +1,4 @@
-"""Load prompts, traces, tokens and outcomes into one DuckDB file with views."""
+"""Load prompts, traces, tokens, outcomes and splits into one DuckDB file with views."""
 
 from pathlib import Path
 
@@ -6,19 +6,16 @@ from kvguard import joblog
 from kvguard.database import build_database
 
 
-def main(
-    prompts: Path, traces: list[Path], tokens: list[Path], outcomes: Path, target: Path
-) -> None:
-    """Write the database."""
-    build_database(target, prompts, traces, tokens, outcomes)
+def main(tables: dict[str, Path], traces: list[Path], tokens: list[Path], target: Path) -> None:
+    """Write the database; ``tables`` are prompts, outcomes and splits."""
+    build_database(target, tables["prompts"], traces, tokens, tables["outcomes"], tables["splits"])
 
 
 if __name__ == "__main__":
     snakemake = joblog.start_job()
     main(
-        Path(snakemake.input.prompts),
+        {name: Path(snakemake.input[name]) for name in ("prompts", "outcomes", "splits")},
         [Path(path) for path in snakemake.input.traces],
         [Path(path) for path in snakemake.input.tokens],
-        Path(snakemake.input.outcomes),
         Path(snakemake.output.database),
     )

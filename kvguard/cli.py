@@ -1,0 +1,483 @@
+"""The command line: look at one press, run a whole experiment, read and check what it left.
+
+Libraries that are slow to import are imported where a command needs them, so that ``--help`` is
+quick. A wrong value ends a command with one message and the exit status 2.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from kvguard import joblog
+from kvguard.config import (
+    BASELINE,
+    BASELINE_RATIO,
+    Config,
+    ConfigError,
+    load_config,
+    overlay,
+    parse_config,
+    ratio_text,
+)
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from kvguard.models import LoadedModel
+
+commands = typer.Typer(
+    help="Guard compressed key-value caches: measure, predict, verify and rewind.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+DEFAULT_CONFIG = Path("config.yaml")
+PAPER_CONFIG = Path("experiments/paper.yaml")
+
+Configs = Annotated[
+    list[Path] | None,
+    typer.Option("--config", "-c", help="Configuration laid over config.yaml; may be repeated."),
+]
+ResultsDir = Annotated[Path, typer.Option(help="Folder that holds the results of a run.")]
+NumPrompts = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show the jobs, run none.")]
+Cores = Annotated[int, typer.Option(min=1, help="CPU cores that Snakemake may use.")]
+
+
+def app() -> None:
+    """Run a command; an error of the user's making ends it with one message and status 2."""
+    try:
+        commands()
+    except Exception as error:
+        ours = type(error).__module__.startswith("kvguard.")
+        if not ours and not isinstance(error, FileNotFoundError):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+# --- one press on a few prompts ------------------------------------------------------------------
+
+
+@commands.command()
+def run(
+    press: Annotated[str, typer.Option(help="A press of the config, or e.g. snapkv, knorm, tova.")],
+    compression_ratio: Annotated[
+        str, typer.Option(help="Share of cache entries to remove, 0 <= r < 1.")
+    ] = "0.5",
+    num_prompts: NumPrompts = 10,
+    model: Annotated[str | None, typer.Option(help="A model of the config.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    config: Configs = None,
+    results_dir: Annotated[
+        Path | None, typer.Option(help="Where the prepared model is, or will be.")
+    ] = None,
+) -> None:
+    """Answer a few prompts under one press and show what happened to each."""
+    experiment = press_experiment(
+        _layers(config), press, compression_ratio, num_prompts, max_new_tokens, seed
+    )
+    entry = _model_entry(experiment, model)
+    joblog.configure_logging()
+
+    from kvguard.detectors import detect_outcomes
+    from kvguard.experiment import run_shard
+    from kvguard.prompts import load_task, prompts_frame
+    from kvguard.schema import TRACE_KEYS
+
+    prompts, examples = load_task(experiment.task, experiment.seed)
+    loaded = _prepared_model(experiment, entry, results_dir)
+    chosen = experiment.presses[0] if ratio_text(compression_ratio) != BASELINE_RATIO else None
+    ratio = ratio_text(compression_ratio)
+    result = run_shard(
+        loaded, prompts, examples, press=chosen, ratio=ratio, shard=0, experiment=experiment
+    )
+    outcomes = detect_outcomes(
+        prompts_frame(prompts), result.traces, result.tokens, experiment.detection
+    )
+    rows = result.traces.join(outcomes, on=TRACE_KEYS, how="left", maintain_order="left").join(
+        prompts_frame(prompts).select("prompt_id", "reference_answer"),
+        on="prompt_id",
+        how="left",
+        maintain_order="left",
+    )
+    _print_answers(rows, f"{entry}, {chosen.name if chosen else BASELINE} {ratio}")
+
+
+def press_experiment(
+    layers: Sequence[Path],
+    press: str,
+    ratio: str,
+    num_prompts: int,
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+) -> Config:
+    """The experiment of one press at one ratio.
+
+    Args:
+        layers: configuration files.
+        press: a name in the configuration, a kvpress class, or its short form ("streaming_llm").
+        ratio: fraction of entries to remove; 0 runs the model uncompressed.
+        num_prompts: how many.
+        max_new_tokens: None keeps the configuration's.
+        seed: None keeps the configuration's.
+
+    Raises:
+        ConfigError: names the value and what is accepted.
+    """
+    base = load_config(*layers)
+    try:
+        wanted = ratio_text(ratio)
+    except ValueError as error:
+        raise ConfigError(f"--compression-ratio: {error}") from None
+    entry = press_entry(base, press)
+    # A ratio of 0 is the uncompressed run; the press entry needs some ratio to be valid.
+    entry["ratios"] = [wanted if wanted != BASELINE_RATIO else "0.500"]
+    generation: dict[str, Any] = {"shard_size": num_prompts}
+    if max_new_tokens is not None:
+        generation["max_new_tokens"] = max_new_tokens
+    over: dict[str, Any] = {
+        "task": {"num_prompts": num_prompts},
+        "presses": [entry],
+        "generation": generation,
+        "live": {"conditions": []},
+    }
+    if seed is not None:
+        over["seed"] = seed
+    return parse_config(overlay(base.model_dump(mode="json", by_alias=True), over))
+
+
+def press_entry(base: Config, name: str) -> dict[str, Any]:
+    """The configuration entry of a press, by its name there or by its class.
+
+    Raises:
+        ConfigError: there is no such press; names close ones.
+    """
+    import difflib
+
+    from kvguard import catalogue
+
+    known = {press.name: press for press in base.presses}
+    if name in known:
+        return known[name].model_dump(mode="json", by_alias=True)
+    classes = {short_name(cls): cls for cls in catalogue.press_classes()}
+    wanted = short_name(name)
+    for press in base.presses:
+        if short_name(press.press_class) == wanted:
+            return press.model_dump(mode="json", by_alias=True)
+    if wanted not in classes:
+        spoken = {snake_name(cls) for cls in set(classes.values()) - set(catalogue.REFUSED)}
+        near = difflib.get_close_matches(name, sorted(spoken | set(known)), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(
+            f"--press: there is no press {name!r}{hint}\n"
+            f"known: {', '.join(sorted(spoken | set(known)))}"
+        )
+    return {"name": snake_name(classes[wanted]), "class": classes[wanted], "kwargs": {}}
+
+
+def short_name(name: str) -> str:
+    """A press's name without case, underscores and the ending: "StreamingLLMPress" and
+    "streaming_llm" are both "streamingllm"."""
+    return name.replace("_", "").replace("-", "").lower().removesuffix("press")
+
+
+def snake_name(press_class: str) -> str:
+    """A press class as it is typed on the command line: "StreamingLLMPress" -> "streaming_llm"."""
+    stem = press_class.removesuffix("Press")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stem).lower()
+
+
+def _print_answers(rows: "pl.DataFrame", title: str) -> None:
+    import polars as pl
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for name in ("prompt", "reference", "answer"):
+        table.add_column(name)
+    for name in ("tokens", "first rejected", "KiB before", "KiB after"):
+        table.add_column(name, justify="right")
+    for name in ("stop", "failures"):
+        table.add_column(name)
+    for row in rows.iter_rows(named=True):
+        kinds = [kind for kind in ("looping", "non_termination", "amnesia") if row[kind]]
+        failed = row["status"] != "ok"
+        table.add_row(
+            row["prompt_id"],
+            row["reference_answer"],
+            "-" if row["answer"] is None else row["answer"],
+            _whole(row["generated_tokens"]),
+            _whole(row["first_rejected"]),
+            _kibibytes(row["cache_bytes_before"]),
+            _kibibytes(row["cache_bytes_after"]),
+            row["stop_reason"] or "-",
+            f"[red]{_escape(row['error'])}[/]" if failed else ", ".join(kinds) or "none",
+        )
+    ok = rows.filter(pl.col("status") == "ok")
+    before, after = int(ok["cache_bytes_before"].sum()), int(ok["cache_bytes_after"].sum())
+    table.caption = (
+        f"{ok.height} of {rows.height} prompts ran, {int(ok['correct'].sum())} right, "
+        f"{int(ok['catastrophe'].sum())} with a catastrophe; cache after the press: "
+        f"{after / before:.1%} of {before / 2**20:.1f} MiB; "
+        f"{int(ok['generated_tokens'].sum())} tokens in {ok['decode_seconds'].sum():.1f} s"
+    )
+    console.print(table)
+
+
+def _whole(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _kibibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1024:,.0f}"
+
+
+# --- a whole experiment --------------------------------------------------------------------------
+
+
+@commands.command()
+def sweep(
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Number of prompts.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model of the config, or a hub id such as owner/name.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit of a hub model that no configuration pins.")
+    ] = None,
+    config: Configs = None,
+    results_dir: Annotated[
+        str | None, typer.Option(help="Default: results, or results/sweeps/... of its own.")
+    ] = None,
+    cores: Cores = 2,
+    profile: Annotated[
+        str | None, typer.Option(help="Snakemake workflow profile, e.g. profiles/slurm.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="all, figures, or a file.")] = "all",
+    dry_run: DryRun = False,
+) -> None:
+    """Run the whole pipeline through Snakemake, resuming what is there."""
+    layers = _layers(config)
+    over = sweep_overlay(layers, num_prompts, model, revision, results_dir)
+    experiment = load_config(*layers, overrides=over)
+    results = Path(experiment.results_dir)
+    arguments = ["--cores", str(cores), "--resources", "gpu=1"]
+    arguments += ["--workflow-profile", profile] if profile else []
+    arguments += ["--dry-run"] if dry_run else []
+    console.print(
+        f"{len(experiment.models)} model(s), {experiment.task.num_prompts} prompts, "
+        f"{len(experiment.conditions)} conditions; results in {results}"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if dry_run else results
+        folder.mkdir(parents=True, exist_ok=True)
+        written = folder / "sweep.yaml"
+        written.write_text(yaml.safe_dump(over, sort_keys=False))
+        files = [path for path in layers if path != DEFAULT_CONFIG] + [written]
+        _snakemake(files, *arguments, target)
+
+
+def sweep_overlay(
+    layers: Sequence[Path],
+    num_prompts: int | None,
+    model: str | None,
+    revision: str | None,
+    results_dir: str | None,
+) -> dict[str, Any]:
+    """What a sweep changes in its configuration.
+
+    A model or a number of prompts that the configuration does not have gets a results folder of its
+    own, so that a sweep never mixes with another run's results.
+
+    Raises:
+        ConfigError: the model is unknown and no revision is given.
+    """
+    base = load_config(*layers)
+    over: dict[str, Any] = {}
+    name = base.models[0].name
+    if num_prompts is not None:
+        over["task"] = {"num_prompts": num_prompts}
+    if model is not None:
+        entry = model_entry(base, model, revision)
+        name = entry["name"]
+        over["models"] = [entry]
+    if results_dir is not None:
+        over["results_dir"] = results_dir
+    elif over:
+        over["results_dir"] = f"{base.results_dir}/sweeps/{name}-{num_prompts or 'default'}"
+    return over
+
+
+def model_entry(base: Config, model: str, revision: str | None = None) -> dict[str, Any]:
+    """The configuration entry of a model, from this configuration, the paper's, or the hub.
+
+    Args:
+        base: the configuration.
+        model: a name in a configuration, or a hub id ``owner/name``.
+        revision: a full commit hash; needed for a hub id that no configuration pins.
+
+    Raises:
+        ConfigError: says what to give.
+    """
+    pinned = list(base.models)
+    if PAPER_CONFIG.is_file():
+        pinned += load_config(*_layers([PAPER_CONFIG])).models
+    for entry in pinned:
+        if model in (entry.name, getattr(entry, "repository", None)):
+            found = entry.model_dump(mode="json")
+            return found | ({"revision": revision} if revision else {})
+    names = sorted({e.name for e in pinned} | {getattr(e, "repository", e.name) for e in pinned})
+    if "/" not in model:
+        raise ConfigError(
+            f"--model: no model {model!r}; give one of {', '.join(names)}, or a hub id owner/name"
+        )
+    if revision is None:
+        raise ConfigError(
+            f"--model: {model!r} is pinned by no configuration; add --revision with the full "
+            f"commit hash (40 hexadecimal digits) shown on its hub page. Pinned: {', '.join(names)}"
+        )
+    return {
+        "name": model.split("/")[1].lower(),
+        "source": "hub",
+        "repository": model,
+        "revision": revision,
+    }
+
+
+@commands.command()
+def figures(
+    config: Configs = None,
+    results_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
+    cores: Cores = 2,
+    dry_run: DryRun = False,
+) -> None:
+    """Bring the figures up to date through Snakemake, with everything that they need."""
+    arguments = ["--cores", str(cores), "--resources", "gpu=1", "figures"]
+    arguments += ["--dry-run"] if dry_run else []
+    _snakemake(
+        [path for path in _layers(config) if path != DEFAULT_CONFIG],
+        *arguments,
+        overrides=[f"results_dir={results_dir}"] if results_dir else [],
+    )
+
+
+@commands.command()
+def status(
+    config: Configs = None,
+    results_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
+) -> None:
+    """What is done and what is left, per stage."""
+    from kvguard.status import run_status
+
+    layers = _layers(config)
+    load_config(*layers)
+    stages = run_status(
+        [path for path in layers if path != DEFAULT_CONFIG],
+        [f"results_dir={results_dir}"] if results_dir else [],
+    )
+    table = Table(title="jobs", title_justify="left")
+    table.add_column("stage")
+    for name in ("done", "left"):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        style = "green" if stage.left == 0 else "yellow" if stage.done else None
+        table.add_row(stage.rule, str(stage.done), str(stage.left), style=style)
+    table.add_section()
+    done, left = sum(stage.done for stage in stages), sum(stage.left for stage in stages)
+    table.add_row("all", str(done), str(left))
+    console.print(table)
+
+
+# --- what a run left -----------------------------------------------------------------------------
+
+
+@commands.command()
+def verify(
+    results_dir: ResultsDir = Path("results"),
+    config: Configs = None,
+) -> None:
+    """Check the integrity of a results folder; the exit status is 1 when something is wrong."""
+    from kvguard.verify import LISTED, verify_results
+
+    experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
+    checks = verify_results(experiment, results_dir)
+    table = Table(title=f"integrity of {results_dir}", title_justify="left")
+    table.add_column("check")
+    for name in ("looked at", "wrong"):
+        table.add_column(name, justify="right")
+    for check in checks:
+        style = "red" if check.problems else "green" if check.looked_at else None
+        table.add_row(check.name, str(check.looked_at), str(len(check.problems)), style=style)
+    console.print(table)
+    for check in checks:
+        for problem in check.problems[:LISTED]:
+            console.print(f"[red]{check.name}[/]: {_escape(problem)}", soft_wrap=True)
+        if len(check.problems) > LISTED:
+            console.print(f"[red]{check.name}[/]: and {len(check.problems) - LISTED} more")
+    if any(check.problems for check in checks):
+        raise typer.Exit(1)
+    console.print("nothing is wrong")
+
+
+# --- shared --------------------------------------------------------------------------------------
+
+
+def _layers(config: Sequence[Path] | None) -> list[Path]:
+    """Configuration files in order: the default, then what the user lays over it."""
+    return [DEFAULT_CONFIG, *(path for path in config or () if path != DEFAULT_CONFIG)]
+
+
+def _recorded_config(results_dir: Path) -> Config:
+    """The configuration that a run recorded in its results."""
+    path = results_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path}: {results_dir} holds no run; `snakemake` makes one, or give --config"
+        )
+    return load_config(path)
+
+
+def _model_entry(experiment: Config, model: str | None) -> str:
+    names = [entry.name for entry in experiment.models]
+    if model is not None and model not in names:
+        raise ConfigError(f"--model: no model {model!r} in the configuration: {', '.join(names)}")
+    return model or names[0]
+
+
+def _prepared_model(experiment: Config, name: str, results_dir: Path | None) -> "LoadedModel":
+    """Load a model, preparing it where the pipeline would if it is not there."""
+    from kvguard.models import RECORD, load_model, prepare_model
+
+    spec = experiment.model(name)
+    folder = (results_dir or Path(experiment.results_dir)) / "checkpoints" / name
+    if not (folder / RECORD).is_file():
+        console.print(f"preparing {name} in {folder} (once)")
+        prepare_model(spec, folder)
+    return load_model(folder, dtype=spec.dtype, device=spec.device, attention=spec.attention)
+
+
+def _snakemake(files: Sequence[Path], *arguments: str, overrides: Sequence[str] = ()) -> None:
+    """Run Snakemake in the foreground and end with its exit status."""
+    from kvguard.status import snakemake_command
+
+    command = snakemake_command(files, *arguments, overrides=overrides)
+    done = subprocess.run(command)
+    if done.returncode != 0:
+        raise typer.Exit(done.returncode)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,56 @@
+"""Run one policy live on one shard of the test prompts, under one press at one ratio."""
+
+from pathlib import Path
+from typing import Any
+
+from kvguard import joblog
+from kvguard.certificate import load_certificate
+from kvguard.config import Config, parse_config
+from kvguard.live import run_policy_shard
+from kvguard.models import load_model
+from kvguard.predictor import load_predictor
+from kvguard.prompts import read_examples, read_prompts
+from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
+from kvguard.simulation import matched_rate, matched_ratio
+from kvguard.splits import prompts_of, read_splits
+
+
+def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target: Path) -> None:
+    """Run the shard; ``inputs`` and ``place`` go by the rule's names of inputs and wildcards."""
+    spec, condition = config.model(place["model"]), (place["model"], place["press"], place["ratio"])
+    shard, size = int(place["shard"]), config.live.shard_size
+    test = set(prompts_of(read_splits(inputs["splits"]), "test"))
+    prompts = [entry for entry in read_prompts(inputs["prompts"]) if entry.prompt_id in test]
+    needs: dict[str, Any] = {}
+    if "predictor" in inputs:
+        certificate = load_certificate(inputs["certificate"])
+        needs["predictor"] = load_predictor(inputs["predictor"])
+        needs["controller"] = certificate.operating_point(config.live.operating_point)
+    if "simulation" in inputs:
+        simulated = read_table(inputs["simulation"], RUNS)
+        if place["policy"] == "random":
+            needs["alarm_rate"] = matched_rate(simulated, *condition)
+        else:
+            needs["constant_ratio"] = matched_ratio(simulated, *condition)
+    runs = run_policy_shard(
+        load_model(
+            inputs["checkpoint"], dtype=spec.dtype, device=spec.device, attention=spec.attention
+        ),
+        prompts[shard * size : (shard + 1) * size],
+        read_examples(inputs["examples"]),
+        press=config.press(place["press"]),
+        ratio=place["ratio"],
+        policy=place["policy"],
+        shard=shard,
+        experiment=config,
+        baseline=read_table(inputs["outcomes"], OUTCOMES),
+        **needs,
+    )
+    write_table(runs, target, RUNS)
+
+
+if __name__ == "__main__":
+    snakemake = joblog.start_job()
+    inputs = {name: Path(path) for name, path in snakemake.input.items()}
+    place = dict(snakemake.wildcards.items())
+    main(parse_config(snakemake.config), inputs, place, Path(snakemake.output.runs))
