@@ -1,0 +1,579 @@
+"""The guard: verify and rewind is exact, rows are independent, faults cost one row at most."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import kvpress
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from test_engine import DECODE, PREFILL, ragged_requests, run, spec
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from kvguard import catalogue
+from kvguard.config import OperatingPoint
+from kvguard.controller import Mode
+from kvguard.engine import Completion, Request, Session
+from kvguard.guard import GuardError, KVGuard, RowReport, Tolerance, Watch, guarded, harmful_token
+from kvguard.models import LoadedModel
+from kvguard.policies import Action, Decision, Observation, Policy, make_policy
+from kvguard.presses import PressError, build_press
+from kvguard.sampling import Decoding
+from kvguard.schema import FEATURE_VERSION
+
+NEW_TOKENS = 20
+GREEDY = Decoding(NEW_TOKENS, (2,))
+ENDLESS = Decoding(NEW_TOKENS)
+SAMPLING = Decoding(NEW_TOKENS, (2,), do_sample=True, temperature=1.2, top_p=0.95)
+
+
+class Scripted(Policy):
+    """Takes given actions at given positions of given requests; knows them by their seed."""
+
+    def __init__(self, rows: int, script: dict[int, dict[int, Action]], at_end: bool = False):
+        super().__init__("scripted", rows)
+        self.script, self.at_end = script, at_end
+        self.seeds = np.zeros(rows, np.int64)
+        self.row_state.append(self.seeds)
+
+    def reset(self, row: int, seed: int) -> None:
+        super().reset(row, seed)
+        self.seeds[row] = seed
+
+    def step(self, observation: Observation) -> Decision:
+        decision = self._decide(observation, Action.CONTINUE)
+        for i, (row, position) in enumerate(
+            zip(observation.rows, observation.positions, strict=True)
+        ):
+            plan = self.script.get(int(self.seeds[row]), {})
+            action = plan.pop(int(position), Action.CONTINUE)
+            decision.actions[i] = action
+            if action == Action.REWIND:
+                self.modes[row] = decision.modes[i] = Mode.SAFE
+        return decision
+
+    def finish(self, observation: Observation) -> Decision:
+        decision = self._decide(observation, Action.CONTINUE)
+        if self.at_end:
+            safe = self.modes[observation.rows] == Mode.SAFE
+            decision.actions[~safe] = Action.REWIND
+            self.modes[observation.rows] = Mode.SAFE
+            decision.modes[:] = Mode.SAFE
+        return decision
+
+
+def watched(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    press: kvpress.BasePress | None,
+    policy: Policy | Callable[[int], Policy],
+    *,
+    rows: int = 4,
+    decoding: Decoding = GREEDY,
+    **options: Any,
+) -> dict[str, tuple[Completion, RowReport]]:
+    """Run requests under a policy."""
+    session = Session(model, decoding, press=press, rows=rows)
+    rule = policy if isinstance(policy, Policy) else policy(rows)
+    watch = Watch(session, rule, **options)
+    return {done.request.key: (done, report) for done, report in guarded(session, requests, watch)}
+
+
+def uncompressed(
+    model: PreTrainedModel, requests: Sequence[Request], decoding: Decoding = GREEDY
+) -> dict[str, list[int]]:
+    """The uncompressed model's own answers."""
+    done = run(model, requests, None, 4, decoding=decoding)
+    return {key: completion.token_ids for key, completion in done.items()}
+
+
+@pytest.mark.parametrize("name", PREFILL)
+def test_alarmed_requests_end_as_if_never_compressed(
+    tiny_model: Callable[..., PreTrainedModel], name: str
+) -> None:
+    model = tiny_model("llama", "eager" if name in catalogue.ATTENTION_WEIGHTS else "sdpa")
+    requests = ragged_requests(model.config.vocab_size)
+    press = spec(name, model.config.num_hidden_layers)
+    alarms = {request.seed: {(3 * i) % 7: Action.REWIND} for i, request in enumerate(requests)}
+    done = watched(
+        model, requests, build_press(press, "0.500"), lambda rows: Scripted(rows, alarms, True)
+    )
+    expected = uncompressed(model, requests)
+    assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
+
+
+@pytest.mark.parametrize("phase", ["decode", "both"])
+@pytest.mark.parametrize("name", DECODE)
+def test_the_theorem_holds_for_compression_while_decoding(
+    tiny_llama: PreTrainedModel, name: str, phase: str
+) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size)
+    press = spec(name, 3, phase)
+    done = watched(
+        tiny_llama, requests, build_press(press, "0.500"), lambda rows: Scripted(rows, {}, True)
+    )
+    expected = uncompressed(tiny_llama, requests)
+    assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
+
+
+@settings(max_examples=40)
+@given(
+    alarms=st.lists(
+        st.lists(st.integers(0, NEW_TOKENS - 1), max_size=3, unique=True), min_size=9, max_size=9
+    ),
+    rows=st.integers(1, 9),
+    sample=st.booleans(),
+    phase=st.sampled_from(["prefill", "both"]),
+)
+def test_the_theorem_at_any_step_any_number_of_times(
+    alarms: list[list[int]], rows: int, sample: bool, phase: str
+) -> None:
+    model = make_tiny_model("llama")
+    decoding = SAMPLING if sample else GREEDY
+    requests = ragged_requests(model.config.vocab_size)
+    script = {
+        request.seed: dict.fromkeys(steps, Action.REWIND)
+        for request, steps in zip(requests, alarms, strict=True)
+    }
+    press = build_press(spec("SnapKVPress", 3, phase), "0.500")
+    done = watched(
+        model,
+        requests,
+        press,
+        lambda count: Scripted(count, script, at_end=True),
+        rows=rows,
+        decoding=decoding,
+    )
+    expected = uncompressed(model, requests, decoding)
+    assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
+
+
+@pytest.mark.parametrize("name", ["SnapKVPress", "KnormPress", "StreamingLLMPress", "AdaKVPress"])
+def test_the_theorem_on_the_real_model(smollm2: LoadedModel, name: str) -> None:
+    model = smollm2.model
+    texts = ["The capital of France is", "Count: one, two, three, four,", "Water boils at"]
+    requests = [
+        Request(text, smollm2.tokenizer(text * 6).input_ids, seed=i) for i, text in enumerate(texts)
+    ]
+    decoding = Decoding(16, smollm2.end_token_ids)
+    script = {0: {5: Action.REWIND}, 1: {9: Action.REWIND}}
+    press = build_press(spec(name, model.config.num_hidden_layers), "0.500")
+    done = watched(
+        model,
+        requests,
+        press,
+        lambda rows: Scripted(rows, script, at_end=True),
+        rows=2,
+        decoding=decoding,
+    )
+    expected = uncompressed(model, requests, decoding)
+    assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
+
+
+def test_rewinds_count_what_they_cost(tiny_llama: PreTrainedModel) -> None:
+    request = ragged_requests(tiny_llama.config.vocab_size)[0]
+    press = kvpress.KnormPress(0.7)
+    draft = run(tiny_llama, [request], kvpress.KnormPress(0.7), 1, ends=())["0"].token_ids
+    truth = run(tiny_llama, [request], None, 1, ends=())["0"].token_ids
+    cut = next(i for i, (a, b) in enumerate(zip(draft, truth, strict=True)) if a != b)
+    script = {request.seed: {12: Action.REWIND}}
+    completion, report = watched(
+        tiny_llama, [request], press, lambda rows: Scripted(rows, script), rows=1, decoding=ENDLESS
+    )["0"]
+    assert report.alarm_steps == [13]
+    assert report.rewound_to == [cut]
+    assert report.tokens_wasted == 13 - cut
+    prompt = len(request.prompt_ids)
+    assert report.tokens_prefilled == prompt + prompt + 13
+    # 12 drafted steps; after the rewind the token at the cut comes from the verifying pass itself.
+    assert report.decode_steps == 12 + len(truth) - cut - 1
+    assert completion.token_ids == truth
+    assert [mode for _, mode in report.modes] == ["NORMAL", "SAFE"]
+
+
+@pytest.mark.parametrize("name", ["SnapKVPress", "AdaKVPress"])
+def test_a_guard_that_never_alarms_changes_nothing(tiny_llama: PreTrainedModel, name: str) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size)
+    press = spec(name, 3)
+    alone = run(tiny_llama, requests, build_press(press, "0.500"), 4)
+    done = watched(
+        tiny_llama,
+        requests,
+        build_press(press, "0.500"),
+        lambda rows: make_policy("none", rows, max_new_tokens=NEW_TOKENS),
+    )
+    for key, (completion, report) in done.items():
+        assert completion.token_ids == alone[key].token_ids
+        assert report.alarm_steps == []
+
+
+def test_a_rewind_changes_nothing_in_other_rows(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size)
+    press = kvpress.KnormPress(0.6)
+    alone = run(tiny_llama, requests, kvpress.KnormPress(0.6), 4)
+    script = {requests[0].seed: {6: Action.REWIND}, requests[5].seed: {2: Action.REWIND}}
+    done = watched(tiny_llama, requests, press, lambda rows: Scripted(rows, script))
+    for key, (completion, _) in done.items():
+        if key not in ("0", "5"):
+            assert completion.token_ids == alone[key].token_ids
+
+
+@pytest.mark.parametrize("action", [Action.RECOMPUTE, Action.RESTART, Action.REFRESH])
+def test_other_recoveries_continue_from_what_they_keep(
+    tiny_llama: PreTrainedModel, action: Action
+) -> None:
+    request = ragged_requests(tiny_llama.config.vocab_size)[0]
+    press = kvpress.KnormPress(0.6)
+    draft = run(tiny_llama, [request], kvpress.KnormPress(0.6), 1)["0"].token_ids
+    script = {request.seed: {7: action}}
+    completion, _ = watched(
+        tiny_llama, [request], press, lambda rows: Scripted(rows, script), rows=1
+    )["0"]
+    kept = [] if action == Action.RESTART else draft[:8]
+    continued = Request("c", [*request.prompt_ids, *kept], max_new_tokens=NEW_TOKENS - len(kept))
+    again = kvpress.KnormPress(0.6) if action == Action.REFRESH else None
+    expected = kept + run(tiny_llama, [continued], again, 1)["c"].token_ids
+    assert completion.token_ids == expected
+
+
+def test_relaxing_stops_compression_while_decoding(tiny_llama: PreTrainedModel) -> None:
+    request = ragged_requests(tiny_llama.config.vocab_size)[1]
+    request = Request("r", request.prompt_ids, seed=1)
+    press = build_press(spec("KnormPress", 3, "decode"), "0.500")
+    script = {1: {2: Action.RELAX}}  # before the first compression, after 6 tokens
+    completion, _ = watched(
+        tiny_llama, [request], press, lambda rows: Scripted(rows, script), rows=1
+    )["r"]
+    assert completion.token_ids == uncompressed(tiny_llama, [request])["r"]
+
+
+def test_the_safe_ratio_may_keep_compressing(tiny_llama: PreTrainedModel) -> None:
+    request = ragged_requests(tiny_llama.config.vocab_size)[1]
+    request = Request("r", request.prompt_ids, seed=1)
+    script = {1: {10: Action.REWIND}}
+    completion, report = watched(
+        tiny_llama,
+        [request],
+        kvpress.KnormPress(0.7),
+        lambda rows: Scripted(rows, script),
+        rows=1,
+        safe_ratio=0.3,
+    )["r"]
+    kept = report.rewound_to[0]
+    truth = uncompressed(tiny_llama, [request])["r"]
+    assert completion.token_ids[: kept + 1] == truth[: kept + 1]
+    continued = Request("c", [*request.prompt_ids, *truth[:kept]], max_new_tokens=NEW_TOKENS - kept)
+    expected = run(tiny_llama, [continued], kvpress.KnormPress(0.3), 1)["c"].token_ids
+    assert completion.token_ids[kept:] == expected
+
+
+def test_always_safe_is_the_uncompressed_model(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size)
+    done = watched(
+        tiny_llama,
+        requests,
+        kvpress.KnormPress(0.7),
+        lambda rows: make_policy("always_safe", rows, max_new_tokens=NEW_TOKENS),
+    )
+    expected = uncompressed(tiny_llama, requests)
+    assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
+    assert all(c.cache_bytes_after == c.cache_bytes_before for c, _ in done.values())
+
+
+# --- sampling follows the uncompressed distribution ---
+
+
+def test_rewound_samples_follow_the_uncompressed_distribution(tiny_llama: PreTrainedModel) -> None:
+    """A chi-squared test of the first two tokens over many seeds, on a vocabulary of 160."""
+    from scipy.stats import chisquare
+
+    base = ragged_requests(tiny_llama.config.vocab_size)[0]
+    decoding = Decoding(2, (), do_sample=True, temperature=0.7, top_k=4)
+    count = 1500
+    requests = [Request(str(i), base.prompt_ids, seed=i) for i in range(count)]
+    done = watched(
+        tiny_llama,
+        requests,
+        kvpress.KnormPress(0.7),
+        lambda rows: make_policy("verify_all", rows, max_new_tokens=2),
+        rows=100,
+        decoding=decoding,
+    )
+    ids = torch.tensor([list(base.prompt_ids)])
+    with torch.inference_mode():
+        first = _top_k_distribution(tiny_llama(ids).logits[0, -1], 4, 0.7)
+        pairs = {}
+        for token, probability in first.items():
+            logits = tiny_llama(torch.cat([ids, torch.tensor([[token]])], dim=1)).logits[0, -1]
+            for other, then in _top_k_distribution(logits, 4, 0.7).items():
+                pairs[token, other] = probability * then
+    seen = dict.fromkeys(pairs, 0)
+    for completion, _ in done.values():
+        seen[tuple(completion.token_ids)] += 1  # a KeyError is an impossible pair
+    common = [pair for pair in pairs if pairs[pair] * count >= 5]
+    rest = 1 - sum(pairs[pair] for pair in common)
+    observed = [seen[pair] for pair in common]
+    expected = [pairs[pair] * count for pair in common]
+    observed.append(count - sum(observed))
+    expected.append(rest * count)
+    if expected[-1] < 5:
+        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+    assert chisquare(observed, expected).pvalue > 0.001
+
+
+def _top_k_distribution(logits: torch.Tensor, k: int, temperature: float) -> dict[int, float]:
+    values, tokens = (logits / temperature).topk(k)
+    shares = values.softmax(0)
+    return {int(t): float(p) for t, p in zip(tokens, shares, strict=True)}
+
+
+# --- the user's way in ---
+
+
+class Threshold:
+    """A predictor whose hazard is 1 from a given position on."""
+
+    feature_version = FEATURE_VERSION
+
+    def __init__(self, position: float) -> None:
+        self.position = position
+
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        return (features[:, 38] * NEW_TOKENS >= self.position).astype(np.float32)
+
+
+POINT = OperatingPoint(tau_low=0.4, tau_high=0.6, k=1, j=2)
+
+
+def left_padded(requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    """A batch as a tokenizer makes it."""
+    longest = max(len(request.prompt_ids) for request in requests)
+    ids = torch.zeros(len(requests), longest, dtype=torch.long)
+    for i, request in enumerate(requests):
+        ids[i, longest - len(request.prompt_ids) :] = torch.tensor(list(request.prompt_ids))
+    mask = torch.zeros_like(ids)
+    for i, request in enumerate(requests):
+        mask[i, longest - len(request.prompt_ids) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_generate_accepts_the_guard(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=4)
+    guard = KVGuard(kvpress.KnormPress(0.6), predictor=Threshold(8), operating_point=POINT)
+    output = tiny_llama.generate(
+        **left_padded(requests),
+        custom_generate=guard,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    whole = [Request(r.key, r.prompt_ids, r.seed) for r in requests]
+    expected = uncompressed(tiny_llama, whole)
+    for i in range(4):
+        tail = output.sequences[i, left_padded(requests)["input_ids"].shape[1] :].tolist()
+        answer = expected[str(i)]
+        assert tail[: len(answer)] == answer
+        assert all(token == 0 for token in tail[len(answer) :])
+        if len(answer) > 10:
+            assert guard.report[i].alarm_steps == [10]  # hazardous from 8: ALERT at 9, SAFE at 10
+            assert [mode for _, mode in guard.report[i].modes] == ["NORMAL", "ALERT", "SAFE"]
+            assert guard.report[i].modes[1:] == [(8, "ALERT"), (9, "SAFE")]
+
+
+def test_a_guard_around_nothing_is_the_model(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=3)
+    inputs = left_padded(requests[2:3])
+    guard = KVGuard(None, predictor="rules")
+    own = tiny_llama.generate(**inputs, max_new_tokens=12, do_sample=False)
+    with_guard = tiny_llama.generate(
+        **inputs, max_new_tokens=12, do_sample=False, custom_generate=guard
+    )
+    assert with_guard.tolist() == own.tolist()
+
+
+def test_sampling_is_reproducible_and_its_own(tiny_llama: PreTrainedModel) -> None:
+    inputs = left_padded(ragged_requests(tiny_llama.config.vocab_size, count=2))
+    answers = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        guard = KVGuard(kvpress.KnormPress(0.5), predictor="rules")
+        answers.append(
+            tiny_llama.generate(
+                **inputs, custom_generate=guard, max_new_tokens=15, do_sample=True, top_p=0.9
+            ).tolist()
+        )
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
+
+
+def test_stopping_criteria_see_each_row_alone(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=3)
+
+    class LongEnough(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            assert input_ids.shape[0] == 1
+            assert 0 not in input_ids[0, :5].tolist()
+            return torch.tensor([input_ids.shape[1] >= len(requests[0].prompt_ids) + 3])
+
+    guard = KVGuard(kvpress.KnormPress(0.5), predictor="rules")
+    tiny_llama.generate(
+        **left_padded(requests[:1]),
+        custom_generate=guard,
+        max_new_tokens=15,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([LongEnough()]),
+    )
+    assert guard.report[0].stop_reason == "stopped"
+    assert guard.report[0].decode_steps == 2
+
+
+def test_what_the_guard_cannot_do_is_refused_by_name(tiny_llama: PreTrainedModel) -> None:
+    inputs = left_padded(ragged_requests(tiny_llama.config.vocab_size, count=1))
+    guard = KVGuard(kvpress.KnormPress(0.5), predictor="rules")
+    options = {"custom_generate": guard, "max_new_tokens": 3}
+    with pytest.raises(GuardError, match="RepetitionPenaltyLogitsProcessor"):
+        tiny_llama.generate(**inputs, **options, repetition_penalty=1.2)
+    with pytest.raises(GuardError, match="output_logits"):
+        tiny_llama.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    with pytest.raises(PressError, match="KVzipPress"):
+        KVGuard(kvpress.KVzipPress(0.5))
+    with pytest.raises(GuardError, match="operating_point is one of conservative"):
+        KVGuard(None, operating_point="brave")
+    with pytest.raises(GuardError, match=r"no file at nowhere\.json"):
+        KVGuard(None, predictor="nowhere.json")
+    old = Threshold(3)
+    old.feature_version = 0
+    with pytest.raises(GuardError, match="feature version 0, the guard computes version"):
+        KVGuard(None, predictor=old)
+
+
+def test_streaming_releases_what_has_aged(tiny_llama: PreTrainedModel) -> None:
+    request = ragged_requests(tiny_llama.config.vocab_size)[0]
+    draft = run(tiny_llama, [request], kvpress.KnormPress(0.7), 1, ends=())["0"].token_ids
+    truth = uncompressed(tiny_llama, [request], ENDLESS)["0"]
+    cut = next(i for i, (a, b) in enumerate(zip(draft, truth, strict=True)) if a != b)
+
+    for holdback, lost in ((0, 1), (NEW_TOKENS, 0)):
+        pieces: list[list[int]] = []
+        script = {request.seed: {12: Action.REWIND}}
+        _, report = watched(
+            tiny_llama,
+            [request],
+            kvpress.KnormPress(0.7),
+            lambda rows, script=script: Scripted(rows, script),
+            rows=1,
+            decoding=ENDLESS,
+            holdback_tokens=holdback,
+            released=lambda _key, tokens, pieces=pieces: pieces.append(tokens),
+        )["0"]
+        assert report.unrecoverable == lost
+        streamed = [token for piece in pieces for token in piece]
+        if lost:
+            assert streamed[: cut + 1] == draft[: cut + 1]
+        else:
+            assert streamed == truth
+
+
+class Collector:
+    """A streamer as transformers has them."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_gets_prompt_and_answer(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=1)
+    streamer = Collector()
+    guard = KVGuard(kvpress.KnormPress(0.5), predictor="rules", streamer=streamer)
+    output = tiny_llama.generate(
+        **left_padded(requests), custom_generate=guard, max_new_tokens=9, do_sample=False
+    )
+    assert streamer.ended
+    assert [token for piece in streamer.pieces for token in piece] == output[0].tolist()
+
+
+# --- faults ---
+
+
+class Failing:
+    """A predictor that raises."""
+
+    feature_version = FEATURE_VERSION
+
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        raise ArithmeticError("no hazard today")
+
+
+def test_a_predictor_that_raises_is_noted_and_survived(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=3)
+    guard = KVGuard(kvpress.KnormPress(0.5), predictor=Failing(), operating_point=POINT)
+    done = guard.run(tiny_llama, requests, GREEDY)
+    alone = run(tiny_llama, requests, kvpress.KnormPress(0.5), 3)
+    for completion, report in zip(done, guard.report, strict=True):
+        assert completion.token_ids == alone[completion.request.key].token_ids
+        assert report.notes == ["predictor failed: ArithmeticError: no hazard today"]
+
+
+def test_out_of_memory_while_verifying_is_survived(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=3)
+    alone = run(tiny_llama, requests, kvpress.KnormPress(0.5), 3)
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory for this pass")
+
+    monkeypatch.setattr("kvguard.guard.audit_tokens", exhausted)
+    script = {requests[0].seed: {4: Action.REWIND}}
+    done = watched(
+        tiny_llama, requests, kvpress.KnormPress(0.5), lambda rows: Scripted(rows, script)
+    )
+    for key, (completion, report) in done.items():
+        assert completion.token_ids == alone[key].token_ids
+        assert completion.error is None
+        assert any("out of memory" in note for note in report.notes) == (key == "0")
+
+
+def test_non_finite_logits_are_mended_by_the_uncompressed_model(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=3)]
+    session = Session(tiny_llama, GREEDY, press=kvpress.KnormPress(0.5), rows=3)
+    advance, steps = session.advance, iter(range(1000))
+
+    def poisoned() -> None:
+        advance()
+        if next(steps) == 5:
+            row = next(i for i, r in enumerate(session.rows) if r.completion.request.key == "2")
+            session.logits[row] = torch.nan
+
+    monkeypatch.setattr(session, "advance", poisoned)
+    watch = Watch(session, make_policy("none", 3, max_new_tokens=NEW_TOKENS))
+    done = {c.request.key: (c, r) for c, r in guarded(session, requests, watch)}
+    completion, report = done["2"]
+    assert completion.error is None
+    assert "non-finite logits at token 6" in report.notes[0]
+    assert completion.token_ids == uncompressed(tiny_llama, requests)["2"]
+    alone = run(tiny_llama, requests, kvpress.KnormPress(0.5), 3, decoding=GREEDY)
+    assert done["0"][0].token_ids == alone["0"].token_ids
+
+
+def test_the_tolerant_cut_is_where_harm_starts() -> None:
+    tolerance = Tolerance(window_tokens=3, window_llr=1.0, token_logprob=-5.0)
+    quiet = np.zeros(8, np.float32)
+    assert harmful_token(quiet, quiet - 1, tolerance) is None
+    llr = np.array([0, 0, 2, 0, 0, 1, 1, 1], np.float32)
+    assert harmful_token(llr, quiet - 1, tolerance) == 5
+    implausible = np.array([-1, -1, -1, -6, -1, -1, -1, -1], np.float32)
+    assert harmful_token(llr, implausible, tolerance) == 3
