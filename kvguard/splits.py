@@ -175,6 +175,25 @@ def _largest_remainders(total: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
+def splits_digest(splits: pl.DataFrame) -> str:
+    """First 16 hex digits of a SHA-256 over who is in which split; row order does not matter."""
+    return digest(splits.select("prompt_id", "split").sort("prompt_id").rows())
+
+
+def check_trained_on(splits: pl.DataFrame, provenance: Mapping[str, Any]) -> None:
+    """Check that a predictor was trained on these very splits.
+
+    Raises:
+        LeakageError: it was trained on others, and may have seen any of these prompts.
+    """
+    expected, got = splits_digest(splits), provenance.get("splits_digest")
+    if got != expected:
+        raise LeakageError(
+            f"the predictor was trained on splits {got}, these are {expected}: it may have seen "
+            "their prompts; train it again"
+        )
+
+
 def hash_order(ids: Iterable[str], salt: str) -> list[str]:
     """Ids in an order that depends on nothing but the ids and the salt."""
     return sorted(ids, key=lambda item: hashlib.sha256(f"{salt}:{item}".encode()).hexdigest())

@@ -54,6 +54,7 @@ from kvguard.splits import (
     read_splits,
     scan_table,
     split_prompts,
+    splits_digest,
 )
 
 __all__ = [
@@ -764,6 +765,7 @@ def train_predictors(
             calibrated = calibrate_probabilities(model, held, method, guard, f"{kind} {target}")
             origin = {
                 "config_digest": config_digest,
+                "splits_digest": splits_digest(known),
                 "settings": settings.model_dump(mode="json"),
                 "searched_for": targets[0],
             }
