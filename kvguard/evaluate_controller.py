@@ -33,13 +33,39 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kvguard import config, schema
-from kvguard.compare_policies import CONDITION, estimates
+from kvguard.compare_policies import (
+    CONDITION,
+    compare_live_simulation,
+    constant_frontier,
+    estimates,
+    pareto,
+    summarize_differences,
+    summarize_runs,
+)
 from kvguard.controller import NEVER, Mode, Settings, first_alarm, stack_settings
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, loop_onsets
 from kvguard.policies import Action, Observation, Policy, is_alarm, make_policy
 from kvguard.prompts import extract_answer
 from kvguard.schema import TRACE_KEYS
+
+__all__ = [
+    "Requests",
+    "alarm_rates",
+    "compare_live_simulation",
+    "constant_frontier",
+    "load_requests",
+    "match_guard",
+    "pareto",
+    "replay",
+    "simulability",
+    "simulate_controller",
+    "simulate_policies",
+    "simulate_settings",
+    "summarize_differences",
+    "summarize_runs",
+    "tied_requests",
+]
 
 NOWHERE = np.iinfo(np.int32).max
 """A position that no answer reaches."""
@@ -246,15 +272,61 @@ def _observe(requests: Requests, policy: Policy, rows: NDArray[np.intp], at: int
     )
 
 
-def alarm_rate(requests: Requests, controller: config.OperatingPoint) -> float | None:
-    """Share of compressed requests that the controller alarms: the rate of ``random``."""
-    compressed = (requests.table["press"] != config.BASELINE).to_numpy()
-    if not compressed.any():
-        return None
-    alarms = first_alarm(
-        requests.hazard[compressed], requests.lengths[compressed], stack_settings([controller])
+def alarm_rates(requests: Requests, controller: config.OperatingPoint) -> FloatArray:
+    """(N,) share of requests that the controller alarms, in each request's own condition."""
+    alarms = first_alarm(requests.hazard, requests.lengths, stack_settings([controller]))[0]
+    alarmed = requests.table.select(CONDITION).with_columns(alarmed=pl.Series(alarms != NEVER))
+    return alarmed.select(pl.col("alarmed").mean().over(CONDITION))["alarmed"].to_numpy()
+
+
+def match_guard(
+    simulated: pl.DataFrame, policy: str, *, model: str, press: str, ratio: str
+) -> dict[str, Any]:
+    """What makes a rival comparable to ``guard_rewind`` in one condition: arguments of a live run.
+
+    ``random`` gets the share of requests that the guard alarms as ``alarm_rate``. ``constant`` gets
+    as ``constant_ratio`` the ratio at which the press takes the guard's mean KV memory,
+    interpolated linearly between the memory measured at the press's ratios, ratio 0 included.
+    Other policies need nothing.
+
+    Args:
+        simulated: RUNS with source "simulation", with ``none`` and ``guard_rewind``.
+        policy: one of config.POLICY_NAMES.
+        model: of the condition.
+        press: of the condition.
+        ratio: of the condition.
+
+    Raises:
+        ValueError: the guard or the memory of this condition is not among the runs.
+    """
+    if policy not in ("random", "constant"):
+        return {}
+    ran = simulated.filter((pl.col("status") == "ok") & (pl.col("model") == model))
+    guard = ran.filter(
+        (pl.col("policy") == "guard_rewind")
+        & (pl.col("press") == press)
+        & (pl.col("ratio") == ratio)
     )
-    return float((alarms != NEVER).mean())
+    if not guard.height:
+        raise ValueError(f"no simulated guard_rewind for {model} {press} {ratio}")
+    if policy == "random":
+        return {"alarm_rate": float(guard["alarmed"].to_numpy().mean())}
+    measured = (
+        ran.filter((pl.col("policy") == "none") & pl.col("press").is_in([press, config.BASELINE]))
+        .group_by("ratio")
+        .agg(pl.col("kv_bytes_mean").mean())
+        .drop_nulls()
+        .sort("kv_bytes_mean")
+    )
+    wanted = guard["kv_bytes_mean"].drop_nulls()
+    if not wanted.len() or not measured.height:
+        raise ValueError(f"the memory of guard_rewind for {model} {press} {ratio} is not known")
+    found = np.interp(
+        float(wanted.to_numpy().mean()),
+        measured["kv_bytes_mean"].to_numpy(),
+        measured["ratio"].cast(pl.Float64).to_numpy(),
+    )
+    return {"constant_ratio": f"{found:.3f}"}
 
 
 def simulate_policies(
@@ -284,14 +356,15 @@ def simulate_policies(
         live: parameters of the rivals.
         detection: what counts as a loop in a request that a policy stopped.
         controller: the guard's setting; the ``guard_*`` policies need it.
-        random_rate: the rate of ``random``; None takes the controller's own on these requests.
+        random_rate: the rate of ``random``; None takes the controller's own rate in each condition.
         safe_ratio: of the guard; above "0.000" what follows a recovery is unknown.
         holdback_tokens: a token is released when it is that old; a rewind behind it counts as
             unrecoverable.
         decode: token ids to text, for requests that a policy stopped; None: their answer is null.
     """
-    if random_rate is None and controller is not None:
-        random_rate = alarm_rate(requests, controller)
+    rate: float | FloatArray | None = random_rate
+    if rate is None and controller is not None:
+        rate = alarm_rates(requests, controller)
     failed = requests.failed.select(*TRACE_KEYS, "shard", "status", "error")
     frames = []
     for name in dict.fromkeys(policies):
@@ -303,7 +376,7 @@ def simulate_policies(
             max_new_tokens=int(requests.table["max_new_tokens"].to_numpy().max()),
             live=live,
             controller=controller,
-            alarm_rate=random_rate,
+            alarm_rate=rate,
         )
         exact = safe_ratio == config.BASELINE_RATIO
         ending = _ending(policy, requests, exact, detection.divergence_window_tokens)

@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kvguard import config
 from kvguard.controller import (
@@ -290,9 +290,9 @@ class RandomAlarm(OneAlarm):
 
     action = Action.REWIND
 
-    def __init__(self, name: str, rows: int, rate: float, max_new_tokens: int) -> None:
+    def __init__(self, name: str, rows: int, rate: ArrayLike, max_new_tokens: int) -> None:
         super().__init__(name, rows)
-        self.rate = rate
+        self.rate = np.broadcast_to(np.asarray(rate, np.float64), (rows,))
         self.max_new_tokens = max_new_tokens
         self.alarm_at = np.full(rows, np.iinfo(np.int32).max, np.int32)
         self.row_state.append(self.alarm_at)
@@ -301,7 +301,7 @@ class RandomAlarm(OneAlarm):
         """Draw whether the new request alarms, and when."""
         super().reset(row, seed)
         draws = np.random.default_rng([seed % 2**64, _RANDOM_ALARM_STREAM])
-        drawn, position = draws.random() < self.rate, draws.integers(self.max_new_tokens)
+        drawn, position = draws.random() < self.rate[row], draws.integers(self.max_new_tokens)
         self.alarm_at[row] = position if drawn else np.iinfo(np.int32).max
 
     def fires(self, observation: Observation) -> BoolArray:
@@ -511,7 +511,7 @@ def make_policy(
     max_new_tokens: int,
     live: config.Live | None = None,
     controller: config.OperatingPoint | None = None,
-    alarm_rate: float | None = None,
+    alarm_rate: float | NDArray[np.float64] | None = None,
     press_ratio: str | None = None,
 ) -> Policy:
     """Build the policy of that name for a batch of ``rows`` slots.
@@ -523,7 +523,7 @@ def make_policy(
         live: parameters of the rivals; None takes the defaults.
         controller: the guard's thresholds; the ``guard_*`` policies need it.
         alarm_rate: share of requests that ``random`` alarms, when ``live.random_rate`` is
-            "matched": the guard's own rate.
+            "matched": the guard's own rate, one for all or one per row.
         press_ratio: the ratio of ``constant``.
 
     Raises:
@@ -540,7 +540,7 @@ def make_policy(
         return Guard(name, rows, controller, action, cut, after, gate_nats)
     if name == "random":
         rate = alarm_rate if live.random_rate == "matched" else live.random_rate
-        if rate is None or not 0 <= rate <= 1:
+        if rate is None or not np.all((np.asarray(rate) >= 0) & (np.asarray(rate) <= 1)):
             raise ValueError(f"policy 'random' needs an alarm rate in [0, 1], got {rate!r}")
         return RandomAlarm(name, rows, rate, max_new_tokens)
     if name in ("ngram_stop", "loopguard"):

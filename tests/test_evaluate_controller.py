@@ -20,8 +20,9 @@ from kvguard.detectors import detect_all, detect_outcomes
 from kvguard.evaluate_controller import (
     OUTCOME_COLUMNS,
     SIMULABILITY,
-    alarm_rate,
+    alarm_rates,
     load_requests,
+    match_guard,
     simulability,
     simulate_controller,
     simulate_policies,
@@ -615,13 +616,39 @@ def test_pareto_marks_what_nothing_else_beats():
     assert table.filter(pl.col("efficient"))["policy"].n_unique() > 1
 
 
-def test_alarm_rate_counts_compressed_requests_alone():
+def test_random_alarms_as_often_as_the_guard_in_each_condition():
+    run = make_run(16, num_prompts=200)
+    requests = requests_of(run)
+    runs = simulate(run, ["guard_rewind", "random"])
+    shares = runs.group_by("ratio", "policy").agg(pl.col("alarmed").mean())
+    shares = {(ratio, policy): share for ratio, policy, share in shares.iter_rows()}
+    rates = dict(zip(requests.table["ratio"], alarm_rates(requests, POINT), strict=True))
+    for ratio in ("0.500", "0.750"):
+        guard = shares[ratio, "guard_rewind"]
+        assert rates[ratio] == pytest.approx(guard)
+        assert abs(shares[ratio, "random"] - guard) < 4 * np.sqrt(guard * (1 - guard) / 200)
+
+
+def test_rivals_are_matched_to_the_guard_of_their_condition():
     run = make_run(16)
-    runs = simulate(run, ["guard_rewind"])
-    assert alarm_rate(requests_of(run), POINT) == pytest.approx(runs["alarmed"].mean())
-    only = run.traces.filter(pl.col("press") == "none")
-    alone = load_requests(only, run.tokens, run.outcomes, run.predictions)
-    assert alarm_rate(alone, POINT) is None
+    runs = simulate(run, ["none", "guard_rewind"])
+    where = {"model": "m", "press": "snapkv", "ratio": "0.750"}
+    guard = runs.filter((pl.col("policy") == "guard_rewind") & (pl.col("ratio") == "0.750"))
+    assert match_guard(runs, "verify_all", **where) == {}
+    assert match_guard(runs, "random", **where) == {"alarm_rate": guard["alarmed"].mean()}
+
+    # Memory falls by 4000 bytes from ratio 0 to 0.5 and by 2000 more to 0.75.
+    bytes_ = {"0.000": 10_000.0, "0.500": 6_000.0, "0.750": 4_000.0}
+    flat = runs.with_columns(
+        kv_bytes_mean=pl.when(pl.col("policy") == "none")
+        .then(pl.col("ratio").replace_strict(bytes_))
+        .otherwise(pl.lit(7_000.0))
+    )
+    assert match_guard(flat, "constant", **where) == {"constant_ratio": "0.375"}
+    low = flat.with_columns(kv_bytes_mean=pl.col("kv_bytes_mean").replace(7_000.0, 5_000.0))
+    assert match_guard(low, "constant", **where) == {"constant_ratio": "0.625"}
+    with pytest.raises(ValueError, match=r"no simulated guard_rewind for m knorm 0\.500"):
+        match_guard(runs, "random", model="m", press="knorm", ratio="0.500")
 
 
 def test_simulability_says_what_is_known_of_every_policy():
