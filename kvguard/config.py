@@ -426,7 +426,10 @@ class Config(Section):
 
     name: Name
     seed: int = Field(default=0, ge=0)
-    results_dir: str = Field(default="results", pattern=r"^[\w./-]+$")
+    results_dir: Annotated[
+        str,
+        _written_as(r"[\w./-]+", "a results folder is letters, digits, '_', '.', '-' and '/'"),
+    ] = "results"
     models: list[Model] = Field(min_length=1)
     task: Task
     presses: list[Press] = Field(min_length=1)
