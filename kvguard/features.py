@@ -409,6 +409,7 @@ def build_features(
             compression="zstd",
             compression_level=1,
             use_dictionary=list(schema.TRACE_KEYS),
+            write_statistics=list(schema.TOKEN_KEYS),
         ) as writer,
         ThreadPoolExecutor(2) as pool,
     ):
