@@ -1,0 +1,85 @@
+"""Memory over time adds up to the costs that the tables report."""
+
+import polars as pl
+import pytest
+from synthetic import make_run
+
+from kvguard import schema
+from kvguard.costs import recovery_cost, trace_memory
+from kvguard.memory import choose_guarded, memory_steps
+
+RUN = make_run(num_prompts=6, max_new_tokens=64, error_rate=0)
+
+
+def one_trace():
+    compressed = (pl.col("press") == "snapkv") & (pl.col("ratio") == "0.750")
+    trace = RUN.traces.filter(compressed & (pl.col("generated_tokens") > 20)).head(1)
+    linear = pl.col("cache_bytes_after") + pl.col("cache_bytes_before") / pl.col(
+        "prompt_tokens"
+    ) * (pl.col("generated_tokens") / 2)
+    return trace.with_columns(kv_kept_bytes_mean=linear)
+
+
+def run_row(trace, policy, **values):
+    defaults = {"policy": policy, "status": "ok", "alarm_steps": [], "rewound_to": []}
+    row = trace.select(schema.TRACE_KEYS).row(0, named=True) | defaults | values
+    empty = dict.fromkeys(schema.RUNS)
+    return pl.DataFrame([empty | row], schema=schema.RUNS)
+
+
+def test_mean_over_the_steps_is_the_cost_of_the_recovery():
+    trace = one_trace()
+    runs = pl.concat(
+        [
+            run_row(trace, "none", generated_tokens=trace["generated_tokens"][0]),
+            run_row(trace, "guard_rewind", generated_tokens=30, alarm_steps=[12], rewound_to=[5]),
+            run_row(trace, "always_safe", generated_tokens=30),
+            run_row(trace, "loopguard", generated_tokens=30),
+        ]
+    )
+    steps = memory_steps(trace, runs)
+    assert set(steps["policy"]) == {"none", "guard_rewind", "always_safe"}
+    guarded = steps.filter(pl.col("policy") == "guard_rewind")
+    memory = trace_memory(trace)
+    cost = recovery_cost(memory, trace["prompt_tokens"].to_numpy(), [12], [12], [5], [30])
+    assert guarded.height == int(cost.decode_steps[0])
+    assert guarded["kv_bytes"].mean() == pytest.approx(float(cost.kv_bytes_mean[0]))
+    assert guarded["step"].to_list() == list(range(1, guarded.height + 1))
+    assert guarded["mode"].to_list() == [0] * 11 + [2] * 24
+
+    alone = steps.filter(pl.col("policy") == "none")
+    assert alone["kv_bytes"].mean() == pytest.approx(trace["kv_kept_bytes_mean"][0])
+    safe = steps.filter(pl.col("policy") == "always_safe")
+    per_token = trace["cache_bytes_before"][0] / trace["prompt_tokens"][0]
+    assert safe["kv_bytes"][0] == pytest.approx(trace["cache_bytes_before"][0] + per_token)
+    assert safe["mode"].is_null().all()
+
+
+def test_what_cannot_be_shown_is_refused():
+    trace = one_trace()
+    twice = run_row(
+        trace, "guard_rewind", generated_tokens=30, alarm_steps=[9, 20], rewound_to=[5, 9]
+    )
+    with pytest.raises(ValueError, match="recovered at most once"):
+        memory_steps(trace, twice)
+    with pytest.raises(ValueError, match="another request"):
+        memory_steps(trace, twice.with_columns(prompt_id=pl.lit("other")))
+    with pytest.raises(ValueError, match="one row"):
+        memory_steps(RUN.traces, twice)
+    bent = trace.with_columns(kv_kept_bytes_mean=pl.lit(1.0))
+    with pytest.raises(ValueError, match="linearly"):
+        memory_steps(bent, twice)
+
+
+def test_the_example_is_the_median_rewind():
+    trace = one_trace()
+    rows = [
+        run_row(trace, "guard_rewind", alarm_steps=[alarm], rewound_to=[1]).with_columns(
+            prompt_id=pl.lit(name)
+        )
+        for name, alarm in (("late", 40), ("early", 3), ("middle", 9))
+    ]
+    never = run_row(trace, "guard_rewind").with_columns(prompt_id=pl.lit("never"))
+    assert choose_guarded(pl.concat([*rows, never]))["prompt_id"] == "middle"
+    with pytest.raises(ValueError, match="rewound"):
+        choose_guarded(never)
