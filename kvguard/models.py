@@ -48,8 +48,11 @@ FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 RECORD = "kvguard_model.json"
 """What `prepare_model` writes beside the weights: source, end token ids, digests, versions."""
 
-HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt")
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 """What is taken from a hub repository or a local folder: never pickled weights, never code."""
+
+DUPLICATES = ("original/*", "consolidated*")
+"""Second copies of the weights, in formats of their makers, that some repositories hold."""
 
 PERPLEXITY_TEXT = (
     "The Moon is the only natural satellite of the Earth. It orbits the Earth at an average "
@@ -76,6 +79,10 @@ _ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 
 class ModelError(ValueError):
     """A model that cannot be prepared or loaded; the message names the field and the value."""
+
+
+class DownloadError(ModelError):
+    """A hub model that could not be fetched; what has arrived is kept, and resumed next time."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,11 @@ def prepare_model(spec: config.Model, folder: str | Path) -> None:
     with _quiet_progress():
         if spec.source == "hub":
             partial = folder.parent / f".{folder.name}.download"
-            _fetch_hub(spec, partial)
             try:
+                _fetch_hub(spec, partial)
                 _finish(spec, partial, folder)
+            except DownloadError:
+                raise
             except ModelError:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -170,7 +179,7 @@ def load_model(folder: str | Path, *, dtype: str, device: str, attention: str) -
         )
     target = resolve_device(device)
     record = json.loads((folder / RECORD).read_text())
-    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model_config = _read_config(folder)
     check_architecture(model_config)
     if getattr(model_config, "sliding_window", None) is not None:
         model_config.sliding_window = None  # wider than any input: full attention, plain caches
@@ -225,10 +234,7 @@ def check_architecture(model_config: PreTrainedConfig) -> None:
             that is narrower than the model's context.
     """
     family = model_config.model_type
-    if family not in FAMILIES:
-        raise ModelError(
-            f"model_type: {family!r} is not supported; supported families: {', '.join(FAMILIES)}"
-        )
+    _check_family(family)
     window = getattr(model_config, "sliding_window", None)
     layer_types = getattr(model_config, "layer_types", None)
     context = model_config.max_position_embeddings
@@ -240,6 +246,13 @@ def check_architecture(model_config: PreTrainedConfig) -> None:
         raise ModelError(
             f"sliding_window: this {family} model's layers see only the last {window} of up to "
             f"{context} positions, so its cache already evicts; use a model with full attention"
+        )
+
+
+def _check_family(family: object) -> None:
+    if family not in FAMILIES:
+        raise ModelError(
+            f"model_type: {family!r} is not supported; supported families: {', '.join(FAMILIES)}"
         )
 
 
@@ -321,8 +334,9 @@ def _convert_gguf(spec: config.WheelModel, gguf: Path, folder: Path) -> None:
     metadata = {
         key: field.contents()
         for key, field in GGUFReader(gguf).fields.items()
-        if key.startswith("tokenizer.")
+        if key.startswith("tokenizer.") or key == "general.architecture"
     }
+    _check_family(metadata.get("general.architecture"))
     tokenizer = _gguf_tokenizer(spec, metadata)
     model_config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     check_architecture(model_config)
@@ -397,26 +411,26 @@ def _fetch_hub(spec: config.HubModel, folder: Path) -> None:
     logger.info("fetching %s at %s", spec.repository, spec.revision)
     try:
         hf_hub_download(spec.repository, "config.json", revision=spec.revision, local_dir=folder)
-        check_architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        check_architecture(_read_config(folder))
         snapshot_download(
             spec.repository,
             revision=spec.revision,
             local_dir=folder,
-            allow_patterns=list(HUB_FILES),
-            ignore_patterns=["original/*"],
+            allow_patterns=list(MODEL_FILES),
+            ignore_patterns=list(DUPLICATES),
         )
     except GatedRepoError as error:
-        raise ModelError(
+        raise DownloadError(
             f"models.{spec.name}.repository: {spec.repository!r} asks for its licence to be "
             f"accepted on the hub, and for a token in HF_TOKEN: {error}"
         ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(
+        raise DownloadError(
             f"models.{spec.name}.repository: the hub has no {spec.repository!r} at "
             f"{spec.revision}, or this account may not read it: {error}"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(
+        raise DownloadError(
             f"models.{spec.name}.repository: {spec.repository!r} could not be fetched from the "
             f"hub; run again to resume: {error}"
         ) from error
@@ -424,7 +438,7 @@ def _fetch_hub(spec: config.HubModel, folder: Path) -> None:
 
 def _link_local(spec: config.LocalModel, folder: Path) -> None:
     folder.mkdir()
-    for pattern in HUB_FILES:
+    for pattern in MODEL_FILES:
         for path in spec.path.glob(pattern):
             if not (folder / path.name).exists() and path.name != RECORD:
                 (folder / path.name).symlink_to(path.resolve())
@@ -435,12 +449,12 @@ def _finish(spec: config.Model, partial: Path, folder: Path) -> None:
     shutil.rmtree(partial / ".cache", ignore_errors=True)
     if not any(partial.glob("*.safetensors")):
         raise ModelError(f"models.{spec.name}: no *.safetensors weights; other formats are refused")
-    model_config = AutoConfig.from_pretrained(partial, trust_remote_code=False)
+    model_config = _read_config(partial)
     check_architecture(model_config)
     end_token_ids = _end_token_ids(spec, partial, model_config.vocab_size)
     logger.info("hashing the files of %s", spec.name)
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.name != RECORD}
-    record = {
+    record: dict[str, Any] = {
         "name": spec.name,
         "digest": config.digest(files),
         "spec": spec.model_dump(mode="json"),
@@ -461,6 +475,15 @@ def _finish(spec: config.Model, partial: Path, folder: Path) -> None:
         shutil.rmtree(folder)
     partial.replace(folder)
     logger.info("prepared %s in %s", spec.name, folder)
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    """A folder's config, of a known family: transformers fails obscurely on others."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json")
+    _check_family(json.loads((folder / "config.json").read_text()).get("model_type"))
+    model_config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return model_config
 
 
 def _end_token_ids(spec: config.Model, folder: Path, vocabulary: int) -> list[int]:

@@ -219,7 +219,8 @@ _NUMBER = re.compile(
     [\s(\[{{:≈]* (?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?\s*)?
     (?P<sign>[-+]?) \s*
     (?:
-        (?:(?P<whole>{_INTEGER})\s+)? (?P<over>[-+]?{_DECIMAL})\s*/\s*(?P<under>[-+]?{_DECIMAL})
+        (?:(?P<whole>{_INTEGER})\s+(?=[0-9.]))?
+        (?P<over>[-+]?{_DECIMAL}) \s*/\s* (?P<under>[-+]?{_DECIMAL})
       | (?P<plain>{_DECIMAL})
     )
     """,
@@ -419,4 +420,4 @@ TASKS: dict[str, TaskFunctions] = {
     "gsm8k": TaskFunctions(_gsm8k, extract_answer),
     "gsm_symbolic": TaskFunctions(_gsm_symbolic, extract_answer),
 }
-"""Every task by the name that it has in the configuration."""
+"""Every task by the name that it has in the configuration; its fields are a section there."""

@@ -368,7 +368,8 @@ class FakeHub:
         self.revisions.append(revision)
         self.downloads.append("snapshot")
         for path in self.folder.iterdir():
-            if any(path.match(pattern) for pattern in allow_patterns):
+            wanted = any(path.match(pattern) for pattern in allow_patterns)
+            if wanted and not any(path.match(pattern) for pattern in ignore_patterns):
                 shutil.copy(path, local_dir / path.name)
 
 
@@ -382,6 +383,7 @@ def fake_hub(
     hub = FakeHub(tmp_path_factory.mktemp("hub"))
     save_local(hub.folder, tiny_llama, tiny_tokenizer)
     (hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (hub.folder / "consolidated.safetensors").write_bytes(b"the same again")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot)
     return hub
@@ -393,6 +395,8 @@ HUB_SPEC = HubModel(source="hub", name="tiny", repository="someone/tiny", revisi
 def test_hub_model_comes_from_the_pinned_revision(fake_hub: FakeHub, tmp_path: Path) -> None:
     prepare_model(HUB_SPEC, tmp_path / "tiny")
     assert set(fake_hub.revisions) == {REVISION}
+    weights = [path.name for path in (tmp_path / "tiny").glob("*.safetensors")]
+    assert weights == ["model.safetensors"]
     assert not (tmp_path / "tiny" / "pytorch_model.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
     loaded = load_model(tmp_path / "tiny", dtype="float32", device="cpu", attention="sdpa")
@@ -406,6 +410,7 @@ def test_unsupported_hub_model_is_refused_before_its_weights(
     with pytest.raises(ModelError, match=r"gemma2.*llama, mistral, phi3, qwen2, qwen3"):
         prepare_model(HUB_SPEC, tmp_path / "tiny")
     assert fake_hub.downloads == ["config.json"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_hub_download_is_resumed(fake_hub: FakeHub, tmp_path: Path) -> None:
@@ -451,6 +456,15 @@ def test_windows_that_never_bite_pass(model_config: LlamaConfig) -> None:
 def test_sliding_windows_are_refused(model_config: LlamaConfig, window: int) -> None:
     with pytest.raises(ModelError, match=rf"sliding_window.*last {window} of up to"):
         check_architecture(model_config)
+
+
+def test_local_model_of_a_family_that_nobody_knows(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    (tmp_path / "mine" / "model.safetensors").write_bytes(b"")
+    local = LocalModel(source="local", name="mine", path=tmp_path / "mine")
+    with pytest.raises(ModelError, match=r"model_type: 'abacus' is not supported.*llama"):
+        prepare_model(local, tmp_path / "tiny")
 
 
 def test_other_families_are_refused_by_name() -> None:
