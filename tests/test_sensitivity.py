@@ -6,7 +6,7 @@ import pytest
 from kvguard.config import Detection
 from kvguard.detectors import detect_outcomes
 from kvguard.sensitivity import sensitivity_table
-from tests.synthetic import make_run
+from synthetic import make_run
 
 
 @pytest.fixture(scope="module")
