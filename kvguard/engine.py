@@ -555,8 +555,8 @@ class Session:
         last = np.maximum(
             self.lengths[:active] - 1, 0
         )  # of a row without tokens: held, any will do
-        tokens = self.history[np.arange(active), last].astype(np.int64)
-        tokens = self._on_device(np.maximum(tokens, 0))
+        fed = self.history[np.arange(active), last].astype(np.int64)
+        tokens = self._on_device(np.maximum(fed, 0))
         positions = self._on_device(self.prompt_lengths[:active] + last)
         self.slots.begin_step()
         with ExitStack() as stack:

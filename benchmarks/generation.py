@@ -1,0 +1,252 @@
+"""The engine against one prompt at a time with ``model.generate``: same tokens, signals and audit.
+
+    python benchmarks/generation.py [--prompts 32] [--max-new-tokens 160]
+
+Both sides do everything that the experiment needs of a prompt: prefill under the press, greedy
+decoding, all signals of every token, the audit by the uncompressed model. They run alternately in
+one process (engine, sequential, engine), 2 threads, SmolLM2 in float32, snapkv at 0.500, GSM8K
+prompts with 3 few-shot turns (gsm_symbolic where the GSM8K files are missing; ``task`` says which).
+Writes results/bench/generation.json:
+
+- ``speedup``: sequential seconds over the mean of the two engine runs; higher is better, goal 8;
+- ``tokens_identical``: share of prompts whose tokens are the same on both sides;
+- ``engine_tokens_per_second``, ``sequential_tokens_per_second``: generated tokens over all seconds;
+- ``prefill_seconds``, ``decode_seconds``, ``audit_seconds``: parts of the last engine run;
+- ``peak_rss_bytes``: of the process, both sides;
+- ``steps``: milliseconds of a full batch's decoding step early and late in the answers, and what
+  signals take of it at batch 1 and 32;
+- ``scaling``: seconds and memory of a shard ten times as large, batch size unchanged;
+- ``bfloat16``: the same comparison of tokens in bfloat16, on fewer prompts.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kvguard.audit import audit_tokens
+from kvguard.config import Config, ConfigError, Press, load_config
+from kvguard.engine import Completion, Request, Session, generate, teacher_forced
+from kvguard.experiment import Prepared, audit_completion, prepare_requests
+from kvguard.models import LoadedModel, load_model, prepare_model
+from kvguard.presses import build_press
+from kvguard.prompts import Example, Prompt, load_task
+from kvguard.sampling import Decoding
+from kvguard.signals import extract_signals
+
+T = TypeVar("T")
+TARGET = Path("results/bench/generation.json")
+PRESS = Press.model_validate(
+    {"name": "snapkv", "class": "SnapKVPress", "kwargs": {"window_size": 16}, "ratios": ["0.500"]}
+)
+
+
+def load_experiment(prompts: int, max_new_tokens: int) -> Config:
+    """GSM8K from local files if they are there, else the default task."""
+    generation = {"max_new_tokens": max_new_tokens, "batch_size": 32, "shard_size": prompts}
+    overrides = {"task": {"num_prompts": prompts}, "generation": generation}
+    try:
+        return load_config("config.yaml", "experiments/gsm8k_local.yaml", overrides=overrides)
+    except ConfigError:
+        return load_config("config.yaml", overrides=overrides)
+
+
+def load_embedded(experiment: Config, dtype: str = "float32") -> LoadedModel:
+    """The embedded model, prepared on first use."""
+    spec = experiment.models[0]
+    folder = Path("results/checkpoints") / spec.name
+    if not (folder / "config.json").is_file():
+        prepare_model(spec, folder)
+    return load_model(folder, dtype=dtype, device="cpu", attention="sdpa")
+
+
+def run_engine(model: LoadedModel, ready: Prepared) -> tuple[dict[str, Completion], float]:
+    """All requests through the engine, audited; completions and seconds spent on audits."""
+    session = Session(
+        model.model,
+        ready.decoding,
+        press=build_press(PRESS, "0.500"),
+        rows=ready.rows,
+        prefix=ready.prefix,
+    )
+    done: dict[str, Completion] = {}
+    audit_seconds = 0.0
+    for completion in generate(session, ready.requests):
+        started = time.perf_counter()
+        audit_completion(model, completion, ready)
+        audit_seconds += time.perf_counter() - started
+        done[completion.request.key] = completion
+    return done, audit_seconds
+
+
+def run_sequential(
+    model: LoadedModel, requests: Sequence[Request], decoding: Decoding
+) -> dict[str, list[int]]:
+    """One prompt at a time, as kvpress's own pipeline works: generated tokens by request."""
+    answers = {}
+    for request in requests:
+        ids = torch.tensor([list(request.prompt_ids)])
+        with torch.inference_mode(), build_press(PRESS, "0.500")(model.model):
+            generator: Any = model.model
+            output = generator.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=decoding.max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(decoding.end_token_ids),
+                pad_token_id=decoding.end_token_ids[0],
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        tokens = output.sequences[0, ids.shape[1] :]
+        extract_signals(torch.cat(output.logits), tokens)
+        audit_tokens(model.model, request.prompt_ids, tokens.tolist(), decoding=decoding)
+        answers[request.key] = tokens.tolist()
+    return answers
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """What ``work`` returns, and its seconds."""
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def compare(
+    model: LoadedModel, prompts: list[Prompt], examples: list[Example], experiment: Config
+) -> dict[str, object]:
+    """The main comparison."""
+
+    def engine() -> tuple[dict[str, Completion], float]:
+        return run_engine(model, prepare_requests(model, prompts, examples, experiment))
+
+    ready = prepare_requests(model, prompts, examples, experiment)
+    teacher_forced(model.model, ready.requests[0].prompt_ids, [])  # warm up
+    (_, _), first_seconds = timed(engine)
+    answers, sequential_seconds = timed(
+        lambda: run_sequential(model, ready.requests, ready.decoding)
+    )
+    (done, audit_seconds), second_seconds = timed(engine)
+    engine_seconds = statistics.mean([first_seconds, second_seconds])
+    tokens = sum(len(completion.token_ids) for completion in done.values())
+    same = [done[key].token_ids == answer for key, answer in answers.items()]
+    return {
+        "task": experiment.task.name,
+        "prompts": len(prompts),
+        "generated_tokens": tokens,
+        "speedup": sequential_seconds / engine_seconds,
+        "tokens_identical": sum(same) / len(same),
+        "engine_seconds": [first_seconds, second_seconds],
+        "sequential_seconds": sequential_seconds,
+        "engine_tokens_per_second": tokens / engine_seconds,
+        "sequential_tokens_per_second": sum(map(len, answers.values())) / sequential_seconds,
+        "prefill_seconds": sum(completion.prefill_seconds for completion in done.values()),
+        "decode_seconds": sum(completion.decode_seconds for completion in done.values()),
+        "audit_seconds": audit_seconds,
+    }
+
+
+def step_times(model: LoadedModel, ready: Prepared, rows: int) -> dict[str, float]:
+    """Milliseconds of one decoding step of ``rows`` rows: early, late, and the signals' part."""
+    endless = Decoding(ready.decoding.max_new_tokens)
+    session = Session(
+        model.model,
+        endless,
+        press=build_press(PRESS, "0.500"),
+        rows=rows,
+        prefix=ready.prefix,
+    )
+    for request in ready.requests[:rows]:
+        session.admit(request)
+    seconds = []
+    for _ in range(endless.max_new_tokens - 1):
+        session.choose()
+        _, spent = timed(session.advance)
+        seconds.append(spent)
+    logits = session.logits[:rows]
+    chosen = logits.argmax(dim=1)
+    signals = [timed(lambda: extract_signals(logits, chosen))[1] for _ in range(50)]
+    tenth = len(seconds) // 10
+    early = statistics.median(seconds[tenth : 2 * tenth])
+    late = statistics.median(seconds[-tenth:])
+    spent = statistics.median(signals)
+    return {
+        "step_ms_early": early * 1e3,
+        "step_ms_late": late * 1e3,
+        "signals_ms": spent * 1e3,
+        "signals_share": spent / (early + spent),
+    }
+
+
+def scaling(model: LoadedModel, experiment: Config, small: int = 8) -> dict[str, float]:
+    """A shard of ``small`` prompts and one ten times as large, ``small`` rows a batch."""
+    figures: dict[str, float] = {}
+    seconds = {}
+    for count in (small, 10 * small):
+        generation = experiment.generation.model_copy(
+            update={"max_new_tokens": 16, "batch_size": small}
+        )
+        task = experiment.task.model_copy(update={"num_prompts": count})
+        sized = experiment.model_copy(update={"generation": generation, "task": task})
+        prompts, examples = load_task(task, sized.seed)
+        _, seconds[count] = timed(
+            lambda p=prompts, e=examples, s=sized: run_engine(  # type: ignore[misc]
+                model, prepare_requests(model, p, e, s)
+            )
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        figures[f"peak_rss_bytes_{count}"] = peak
+    figures["time_ratio"] = seconds[10 * small] / seconds[small]
+    return figures
+
+
+def in_bfloat16(
+    experiment: Config, prompts: list[Prompt], examples: list[Example]
+) -> dict[str, object]:
+    """Tokens of engine and sequential run in bfloat16: how often, and from where, they differ."""
+    model = load_embedded(experiment, "bfloat16")
+    ready = prepare_requests(model, prompts, examples, experiment)
+    done, _ = run_engine(model, ready)
+    answers = run_sequential(model, ready.requests, ready.decoding)
+    same = [done[key].token_ids == answer for key, answer in answers.items()]
+    firsts = [
+        next(i for i, (a, b) in enumerate(zip(done[key].token_ids, answer, strict=False)) if a != b)
+        for key, answer in answers.items()
+        if done[key].token_ids[: len(answer)] != answer[: len(done[key].token_ids)]
+    ]
+    return {
+        "prompts": len(prompts),
+        "tokens_identical": sum(same) / len(same),
+        "median_first_difference": statistics.median(firsts) if firsts else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    experiment = load_experiment(arguments.prompts, arguments.max_new_tokens)
+    prompts, examples = load_task(experiment.task, experiment.seed)
+    model = load_embedded(experiment)
+    ready = prepare_requests(model, prompts, examples, experiment)
+    scaled = scaling(model, experiment)
+    result = compare(model, prompts, examples, experiment)
+    result["steps"] = {str(rows): step_times(model, ready, rows) for rows in (1, 32)}
+    result["scaling"] = scaled
+    result["bfloat16"] = in_bfloat16(experiment, prompts[:8], examples)
+    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    TARGET.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What the guard costs: per decoding step without alarms, and per verify-and-rewind.
+
+    python benchmarks/guard.py [--predictor results/models/hazard_predictor.json]
+
+SmolLM2 in float32, snapkv at 0.500, 2 threads. A step's guard work is everything beyond the model's
+pass and the argmax: signals, features, predictor, controller, bookkeeping. It is timed in the same
+loop as the pass, step by step. Writes results/bench/guard.json:
+
+- ``overhead``: per batch size, microseconds of guard work a step (``p50_us``, ``p99_us``), the
+  unguarded step (``step_us``), and ``share_p50``, ``share_p99`` of it; goals 0.01 and 0.03;
+- ``verify_over_prefill``: seconds of one verify-and-rewind over seconds of one plain prefill of the
+  same tokens, measured alternately, medians; goal 1.3.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from generation import PRESS, load_embedded, load_experiment
+
+from kvguard.config import OperatingPoint
+from kvguard.engine import Session, prefill
+from kvguard.experiment import Prepared, prepare_requests
+from kvguard.guard import HazardModel, Watch
+from kvguard.models import LoadedModel
+from kvguard.policies import make_policy
+from kvguard.presses import build_press
+from kvguard.prompts import load_task
+from kvguard.sampling import Decoding
+from kvguard.train import load_predictor, rules_predictor
+
+TARGET = Path("results/bench/guard.json")
+NEVER = OperatingPoint(tau_low=0.999998, tau_high=0.999999, k=1000, j=1)
+STEPS = 150
+
+
+def start(
+    model: LoadedModel, ready: Prepared, rows: int, predictor: HazardModel
+) -> tuple[Session, Watch]:
+    """A session of ``rows`` admitted rows under a guard that never alarms."""
+    decoding = Decoding(STEPS + 1)
+    session = Session(
+        model.model, decoding, press=build_press(PRESS, "0.500"), rows=rows, prefix=ready.prefix
+    )
+    policy = make_policy("guard_rewind", rows, max_new_tokens=STEPS + 1, controller=NEVER)
+    watch = Watch(session, policy, predictor=predictor, ratio=0.5)
+    for request in ready.requests[:rows]:
+        session.admit(request)
+        watch.admitted(session, session.active - 1)
+    return session, watch
+
+
+def overhead(
+    model: LoadedModel, ready: Prepared, rows: int, predictor: HazardModel
+) -> dict[str, float]:
+    """Guard work of a step against the step without it."""
+    session, watch = start(model, ready, rows, predictor)
+    guard, bare = [], []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        session.logits[:rows].float().argmax(dim=1).cpu()
+        argmax = time.perf_counter() - began
+        began = time.perf_counter()
+        step = session.choose()
+        watch.observe(session, step)
+        guard.append(time.perf_counter() - began - argmax)
+        began = time.perf_counter()
+        session.advance()
+        bare.append(time.perf_counter() - began + argmax)
+    step_seconds = statistics.median(bare[10:])
+    p50, p99 = np.percentile(guard[10:], [50, 99])
+    return {
+        "p50_us": p50 * 1e6,
+        "p99_us": p99 * 1e6,
+        "step_us": step_seconds * 1e6,
+        "share_p50": p50 / step_seconds,
+        "share_p99": p99 / step_seconds,
+    }
+
+
+def verify_over_prefill(
+    model: LoadedModel, ready: Prepared, predictor: HazardModel, repeats: int = 7
+) -> dict[str, float]:
+    """One verify-and-rewind against a plain prefill of the same tokens, without a shared prefix."""
+    session, watch = start(model, ready, 1, predictor)
+    session.prefix = None
+    for _ in range(80):
+        session.choose()
+        session.advance()
+    session.choose()
+    tokens = session.tokens(0)
+    whole = [*ready.requests[0].prompt_ids, *tokens]
+    verify, plain = [], []
+    for repeat in range(repeats + 1):
+        began = time.perf_counter()
+        prefill(model.model, whole)
+        plain.append(time.perf_counter() - began)
+        before = session.lengths.copy(), session.history.copy()
+        began = time.perf_counter()
+        watch._rewind(session, 0, tokens, always=True)
+        verify.append(time.perf_counter() - began)
+        session.lengths[:], session.history[:] = before
+        if repeat == 0:  # warm up
+            verify.clear()
+            plain.clear()
+    return {
+        "tokens": len(whole),
+        "verify_seconds": statistics.median(verify),
+        "prefill_seconds": statistics.median(plain),
+        "verify_over_prefill": statistics.median(verify) / statistics.median(plain),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = Path("results/models/hazard_predictor.json")
+    parser.add_argument("--predictor", type=Path, default=default)
+    path = parser.parse_args().predictor
+    torch.set_num_threads(2)
+    predictor: HazardModel = load_predictor(path) if path.is_file() else rules_predictor()
+    experiment = load_experiment(32, STEPS)
+    prompts, examples = load_task(experiment.task, experiment.seed)
+    model = load_embedded(experiment)
+    ready = prepare_requests(model, prompts, examples, experiment)
+    result: dict[str, object] = {
+        "predictor": str(path) if path.is_file() else "rules",
+        "overhead": {str(rows): overhead(model, ready, rows, predictor) for rows in (1, 32)},
+    }
+    result |= verify_over_prefill(model, ready, predictor)
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    TARGET.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
