@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -48,11 +48,8 @@ FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 RECORD = "kvguard_model.json"
 """What `prepare_model` writes beside the weights: source, end token ids, digests, versions."""
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-"""What is taken from a hub repository or a local folder: never pickled weights, never code."""
-
-DUPLICATES = ("original/*", "consolidated*")
-"""Second copies of the weights, in formats of their makers, that some repositories hold."""
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+"""Endings of what is taken from a repository or a folder: no pickled weights, no code."""
 
 PERPLEXITY_TEXT = (
     "The Moon is the only natural satellite of the Earth. It orbits the Earth at an average "
@@ -405,20 +402,17 @@ def _gguf_tokenizer(
 
 
 def _fetch_hub(spec: config.HubModel, folder: Path) -> None:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, list_repo_files
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     logger.info("fetching %s at %s", spec.repository, spec.revision)
     try:
         hf_hub_download(spec.repository, "config.json", revision=spec.revision, local_dir=folder)
         check_architecture(_read_config(folder))
-        snapshot_download(
-            spec.repository,
-            revision=spec.revision,
-            local_dir=folder,
-            allow_patterns=list(MODEL_FILES),
-            ignore_patterns=list(DUPLICATES),
-        )
+        names = _model_files(list_repo_files(spec.repository, revision=spec.revision))
+        for count, name in enumerate(names, start=1):
+            logger.info("%s: file %d of %d, %s", spec.repository, count, len(names), name)
+            hf_hub_download(spec.repository, name, revision=spec.revision, local_dir=folder)
     except GatedRepoError as error:
         raise DownloadError(
             f"models.{spec.name}.repository: {spec.repository!r} asks for its licence to be "
@@ -438,10 +432,20 @@ def _fetch_hub(spec: config.HubModel, folder: Path) -> None:
 
 def _link_local(spec: config.LocalModel, folder: Path) -> None:
     folder.mkdir()
-    for pattern in MODEL_FILES:
-        for path in spec.path.glob(pattern):
-            if not (folder / path.name).exists() and path.name != RECORD:
-                (folder / path.name).symlink_to(path.resolve())
+    for name in _model_files(path.name for path in spec.path.iterdir()):
+        (folder / name).symlink_to((spec.path / name).resolve())
+
+
+def _model_files(names: Iterable[str]) -> list[str]:
+    """Those that `MODEL_FILES` names, without the second copies of weights that some makers add."""
+    return sorted(
+        name
+        for name in names
+        if name.endswith(MODEL_FILES)
+        and "/" not in name
+        and not name.startswith("consolidated")
+        and name != RECORD
+    )
 
 
 def _finish(spec: config.Model, partial: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@
 ``.cache`` in the checkout.
 """
 
+import inspect
 import os
 import shutil
 import string
@@ -128,7 +129,8 @@ def smollm2_folder() -> Path:
     spec = load_config(CHECKOUT / "config.yaml").models[0]
     cache_folder = Path(os.environ.get("KVGUARD_TEST_CACHE") or CHECKOUT / ".cache")
     cache_folder.mkdir(parents=True, exist_ok=True)
-    made_by = [spec.model_dump(mode="json"), Path(kvguard.models.__file__).read_text()]
+    converters = (kvguard.models._convert_gguf, kvguard.models._gguf_tokenizer)
+    made_by = [spec.model_dump(mode="json"), *map(inspect.getsource, converters)]
     folder = cache_folder / f"{spec.name}-{digest(made_by)}"
     with FileLock(cache_folder / f"{spec.name}.lock"):
         for stale in set(cache_folder.glob(f"{spec.name}-*")) - {folder}:

@@ -340,7 +340,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """Serves one local folder as a hub repository, and counts what was asked for."""
+    """Serves one local folder as a hub repository, and remembers what was asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -348,29 +348,18 @@ class FakeHub:
         self.downloads: list[str] = []
         self.offline = False
 
+    def files(self, repository: str, *, revision: str) -> list[str]:
+        self.revisions.append(revision)
+        paths = [path for path in self.folder.rglob("*") if path.is_file()]
+        return [str(path.relative_to(self.folder)) for path in paths]
+
     def download(self, repository: str, filename: str, *, revision: str, local_dir: Path) -> None:
+        if self.offline and filename.endswith(".safetensors"):
+            raise OSError("connection lost")
         self.revisions.append(revision)
         self.downloads.append(filename)
         local_dir.mkdir(exist_ok=True)
         shutil.copy(self.folder / filename, local_dir / filename)
-
-    def snapshot(
-        self,
-        repository: str,
-        *,
-        revision: str,
-        local_dir: Path,
-        allow_patterns: list[str],
-        ignore_patterns: list[str],
-    ) -> None:
-        if self.offline:
-            raise OSError("connection lost")
-        self.revisions.append(revision)
-        self.downloads.append("snapshot")
-        for path in self.folder.iterdir():
-            wanted = any(path.match(pattern) for pattern in allow_patterns)
-            if wanted and not any(path.match(pattern) for pattern in ignore_patterns):
-                shutil.copy(path, local_dir / path.name)
 
 
 @pytest.fixture
@@ -384,8 +373,10 @@ def fake_hub(
     save_local(hub.folder, tiny_llama, tiny_tokenizer)
     (hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
     (hub.folder / "consolidated.safetensors").write_bytes(b"the same again")
+    (hub.folder / "original").mkdir()
+    (hub.folder / "original" / "params.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", hub.files)
     return hub
 
 
@@ -395,9 +386,8 @@ HUB_SPEC = HubModel(source="hub", name="tiny", repository="someone/tiny", revisi
 def test_hub_model_comes_from_the_pinned_revision(fake_hub: FakeHub, tmp_path: Path) -> None:
     prepare_model(HUB_SPEC, tmp_path / "tiny")
     assert set(fake_hub.revisions) == {REVISION}
-    weights = [path.name for path in (tmp_path / "tiny").glob("*.safetensors")]
-    assert weights == ["model.safetensors"]
-    assert not (tmp_path / "tiny" / "pytorch_model.bin").exists()
+    names = {path.name for path in (tmp_path / "tiny").iterdir()}
+    assert {name for name in names if not name.endswith(("json", "jinja"))} == {"model.safetensors"}
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
     loaded = load_model(tmp_path / "tiny", dtype="float32", device="cpu", attention="sdpa")
     assert loaded.end_token_ids == (2,)
