@@ -102,3 +102,18 @@ def memory_steps(trace: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
         raise ValueError(f"runs: none of {', '.join(SHOWN)} ran and recovered at most once")
     table = pl.concat([schema.conform(part, MEMORY) for part in parts])
     return schema.check(table, MEMORY, "memory")
+
+
+def memory_of_rewind(traces: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
+    """`memory_steps` of the request that `choose_guarded` picks; no rows when nothing rewound.
+
+    Args:
+        traces: `schema.TRACES` of the run.
+        runs: `schema.RUNS` of the live experiment.
+    """
+    try:
+        keys = choose_guarded(runs)
+    except ValueError:
+        return pl.DataFrame(schema=MEMORY)
+    wanted = [pl.col(key) == value for key, value in keys.items()]
+    return memory_steps(traces.filter(wanted), runs.filter(wanted))

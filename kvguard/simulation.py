@@ -1,11 +1,11 @@
-"""The offline simulation of one run, and what links it to the live experiment."""
+"""The offline simulation of one model's part of a run: policies, the grid, the summary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import polars as pl
 
-from kvguard import config, schema
+from kvguard import config
 from kvguard.compare_policies import pareto, summarize_runs
 from kvguard.controller import settings_grid
 from kvguard.evaluate_controller import (
@@ -17,11 +17,6 @@ from kvguard.evaluate_controller import (
     tied_requests,
 )
 
-KEYS = ("model", "press", "ratio", "policy")
-
-REFERENCE_POLICY = "guard_rewind"
-"""The policy whose alarm rate ``random`` matches, and whose mean memory ``constant`` matches."""
-
 
 class Frames(NamedTuple):
     """Tables of the same requests: TRACES, TOKENS, OUTCOMES, PREDICTIONS of `kvguard.schema`."""
@@ -30,10 +25,6 @@ class Frames(NamedTuple):
     tokens: pl.DataFrame
     outcomes: pl.DataFrame
     predictions: pl.DataFrame
-
-
-class MatchError(ValueError):
-    """A rival that has nothing to match."""
 
 
 def simulate_model(
@@ -86,50 +77,3 @@ def simulate_model(
         "pareto": pareto(grid, summary),
         "simulability": simulability(runs),
     }
-
-
-def matched_rate(simulated: pl.DataFrame, model: str, press: str, ratio: str) -> float:
-    """Share of one condition's requests that the guard alarms in the simulation.
-
-    Raises:
-        MatchError: the simulation has no such request.
-    """
-    alarmed = _condition(simulated, model, press, ratio, REFERENCE_POLICY)["alarmed"]
-    if alarmed.is_empty():
-        raise MatchError(f"no simulated {REFERENCE_POLICY} requests of {model} {press} {ratio}")
-    return float(alarmed.cast(pl.Float64).mean() or 0.0)  # type: ignore[arg-type]
-
-
-def matched_ratio(simulated: pl.DataFrame, model: str, press: str, ratio: str) -> str:
-    """The constant ratio at which the press alone takes as much memory as the guard does.
-
-    Mean KV bytes fall linearly with the ratio, so the ratio lies where the guard's mean lies
-    between those of the uncompressed run and of compression alone.
-
-    Returns:
-        a ratio with three decimals between "0.000" and the condition's own.
-
-    Raises:
-        MatchError: the simulation does not know one of the three means.
-    """
-    baseline = (model, config.BASELINE, config.BASELINE_RATIO, "none")
-    means = [
-        _condition(simulated, *keys)["kv_bytes_mean"].mean()
-        for keys in (
-            baseline,
-            (model, press, ratio, "none"),
-            (model, press, ratio, REFERENCE_POLICY),
-        )
-    ]
-    if any(mean is None for mean in means) or means[0] == means[1]:
-        raise MatchError(
-            f"{model} {press} {ratio}: the simulation does not know the guard's memory"
-        )
-    whole, alone, guarded = (float(mean) for mean in means)  # type: ignore[arg-type]
-    share = min(max((whole - guarded) / (whole - alone), 0.0), 1.0)
-    return config.ratio_text(round(float(ratio) * share, 3))
-
-
-def _condition(runs: pl.DataFrame, *values: str) -> pl.DataFrame:
-    wanted = [pl.col(key) == value for key, value in zip(KEYS, values, strict=True)]
-    return schema.check(runs, schema.RUNS, "simulation").filter(wanted, pl.col("status") == "ok")

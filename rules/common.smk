@@ -170,6 +170,7 @@ FIGURES = (
     "pareto_memory",
     "pareto_prefill",
     "simulation_gap",
+    "memory",
 )
 
 TABLES = {
@@ -199,6 +200,7 @@ TABLES = {
     "simulability": "Controller",
     "policies": "Live",
     "simulation_reasons": "Live",
+    "memory": "Live",
     "leakage_check": "Checks",
     "leakage_check_evaluation": "Checks",
     "leakage_check_ablation": "Checks",

@@ -39,10 +39,12 @@ rule run_live:
 rule summarize_live:
     input:
         live=every_live_run("<results>/live/{model}/{press}/{ratio}/{policy}/{shard}.parquet"),
+        traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
         simulation="<results>/simulation.parquet",
         outcomes="<results>/outcomes.parquet",
     output:
         policies="<results>/tables/policies.parquet",
+        memory="<results>/tables/memory.parquet",
         differences="<results>/tables/simulation_differences.parquet",
         reasons="<results>/tables/simulation_reasons.parquet",
     log:

@@ -11,6 +11,7 @@ rule draw_figures:
         predictor_curves="<results>/tables/predictor_curves.parquet",
         lead_times="<results>/tables/lead_times.parquet",
         policies="<results>/tables/policies.parquet",
+        memory="<results>/tables/memory.parquet",
         pareto="<results>/tables/pareto.parquet",
         certificate="<results>/models/certificate.json",
     output:
@@ -90,6 +91,13 @@ rule draw_figures:
             category="Figures",
             subcategory="Guard",
             labels={"figure": "simulation against live"},
+        ),
+        memory=report(
+            "<results>/figures/memory.png",
+            caption="../reports/captions/memory.rst",
+            category="Figures",
+            subcategory="Guard",
+            labels={"figure": "memory of one request"},
         ),
         pdf=collect("<results>/figures/{figure}.pdf", figure=FIGURES),
     log:

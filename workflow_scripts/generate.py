@@ -20,14 +20,15 @@ def main(
     tokens_path: Path,
 ) -> None:
     """Run the shard; ``condition`` is (model, press, ratio, shard)."""
-    model, press, ratio, shard = condition
-    spec = config.model(model)
-    size = config.generation.shard_size
+    name, press_name, ratio, shard = condition
+    spec, size = config.model(name), config.generation.shard_size
+    press = None if press_name == BASELINE else config.press(press_name)
+    attention = (press and press.attention) or spec.attention
     result = run_shard(
-        load_model(checkpoint, dtype=spec.dtype, device=spec.device, attention=spec.attention),
+        load_model(checkpoint, dtype=spec.dtype, device=spec.device, attention=attention),
         read_prompts(prompts_path)[shard * size : (shard + 1) * size],
         read_examples(examples_path),
-        press=None if press == BASELINE else config.press(press),
+        press=press,
         ratio=ratio,
         shard=shard,
         experiment=config,

@@ -6,19 +6,20 @@ from typing import Any
 from kvguard import joblog
 from kvguard.certificate import load_certificate
 from kvguard.config import Config, parse_config
+from kvguard.evaluate_controller import match_guard
 from kvguard.live import run_policy_shard
 from kvguard.models import load_model
 from kvguard.predictor import load_predictor
 from kvguard.prompts import read_examples, read_prompts
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
-from kvguard.simulation import matched_rate, matched_ratio
 from kvguard.splits import prompts_of, read_splits
 
 
 def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target: Path) -> None:
     """Run the shard; ``inputs`` and ``place`` go by the rule's names of inputs and wildcards."""
-    spec, condition = config.model(place["model"]), (place["model"], place["press"], place["ratio"])
-    shard, size = int(place["shard"]), config.live.shard_size
+    spec, press = config.model(place["model"]), config.press(place["press"])
+    ratio, policy, shard = place["ratio"], place["policy"], int(place["shard"])
+    size = config.live.shard_size
     test = set(prompts_of(read_splits(inputs["splits"]), "test"))
     prompts = [entry for entry in read_prompts(inputs["prompts"]) if entry.prompt_id in test]
     needs: dict[str, Any] = {}
@@ -28,19 +29,15 @@ def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target:
         needs["controller"] = certificate.operating_point(config.live.operating_point)
     if "simulation" in inputs:
         simulated = read_table(inputs["simulation"], RUNS)
-        if place["policy"] == "random":
-            needs["alarm_rate"] = matched_rate(simulated, *condition)
-        else:
-            needs["constant_ratio"] = matched_ratio(simulated, *condition)
+        needs |= match_guard(simulated, policy, model=spec.name, press=press.name, ratio=ratio)
+    attention = press.attention or spec.attention
     runs = run_policy_shard(
-        load_model(
-            inputs["checkpoint"], dtype=spec.dtype, device=spec.device, attention=spec.attention
-        ),
+        load_model(inputs["checkpoint"], dtype=spec.dtype, device=spec.device, attention=attention),
         prompts[shard * size : (shard + 1) * size],
         read_examples(inputs["examples"]),
-        press=config.press(place["press"]),
-        ratio=place["ratio"],
-        policy=place["policy"],
+        press=press,
+        ratio=ratio,
+        policy=policy,
         shard=shard,
         experiment=config,
         baseline=read_table(inputs["outcomes"], OUTCOMES),

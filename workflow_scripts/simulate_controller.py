@@ -6,7 +6,7 @@ import polars as pl
 from tokenizers import Tokenizer
 
 from kvguard import joblog
-from kvguard.certificate import POINTS, load_certificate
+from kvguard.certificate import load_certificate
 from kvguard.config import Config, parse_config
 from kvguard.schema import PROMPTS, RUNS, read_table, write_table
 from kvguard.simulation import Frames, simulate_model
@@ -18,7 +18,7 @@ def main(config: Config, inputs: dict[str, list[Path]], targets: dict[str, Path]
     test = prompts_of(read_splits(inputs["splits"][0]), "test")
     prompts = read_table(inputs["prompts"][0], PROMPTS)
     certificate = load_certificate(inputs["certificate"][0])
-    points = {name: certificate.operating_point(name) for name in POINTS}
+    points = {str(name): point.setting for name, point in certificate.points.items()}
     results = []
     for model, checkpoint in zip(config.models, inputs["checkpoints"], strict=True):
         wanted = (pl.col("model") == model.name) & pl.col("prompt_id").is_in(test)

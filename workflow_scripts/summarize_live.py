@@ -10,41 +10,51 @@ from kvguard.compare_policies import (
     summarize_differences,
     summarize_runs,
 )
+from kvguard.memory import memory_of_rewind
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
 
 
 def main(
     live_paths: list[Path],
-    simulation_path: Path,
-    outcomes_path: Path,
+    trace_paths: list[Path],
+    tables: dict[str, Path],
     bootstrap_samples: int,
     seed: int,
     targets: dict[str, Path],
 ) -> None:
-    """Write the tables ``policies`` (both sources), ``differences`` and ``reasons``."""
+    """Write the targets ``policies`` (both sources), ``memory``, ``differences``, ``reasons``.
+
+    ``tables`` are simulation and outcomes.
+    """
     live = pl.read_parquet(live_paths, hive_partitioning=False)
-    simulated = read_table(simulation_path, RUNS)
-    outcomes = read_table(outcomes_path, OUTCOMES)
-    policies = pl.concat(
-        summarize_runs(runs, outcomes, bootstrap_samples=bootstrap_samples, seed=seed).with_columns(
-            source=pl.lit(source)
-        )
-        for source, runs in (("live", live), ("simulation", simulated))
-    )
+    simulated = read_table(tables["simulation"], RUNS)
+    outcomes = read_table(tables["outcomes"], OUTCOMES)
+    policies = [
+        summarize_runs(runs, outcomes, bootstrap_samples=bootstrap_samples, seed=seed)
+        for runs in (live, simulated)
+    ]
+    sources = [pl.lit(name).alias("source") for name in ("live", "simulation")]
     differences = compare_live_simulation(live, simulated)
-    write_table(policies, targets["policies"])
+    traces = pl.read_parquet(trace_paths, hive_partitioning=False)
+    write_table(
+        pl.concat(
+            table.with_columns(source) for table, source in zip(policies, sources, strict=True)
+        ),
+        targets["policies"],
+    )
+    write_table(memory_of_rewind(traces, live), targets["memory"])
     write_table(differences, targets["differences"])
     write_table(summarize_differences(differences), targets["reasons"])
 
 
 if __name__ == "__main__":
     snakemake = joblog.start_job()
-    source = snakemake.input
+    source, params = snakemake.input, snakemake.params
     main(
         [Path(path) for path in source.live],
-        Path(source.simulation),
-        Path(source.outcomes),
-        snakemake.params.bootstrap_samples,
-        snakemake.params.seed,
+        [Path(path) for path in source.traces],
+        {name: Path(source[name]) for name in ("simulation", "outcomes")},
+        params.bootstrap_samples,
+        params.seed,
         {name: Path(path) for name, path in snakemake.output.items()},
     )
