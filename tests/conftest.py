@@ -130,7 +130,7 @@ def smollm2_folder() -> Path:
     cache_folder = Path(os.environ.get("KVGUARD_TEST_CACHE") or CHECKOUT / ".cache")
     cache_folder.mkdir(parents=True, exist_ok=True)
     converters = (kvguard.models._convert_gguf, kvguard.models._gguf_tokenizer)
-    made_by = [spec.model_dump(mode="json"), *map(inspect.getsource, converters)]
+    made_by = [spec.model_dump(mode="json"), *(inspect.getsource(each) for each in converters)]
     folder = cache_folder / f"{spec.name}-{digest(made_by)}"
     with FileLock(cache_folder / f"{spec.name}.lock"):
         for stale in set(cache_folder.glob(f"{spec.name}-*")) - {folder}:
