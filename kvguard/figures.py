@@ -56,10 +56,13 @@ KINDS = {
     "looping": "looping",
     "non_termination": "no end",
     "amnesia": "amnesia",
-    "divergence": "quiet divergence",
+    "divergence": "divergence",
     "disagreement": "another answer",
 }
 """Kinds of failure and their titles; they overlap: a loop rarely ends."""
+
+_RELATIVE = ("agreement", "disagreement", "amnesia", "divergence")
+"""Metrics that compare with the uncompressed run, whose own value is known without an interval."""
 
 P = ParamSpec("P")
 
@@ -232,10 +235,12 @@ def _rates_by_ratio(
 
 
 def _baseline_band(axes: Axes, rows: pl.DataFrame, metric: str) -> list[LineEnd]:
-    """Draw the uncompressed rate and its interval; return where to name it."""
+    """Draw the uncompressed rate, and its interval where it has one; return where to name it."""
     baseline = rows.filter(pl.col("press") == BASELINE).drop_nulls(metric)
     for entry in baseline.to_dicts():
-        axes.axhspan(entry[f"{metric}_low"], entry[f"{metric}_high"], color=FAINT, lw=0, alpha=0.6)
+        if metric not in _RELATIVE:
+            band = entry[f"{metric}_low"], entry[f"{metric}_high"]
+            axes.axhspan(*band, color=FAINT, lw=0, alpha=0.6)
         axes.axhline(entry[metric], color=GREY, lw=0.9, ls=(0, (4, 2)))
     right = axes.get_xlim()[1]
     return [(right, entry[metric], "uncompressed", GREY) for entry in baseline.to_dicts()]
