@@ -23,6 +23,9 @@ from kvguard.config import (
     BASELINE_RATIO,
     Config,
     ConfigError,
+    OperatingPoint,
+    Press,
+    digest,
     load_config,
     overlay,
     parse_config,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from kvguard.models import LoadedModel
+    from kvguard.predictor import Predictor
 
 commands = typer.Typer(
     help="Guard compressed key-value caches: measure, predict, verify and rewind.",
@@ -41,7 +45,7 @@ commands = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 DEFAULT_CONFIG = Path("config.yaml")
 PAPER_CONFIG = Path("experiments/paper.yaml")
@@ -99,9 +103,9 @@ def run(
     from kvguard.schema import TRACE_KEYS
 
     prompts, examples = load_task(experiment.task, experiment.seed)
-    loaded = _prepared_model(experiment, entry, results_dir)
-    chosen = experiment.presses[0] if ratio_text(compression_ratio) != BASELINE_RATIO else None
     ratio = ratio_text(compression_ratio)
+    chosen = experiment.presses[0] if ratio != BASELINE_RATIO else None
+    loaded = _prepared_model(experiment, entry, results_dir, chosen)
     result = run_shard(
         loaded, prompts, examples, press=chosen, ratio=ratio, shard=0, experiment=experiment
     )
@@ -430,6 +434,236 @@ def verify(
     console.print("nothing is wrong")
 
 
+@commands.command()
+def analyze(
+    results_dir: ResultsDir = Path("results"),
+    view: Annotated[
+        str | None, typer.Option(help="Another view of the database, e.g. failure_kinds, errors.")
+    ] = None,
+) -> None:
+    """Print what each press and ratio did, with 95 % intervals."""
+    from kvguard.database import analyze as condition_table
+    from kvguard.database import read_view
+
+    database = results_dir / "kvguard.duckdb"
+    if view is not None:
+        print_frame(read_view(database, view), view)
+        return
+    print_frame(
+        condition_table(database),
+        f"{database}: shares of requests, excess paired with the same prompt uncompressed",
+    )
+
+
+@commands.command()
+def train(
+    results_dir: ResultsDir = Path("results"),
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Use the first so many prompts; default: all.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Default: models of the results, or a folder beside it.")
+    ] = None,
+    config: Configs = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Train the hazard predictors on what a run generated, and say what they are worth."""
+    import polars as pl
+
+    from kvguard.evaluate_predictor import evaluate_predictors
+    from kvguard.prompts import read_prompts
+    from kvguard.schema import SPLITS, read_table
+    from kvguard.train import save_models, train_predictors
+
+    experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
+    joblog.configure_logging()
+    prompts = read_prompts(results_dir / "prompts/prompts.parquet")
+    splits = read_table(results_dir / "splits.parquet", SPLITS)
+    wanted = num_prompts or len(prompts)
+    if wanted > len(prompts):
+        raise ConfigError(
+            f"--num-prompts: {results_dir} holds {len(prompts)} prompts, got {wanted}; "
+            "`kvguard sweep --num-prompts` generates more"
+        )
+    kept = splits.filter(pl.col("prompt_id").is_in([p.prompt_id for p in prompts[:wanted]]))
+    tables = {name: results_dir / f"{name}.parquet" for name in ("features", "labels", "outcomes")}
+    settings, labels, seed = experiment.predictor, experiment.labels, experiment.seed
+    models = train_predictors(
+        tables["features"],
+        tables["labels"],
+        kept,
+        settings,
+        horizon_tokens=labels.horizon_tokens,
+        seed=seed,
+        threads=threads,
+        config_digest=digest(
+            [settings.model_dump(mode="json"), labels.model_dump(mode="json"), seed]
+        ),
+    )
+    whole = wanted == len(prompts)
+    target = output_dir or results_dir / ("models" if whole else f"models_{wanted}_prompts")
+    with tempfile.TemporaryDirectory() as scratch:
+        save_models(models, scratch)
+        changed = _replace_changed(Path(scratch), target)
+    metrics = evaluate_predictors(
+        models,
+        tables["features"],
+        tables["labels"],
+        kept,
+        tables["outcomes"],
+        settings,
+        seed=seed,
+    )["predictor_metrics"]
+    print_frame(models.tables["training"], "training")
+    print_frame(metrics.filter(pl.col("group") == "all"), "test prompts, before the onset")
+    console.print(f"{target}: {len(changed)} of the models' files are new or changed")
+
+
+def _replace_changed(source: Path, target: Path) -> list[str]:
+    """Move files whose content differs; what is the same keeps its time, so nothing reruns."""
+    from kvguard.schema import atomic_path
+
+    changed = []
+    for path in sorted(source.iterdir()):
+        old = target / path.name
+        if not old.is_file() or old.read_bytes() != path.read_bytes():
+            with atomic_path(old) as temporary:
+                temporary.write_bytes(path.read_bytes())
+            changed.append(path.name)
+    return changed
+
+
+@commands.command()
+def eval_controller(
+    results_dir: ResultsDir = Path("results"),
+    model_path: Annotated[
+        Path | None, typer.Option(help="A predictor; default: the one in the results.")
+    ] = None,
+    config: Configs = None,
+) -> None:
+    """Replay the controller's operating points on the test prompts of a run."""
+    import polars as pl
+
+    from kvguard.evaluate_controller import load_requests, simulate_controller
+    from kvguard.splits import prompts_of, read_splits
+    from kvguard.train import predict_tokens
+
+    experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
+    path = model_path or results_dir / "models/hazard_predictor.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no predictor at {path}; `snakemake` or `kvguard train` makes one")
+    predictor, points = _predictor_and_points(path)
+    splits = read_splits(results_dir / "splits.parquet")
+    test = pl.col("prompt_id").is_in(prompts_of(splits, "test"))
+
+    def rows(pattern: str) -> pl.DataFrame:
+        files = sorted(results_dir.glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"no {results_dir / pattern}; `snakemake` makes it")
+        return pl.scan_parquet(files, hive_partitioning=False).filter(test).collect()
+
+    features = rows("features.parquet")
+    requests = load_requests(
+        rows("traces/*/*/*/*.parquet"),
+        rows("tokens/*/*/*/*.parquet"),
+        rows("outcomes.parquet"),
+        predict_tokens({predictor.target: predictor}, features, splits),
+        target=predictor.target,
+        margin_nats=experiment.live.margin_nats,
+    )
+    table = simulate_controller(
+        requests,
+        points,
+        bootstrap_samples=experiment.predictor.bootstrap_samples,
+        seed=experiment.seed,
+    )
+    print_frame(table, f"guard_rewind with {path}, simulated on the test prompts")
+
+
+@commands.command()
+def live(
+    num_prompts: NumPrompts = 4,
+    press: Annotated[str, typer.Option(help="A press of the config, or e.g. snapkv.")] = "snapkv",
+    compression_ratio: Annotated[str, typer.Option(help="Share of entries to remove.")] = "0.75",
+    policy: Annotated[
+        list[str] | None, typer.Option(help="A policy; may be repeated. Default: the config's.")
+    ] = None,
+    alarm_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of requests that `random` alarms.")
+    ] = 0.5,
+    constant_ratio: Annotated[
+        str | None, typer.Option(help="Ratio of `constant`; default: half of the press's.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A model of the config.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    config: Configs = None,
+    results_dir: Annotated[
+        Path | None, typer.Option(help="Where the model and the predictor are.")
+    ] = None,
+) -> None:
+    """Run policies live on a few prompts, and show what each does and costs."""
+    import polars as pl
+
+    experiment = press_experiment(
+        _layers(config), press, compression_ratio, num_prompts, max_new_tokens
+    )
+    policies = policy or experiment.live.policies
+    values = experiment.model_dump(mode="json", by_alias=True)
+    experiment = parse_config(overlay(values, {"live": {"policies": policies}}))
+    if ratio_text(compression_ratio) == BASELINE_RATIO:
+        raise ConfigError("--compression-ratio: a guard needs something to guard, give 0 < r < 1")
+    entry = _model_entry(experiment, model)
+    joblog.configure_logging()
+
+    from kvguard.compare_policies import summarize_runs
+    from kvguard.detectors import detect_outcomes
+    from kvguard.experiment import run_shard
+    from kvguard.live import run_policy_shard
+    from kvguard.prompts import load_task, prompts_frame
+
+    prompts, examples = load_task(experiment.task, experiment.seed)
+    loaded = _prepared_model(experiment, entry, results_dir, experiment.presses[0])
+    folder = results_dir or Path(experiment.results_dir)
+    trained = folder / "models/hazard_predictor.json"
+    predictor, points = _predictor_and_points(trained if trained.is_file() else None)
+    baseline = run_shard(
+        loaded,
+        prompts,
+        examples,
+        press=None,
+        ratio=BASELINE_RATIO,
+        shard=0,
+        experiment=experiment,
+    )
+    outcomes = detect_outcomes(
+        prompts_frame(prompts), baseline.traces, baseline.tokens, experiment.detection
+    )
+    runs = [
+        run_policy_shard(
+            loaded,
+            prompts,
+            examples,
+            press=experiment.presses[0],
+            ratio=ratio_text(compression_ratio),
+            policy=name,
+            shard=0,
+            experiment=experiment,
+            baseline=outcomes,
+            predictor=predictor,
+            controller=points[experiment.live.operating_point],
+            alarm_rate=alarm_rate,
+            constant_ratio=ratio_text(constant_ratio or round(float(compression_ratio) / 2, 3)),
+        )
+        for name in policies
+    ]
+    summary = summarize_runs(pl.concat(runs), outcomes, seed=experiment.seed)
+    print_frame(
+        summary.drop("model", "press", "ratio"),
+        f"{entry}, {experiment.presses[0].name} {ratio_text(compression_ratio)}, {num_prompts} "
+        f"prompts; hazard from {trained if trained.is_file() else 'rules'}",
+    )
+
+
 # --- shared --------------------------------------------------------------------------------------
 
 
@@ -455,7 +689,9 @@ def _model_entry(experiment: Config, model: str | None) -> str:
     return model or names[0]
 
 
-def _prepared_model(experiment: Config, name: str, results_dir: Path | None) -> "LoadedModel":
+def _prepared_model(
+    experiment: Config, name: str, results_dir: Path | None, press: Press | None
+) -> "LoadedModel":
     """Load a model, preparing it where the pipeline would if it is not there."""
     from kvguard.models import RECORD, load_model, prepare_model
 
@@ -464,7 +700,33 @@ def _prepared_model(experiment: Config, name: str, results_dir: Path | None) -> 
     if not (folder / RECORD).is_file():
         console.print(f"preparing {name} in {folder} (once)")
         prepare_model(spec, folder)
-    return load_model(folder, dtype=spec.dtype, device=spec.device, attention=spec.attention)
+    attention = (press and press.attention) or spec.attention
+    return load_model(folder, dtype=spec.dtype, device=spec.device, attention=attention)
+
+
+def _predictor_and_points(path: Path | None) -> "tuple[Predictor, dict[str, OperatingPoint]]":
+    """A predictor and its operating points: the certificate's where one belongs to it.
+
+    Without a path it is the rule-based risk; without a certificate the built-in thresholds.
+    """
+    from kvguard.certificate import CertificateError, load_certificate
+    from kvguard.guard import RULES_POINTS
+    from kvguard.predictor import load_predictor, rules_predictor
+
+    if path is None:
+        return rules_predictor(), dict(RULES_POINTS)
+    predictor = load_predictor(path)
+    beside = path.with_name("certificate.json")
+    if beside.is_file():
+        certificate = load_certificate(beside)
+        try:
+            certificate.check_predictor(predictor)
+        except CertificateError as error:
+            console.print(f"[yellow]{_escape(str(error))}; until then built-in thresholds[/]")
+        else:
+            console.print(_escape(certificate.text), soft_wrap=True, highlight=False)
+            return predictor, {str(name): p.setting for name, p in certificate.points.items()}
+    return predictor, dict(RULES_POINTS)
 
 
 def _snakemake(files: Sequence[Path], *arguments: str, overrides: Sequence[str] = ()) -> None:
@@ -481,3 +743,44 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def print_frame(frame: "pl.DataFrame", title: str, columns: Sequence[str] | None = None) -> None:
+    """Print a table; a value with its interval becomes one cell, an undefined one a dash.
+
+    Args:
+        frame: any table; ``x_low`` and ``x_high`` are shown inside the cell of ``x``.
+        title: above the table.
+        columns: those to show; None shows all.
+    """
+    names = [
+        name
+        for name in columns or frame.columns
+        if name.removesuffix("_low").removesuffix("_high") == name or f"{name}_low" in frame.columns
+    ]
+    table = Table(title=_escape(title), title_justify="left")
+    for name in names:
+        numeric = frame.schema[name].is_numeric()
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left")
+    for row in frame.iter_rows(named=True):
+        table.add_row(*(_cell(row, name) for name in names))
+    console.print(table)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    if value is None:
+        return "-"
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if isinstance(value, float):
+        text = _number(value)
+        return text if low is None or high is None else f"{text} [{_number(low)}, {_number(high)}]"
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else _escape(str(value))
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
