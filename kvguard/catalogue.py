@@ -204,6 +204,50 @@ def _check_nested(nested: object, phase: Phase, field: str) -> None:
     check_press(nested["class"], nested.get("kwargs") or {}, phase, f"{field}.")
 
 
+def check_ratio(name: str, kwargs: Mapping[str, Any], ratio: float) -> None:
+    """Check that a press can remove a fraction ``ratio`` of the entries.
+
+    Raises:
+        ValueError: its arguments already say another ratio, or its class has a lower limit.
+    """
+    if name == "ThinKPress" and ratio > 0.5:
+        raise ValueError(
+            f"{name} zeroes key channels, which is at most 0.500 of an entry, got {ratio:.3f}"
+        )
+    implied = implied_ratio(name, kwargs)
+    if implied is not None and abs(implied - ratio) > 5e-4:
+        raise ValueError(f"{name}: its arguments remove {implied:.3f}, got {ratio:.3f}")
+
+
+def implied_ratio(name: str, kwargs: Mapping[str, Any]) -> float | None:
+    """The ratio that the arguments of a press of `NO_RATIO` say; None where they leave it open."""
+    if name == "PerLayerCompressionPress":
+        ratios = kwargs["compression_ratios"]
+        return float(sum(ratios) / len(ratios))
+    if name == "ComposedPress":
+        kept = 1.0
+        for nested in kwargs["presses"]:
+            arguments = nested.get("kwargs") or {}
+            own = implied_ratio(nested["class"], arguments)
+            if own is None:
+                own = float(arguments.get("compression_ratio", 0.0))
+            kept *= 1 - own
+        return 1 - kept
+    return None
+
+
+def scoring_window(name: str, kwargs: Mapping[str, Any]) -> int:
+    """Newest tokens that a press, or one nested in it, needs to score with; 0 for none."""
+    own = int(kwargs.get("window_size", 64)) if name in ("SnapKVPress", "PyramidKVPress") else 0
+    nested = [kwargs.get("press"), *kwargs.get("presses", [])]
+    windows = [
+        scoring_window(entry["class"], entry.get("kwargs") or {})
+        for entry in nested
+        if isinstance(entry, Mapping)
+    ]
+    return max([own, *windows])
+
+
 def needs_attention_weights(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether the press, or one nested in it, reads the prompt's attention weights."""
     return _contains(ATTENTION_WEIGHTS, name, kwargs)

@@ -254,6 +254,18 @@ class Press(Section):
             raise ValueError(
                 f"ratios: 0 is the baseline, which always runs; list others, got {self.ratios}"
             )
+        for ratio in self.ratios:
+            try:
+                catalogue.check_ratio(self.press_class, self.kwargs, float(ratio))
+            except ValueError as error:
+                raise ValueError(f"ratios: {error}") from None
+        window = catalogue.scoring_window(self.press_class, self.kwargs)
+        if self.phase != "prefill" and min(self.interval_tokens, self.buffer_tokens + 1) <= window:
+            raise ValueError(
+                f"interval_tokens, buffer_tokens: {self.press_class} scores with the newest "
+                f"{window} tokens; compressing while decoding needs interval_tokens > {window} and "
+                f"buffer_tokens >= {window}, got {self.interval_tokens} and {self.buffer_tokens}"
+            )
         return self
 
 

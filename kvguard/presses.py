@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 import kvpress
 from kvpress import (
     BasePress,
-    ComposedPress,
     CompressionRatioDecodingPress,
     DecodingPress,
-    PerLayerCompressionPress,
     PrefillDecodingPress,
-    SimLayerKVPress,
     ThinKPress,
 )
 
@@ -64,6 +61,10 @@ def build_press(spec: Press, ratio: str) -> BasePress:
 
 
 def _build(name: str, kwargs: Mapping[str, Any], ratio: float) -> BasePress:
+    try:
+        catalogue.check_ratio(name, kwargs, ratio)
+    except ValueError as error:
+        raise PressError(str(error)) from None
     press = _construct(name, kwargs)
     _set_ratio(press, ratio)
     return press
@@ -82,30 +83,12 @@ def _construct(name: str, kwargs: Mapping[str, Any]) -> BasePress:
 
 
 def _set_ratio(press: BasePress, ratio: float) -> None:
-    name = type(press).__name__
-    if isinstance(press, SimLayerKVPress):
-        return
-    if isinstance(press, PerLayerCompressionPress | ComposedPress):
-        implied = _implied_ratio(press)
-        if abs(implied - ratio) > 5e-4:
-            raise PressError(f"{name}: its arguments remove {implied:.3f}, not {ratio:.3f}")
+    if type(press).__name__ in catalogue.NO_RATIO:
         return
     if isinstance(press, ThinKPress):
-        if ratio > 0.5:
-            raise PressError(f"{name} zeroes key channels, at most 0.500 of an entry, not {ratio}")
         press.key_channel_compression_ratio = 2 * ratio
         return
     press.compression_ratio = ratio
-
-
-def _implied_ratio(press: PerLayerCompressionPress | ComposedPress) -> float:
-    if isinstance(press, PerLayerCompressionPress):
-        return float(press.compression_ratio)
-    kept = 1.0
-    for inner in press.presses:
-        nested = isinstance(inner, PerLayerCompressionPress | ComposedPress)
-        kept *= 1 - (_implied_ratio(inner) if nested else float(inner.compression_ratio))
-    return 1 - kept
 
 
 def phases(press: BasePress | None) -> Phases:

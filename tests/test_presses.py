@@ -5,6 +5,7 @@ from pathlib import Path
 
 import kvpress
 import pytest
+from pydantic import ValidationError
 
 from kvguard import catalogue
 from kvguard.config import Press
@@ -68,7 +69,7 @@ def test_presses_whose_ratio_follows_from_their_arguments_must_agree_with_it() -
     knorm = {"class": "KnormPress"}
     press = spec("PerLayerCompressionPress", press=knorm, compression_ratios=[0.6, 0.9])
     assert build_press(press, "0.750")
-    with pytest.raises(PressError, match=r"arguments remove 0\.750, not 0\.500"):
+    with pytest.raises(PressError, match=r"arguments remove 0\.750, got 0\.500"):
         build_press(press, "0.500")
     with pytest.raises(PressError, match="has no ratio to set"):
         with_ratio(build_press(press, "0.750"), 0.5)
@@ -77,8 +78,17 @@ def test_presses_whose_ratio_follows_from_their_arguments_must_agree_with_it() -
 def test_bad_arguments_name_the_press() -> None:
     with pytest.raises(PressError, match="SimLayerKVPress does not accept"):
         build_press(spec("SimLayerKVPress", lazy_threshold=7.0), "0.750")
-    with pytest.raises(PressError, match=r"at most 0\.500"):
-        build_press(spec("ThinKPress"), "0.750")
+
+
+def test_impossible_ratios_are_found_before_any_job_starts() -> None:
+    with pytest.raises(ValidationError, match=r"at most 0\.500 of an entry, got 0\.750"):
+        spec("ThinKPress")
+    inner = {"class": "KnormPress", "kwargs": {"compression_ratio": 0.5}}
+    with pytest.raises(ValidationError, match=r"its arguments remove 0\.500, got 0\.750"):
+        spec("ComposedPress", presses=[inner])
+    with pytest.raises(ValidationError, match="needs interval_tokens > 64 and buffer_tokens >= 64"):
+        spec("SnapKVPress", "decode")
+    assert spec("SnapKVPress", "decode", window_size=16)
 
 
 def test_presses_that_read_attention_are_known_wherever_they_hide() -> None:
