@@ -523,6 +523,7 @@ _PREDICTORS = {
     "hazard": ("hazard predictor", INK, "-", 1.6),
     "logistic": ("logistic regression", GREY, "--", 1.1),
     "entropy": ("entropy alone", "#8C8C8C", "-.", 1.1),
+    "position": ("position alone", "#8C8C8C", ":", 1.1),
 }
 
 
@@ -531,7 +532,7 @@ def plot_predictor(curves: pl.DataFrame) -> Figure:
     """ROC, precision-recall and calibration curves before onset, on test prompts, per target.
 
     Args:
-        curves: one row per point: ``target``, ``predictor`` ("hazard", "logistic", "entropy"),
+        curves: one row per point: ``target``, ``predictor`` (a key of `_PREDICTORS`),
             ``curve`` ("roc", "precision_recall", "calibration"), ``x``, ``y``, ``y_low``,
             ``y_high`` (bootstrap over prompts; null where there is none), and for the legend
             ``score``, ``score_low``, ``score_high`` (AUROC, PR-AUC, Brier score), constant along a
@@ -590,7 +591,7 @@ def plot_predictor(curves: pl.DataFrame) -> Figure:
             axes.xaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
             axes.yaxis.set_major_locator(FixedLocator([0, 0.5, 1]))
             if row == 0:
-                axes.set_title(KINDS.get(target, "any catastrophe" if target == "any" else target))
+                axes.set_title(_target_label(target))
         grid[row][0].set_ylabel(ylabel)
     handles = [
         Line2D([], [], color=colour, ls=ls, lw=lw, label=label)
@@ -619,57 +620,64 @@ def plot_lead_time(alarms: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figu
     alarmed; bands are 95 % Dvoretzky-Kiefer-Wolfowitz bounds.
 
     Args:
-        alarms: one row per harmed test request: ``press``, ``lead_time_tokens`` (onset minus first
-            alarm; negative: after the onset; null: no alarm) and ``detection_delay_tokens`` (first
-            alarm minus first rejected token; null: no alarm, or nothing was rejected).
+        alarms: one row per harmed test request and target: ``target``, ``press``,
+            ``lead_time_tokens`` (onset minus first alarm; negative: after the onset; null: no
+            alarm) and ``detection_delay_tokens`` (first alarm minus first rejected token; null: no
+            alarm, or nothing was rejected).
         presses: all presses of the experiment, for stable colours.
 
     Raises:
         MissingData: a column is absent, or there are no rows.
     """
-    _need(alarms, ["press", "lead_time_tokens", "detection_delay_tokens"], "lead_time")
+    columns = ["target", "press", "lead_time_tokens", "detection_delay_tokens"]
+    _need(alarms, columns, "lead_time")
     styles = press_styles([*presses, *alarms["press"]])
-    figure = Figure(figsize=(6.4, 2.4), layout="constrained")
-    lead, delay = figure.subplots(1, 2, sharey=True)
-    ends = []
-    for press in _in_order(alarms["press"], styles):
-        rows = alarms.filter(pl.col("press") == press)
-        # an alarm t tokens ahead counts for every lead up to t, so the share is read from the right
-        _distribution(lead, -_floats(rows["lead_time_tokens"]), styles[press])
-        end = _distribution(delay, _floats(rows["detection_delay_tokens"]), styles[press])
-        ends.append(
-            (end[0], end[1], f"{styles[press].label} ({rows.height})", styles[press].colour)
-        )
+    targets = _in_order(alarms["target"])
+    figure = Figure(figsize=(6.4, 1.75 * len(targets) + 0.7), layout="constrained")
+    grid = figure.subplots(len(targets), 2, squeeze=False, sharex="col", sharey=True)
+    grid[0][0].set_ylim(-0.03, 1.03)
+    grid[0][0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    labels: list[tuple[Axes, list[LineEnd]]] = []
+    for (lead, delay), target in zip(grid, targets, strict=True):
+        of_target = alarms.filter(pl.col("target") == target)
+        ends = []
+        for press in _in_order(of_target["press"], styles):
+            rows = of_target.filter(pl.col("press") == press)
+            # an alarm t tokens ahead counts for every lead up to t: read from early to late
+            _distribution(lead, -_floats(rows["lead_time_tokens"]), styles[press])
+            end = _distribution(delay, _floats(rows["detection_delay_tokens"]), styles[press])
+            name = f"{styles[press].label} ({rows.height})"
+            ends.append((*end, name, styles[press].colour))
+        labels.append((delay, ends))
+        lead.axvline(0, color=GREY, lw=0.8, ls=":")
+        lead.set_ylabel(f"{_target_label(target)}\nshare alarmed by then")
+        for axes in (lead, delay):
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.grid(axis="y")
     lead.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{0 - value:g}"))
-    lead.axvline(0, color=GREY, lw=0.8, ls=":")
-    lead.annotate(
-        "onset",
-        (0, 0.02),
-        xycoords=("data", "axes fraction"),
-        xytext=(2, 0),
-        textcoords="offset points",
-        fontsize=6,
-        color=GREY,
-    )
-    lead.set(xlabel="tokens before the onset (right: later)", title="lead time")
-    lead.set_ylabel("share of harmed requests\nalarmed by then")
-    delay.set(xlabel="tokens after the first rejected token", title="time to detection")
-    _label_ends(delay, ends)
-    for axes in (lead, delay):
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.grid(axis="y")
+    grid[0][0].set_title("lead time")
+    grid[0][1].set_title("time to detection")
+    lead.set_xlabel("tokens before the onset")
+    delay.set_xlabel("tokens after the first rejected token")
+    for axes, ends in labels:
+        _label_ends(axes, ends)
     return figure
+
+
+def _target_label(target: str) -> str:
+    return "any catastrophe" if target == "any" else KINDS.get(target, target)
 
 
 def _distribution(
     axes: Axes, values: NDArray[np.float64], style: PressStyle
 ) -> tuple[float, float]:
-    """Draw a cumulative share of all values, NaN counting as never; return the line's end."""
+    """Draw a cumulative share of all values, NaN counting as never; return the line's end.
+
+    Without any value there is no line, and the end's x is NaN.
+    """
     count, known = len(values), np.sort(values[np.isfinite(values)])
     if not len(known):
-        return 0.0, 0.0
+        return math.nan, 0.0
     x = np.concatenate([[known[0]], known])
     y = np.arange(len(known) + 1) / count
     reach = math.sqrt(math.log(2 / 0.05) / (2 * count))
@@ -1258,7 +1266,10 @@ def _beside(axes: Axes, y: float, text: str, colour: str) -> None:
 
 
 def _label_ends(axes: Axes, ends: Sequence[LineEnd]) -> None:
-    """Name lines right of the axes, at their ends (x, y, text, colour), spread so none overlap."""
+    """Name lines right of the axes at their ends, spread so that no names overlap.
+
+    An end whose x is NaN gets its name at its height, without a leader to it.
+    """
     if not ends:
         return
     figure = axes.get_figure(root=True)
@@ -1267,19 +1278,20 @@ def _label_ends(axes: Axes, ends: Sequence[LineEnd]) -> None:
     points = axes.get_window_extent().height / figure.dpi * 72
     to_fraction = (axes.transData + axes.transAxes.inverted()).transform
     order = sorted(ends, key=lambda end: (end[1], end[2]))
-    wanted = np.array([to_fraction((x, y))[1] for x, y, _, _ in order])
+    wanted = np.array([to_fraction((0, y))[1] for _, y, _, _ in order])
     leader = {"arrowstyle": "-", "lw": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     for (x, y, text, colour), height in zip(order, _spread(wanted, 8.5 / points), strict=True):
+        nowhere = math.isnan(x)
         axes.annotate(
             text,
-            (x, y),
-            xycoords="data",
+            (1, height) if nowhere else (x, y),
+            xycoords="axes fraction" if nowhere else "data",
             xytext=(1.06, height),
             textcoords="axes fraction",
             va="center",
             fontsize=6.5,
             color=colour,
-            arrowprops=leader | {"color": colour},
+            arrowprops=None if nowhere else leader | {"color": colour},
             annotation_clip=False,
         )
 

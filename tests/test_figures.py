@@ -82,10 +82,16 @@ def curves(targets=("any", "looping")):
     return pl.DataFrame(rows)
 
 
-def alarms(presses=PRESSES):
+def alarms(presses=PRESSES, targets=("any",)):
     return pl.DataFrame(
         [
-            {"press": press, "lead_time_tokens": lead, "detection_delay_tokens": delay}
+            {
+                "target": target,
+                "press": press,
+                "lead_time_tokens": lead,
+                "detection_delay_tokens": delay,
+            }
+            for target in targets
             for press in presses
             for lead, delay in ((10, 3), (-4, 9), (None, None), (2, None))
         ]
@@ -332,7 +338,9 @@ def test_a_trace_without_predictor_or_audit_says_so():
 
 
 def test_lead_time_counts_requests_that_never_alarmed():
-    lead, delay = figures.plot_lead_time(alarms(["snapkv"])).axes
+    both = alarms(["snapkv"], ("any", "looping"))
+    others = pl.when(pl.col("target") == "any").then("lead_time_tokens")
+    lead, delay = figures.plot_lead_time(both.with_columns(lead_time_tokens=others)).axes[:2]
     # 4 harmed requests; leads 10, 2, -4 and never: a quarter each, drawn from early to late
     assert lead.lines[0].get_xdata().tolist() == [-10, -10, -2, 4]
     assert lead.lines[0].get_ydata().tolist() == [0, 0.25, 0.5, 0.75]
