@@ -35,10 +35,13 @@ COSTS = Cost._fields
 
 
 class Memory(NamedTuple):
-    """Bytes of n requests' caches, linear in the generated tokens that they hold; all (n,)."""
+    """Bytes of n requests' caches, linear in the generated tokens that they hold; all (n,).
+
+    ``start`` and ``slope`` are NaN where the press also compresses while decoding.
+    """
 
     start: FloatArray  # the prompt's entries under the press, hidden ones included
-    slope: FloatArray  # one generated token's entries under the press; 0: not linear, see below
+    slope: FloatArray  # one generated token's entries under the press
     full: FloatArray  # the prompt's entries uncompressed
     entry: FloatArray  # one token's entries uncompressed
     measured_mean: FloatArray  # over the trace's own decode steps; NaN without any
@@ -52,9 +55,8 @@ def trace_memory(traces: pl.DataFrame) -> Memory:
     """What the caches of traces take, from what was measured.
 
     Under a press that compresses at prefill alone, the measured mean lies on the line that the
-    prompt's compressed bytes and one entry a token give; then that line is used. Otherwise the
-    cache does not grow linearly (compression while decoding) and the measured mean stands for every
-    step.
+    prompt's compressed bytes and one entry a token give; then that line holds for every step.
+    Otherwise (compression while decoding) a trace says nothing about the memory of its parts.
 
     Args:
         traces: TRACES rows whose status is "ok".
@@ -75,9 +77,8 @@ def trace_memory(traces: pl.DataFrame) -> Memory:
     measured = kept + masked
     # 1 .. n - 1 generated tokens in the cache are n / 2 on average.
     linear = np.isnan(measured) | np.isclose(measured, start + entry * generated / 2, rtol=1e-6)
-    return Memory(
-        np.where(linear, start, measured), np.where(linear, entry, 0), full, entry, measured
-    )
+    unknown = np.where(linear, 0, np.nan)
+    return Memory(start + unknown, entry + unknown, full, entry, measured)
 
 
 def draft_cost(memory: Memory, prompt_tokens: ArrayLike, draft: ArrayLike) -> Cost:
@@ -93,7 +94,7 @@ def draft_cost(memory: Memory, prompt_tokens: ArrayLike, draft: ArrayLike) -> Co
     some = steps > 0
     return Cost(
         np.where(some, memory.start + memory.slope * draft / 2, np.nan),
-        np.where(some & (memory.slope > 0), memory.start + memory.slope * steps, np.nan),
+        np.where(some, memory.start + memory.slope * steps, np.nan),
         np.broadcast_to(np.asarray(prompt_tokens, np.float64), draft.shape),
         steps,
         np.zeros(draft.shape),
@@ -122,6 +123,7 @@ def recovery_cost(
     draft_steps, safe_steps = draft - 1, np.maximum(final - kept - 1, 0)
     # Draft steps leave 1 .. draft - 1 generated tokens, safe steps kept + 1 .. final - 1.
     held = draft_steps * memory.start + memory.slope * draft_steps * draft / 2
+    held = np.where(draft_steps > 0, held, 0)
     held = held + safe_steps * memory.full + memory.entry * safe_steps * (kept + final) / 2
     steps = draft_steps + safe_steps
     most = np.maximum(carried, np.where(safe_steps > 0, final - 1, 0))

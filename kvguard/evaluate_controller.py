@@ -318,8 +318,8 @@ def match_guard(
         .drop_nulls()
         .sort("kv_bytes_mean")
     )
-    wanted = guard["kv_bytes_mean"].drop_nulls()
-    if not wanted.len() or not measured.height:
+    wanted = guard.filter(pl.col("decode_steps").ne_missing(0))["kv_bytes_mean"]
+    if not wanted.len() or wanted.null_count() or not measured.height:
         raise ValueError(f"the memory of guard_rewind for {model} {press} {ratio} is not known")
     found = np.interp(
         float(wanted.to_numpy().mean()),
@@ -429,7 +429,7 @@ def _ending(
 
     source = uncompressed if policy.starts_safe else np.arange(len(draft))
     source = np.where(recovers, np.where(prefix | restarts, uncompressed, -1), source)
-    source = np.where(relaxes & (trace_memory(requests.table).slope == 0), -1, source)
+    source = np.where(relaxes & np.isnan(trace_memory(requests.table).slope), -1, source)
     source = np.where((action == Action.PRUNE) | (action == Action.REFRESH), -1, source)
     if policy.safe_after == "resume":
         source = np.where(recovers, -1, source)

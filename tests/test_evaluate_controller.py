@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from kvguard import config, schema
 from kvguard.compare_policies import (
@@ -29,8 +30,13 @@ from kvguard.evaluate_controller import (
     simulate_settings,
     tied_requests,
 )
+from kvguard.experiment import run_shard
+from kvguard.features import compute_features
 from kvguard.guard import Tolerance, harmful_token
+from kvguard.live import run_policy_shard
+from kvguard.models import LoadedModel
 from kvguard.policies import ENTROPY, Action, Observation, make_policy
+from kvguard.prompts import Prompt, prompts_frame
 
 MAX_NEW_TOKENS = 48
 ENTRY_BYTES = 64
@@ -321,17 +327,15 @@ EXACT = (
 )
 
 
-@pytest.mark.parametrize("name", [*EXACT, "loopguard", "periodic_refresh"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_simulated_requests_are_those_of_a_guard_played_by_hand(name, seed):
-    run = make_run(seed, conditions=(("snapkv", "0.500"), ("adakv", "0.750")))
+def assert_as_played(run, name, holdback=4):
+    """Every simulated request is the one played by hand; how many are known, how many act."""
     played = sequences(run)
-    simulated = simulate(run, [name], random_rate=0.6, holdback_tokens=4)
-    simulated = simulated.filter(pl.col("press") != "none")
+    simulated = simulate(run, [name], random_rate=0.6, holdback_tokens=holdback)
     known, acted = 0, 0
-    for row in simulated.to_dicts():
+    for row in simulated.filter(pl.col("press") != "none").to_dicts():
         key = tuple(row[k] for k in KEYS)
-        by_hand = play(name, played[key], played["m", "none", "0.000", key[3]], 4, rate=0.6)
+        baseline = played["m", "none", "0.000", key[3]]
+        by_hand = play(name, played[key], baseline, holdback, rate=0.6)
         if by_hand is None:
             assert row["token_ids"] is None
             assert row["catastrophe"] is None
@@ -339,16 +343,38 @@ def test_simulated_requests_are_those_of_a_guard_played_by_hand(name, seed):
             continue
         known += 1
         acted += bool(by_hand["alarm_steps"])
-        for name_, expected in by_hand.items():
-            found = row[name_]
-            if name_.startswith("kv_bytes") and expected is not None:
-                assert found == pytest.approx(expected, rel=1e-9)
+        for column, expected in by_hand.items():
+            if column.startswith("kv_bytes") and expected is not None:
+                assert row[column] == pytest.approx(expected, rel=1e-9)
             else:
-                assert found == expected, name_
+                assert row[column] == expected, column
         assert row["alarmed"] == bool(by_hand["alarm_steps"])
+    return known, acted
+
+
+@pytest.mark.parametrize("name", [*EXACT, "loopguard", "periodic_refresh"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_simulated_requests_are_those_of_a_guard_played_by_hand(name, seed):
+    run = make_run(seed, conditions=(("snapkv", "0.500"), ("adakv", "0.750")))
+    known, acted = assert_as_played(run, name)
     assert known > 0
     if name in EXACT and name not in ("none", "always_safe", "guard_rewind_resume"):
         assert acted > 0
+
+
+@pytest.mark.parametrize("holdback", range(9))
+@pytest.mark.parametrize("name", ["guard_rewind", "guard_recompute", "verify_all"])
+def test_alarms_at_the_last_token(name, holdback):
+    run = make_run(21)
+    last = pl.col("position").max().over(KEYS)
+    hazard = pl.when(pl.col("position") >= last - 1).then(0.9).otherwise(0.1).cast(pl.Float32)
+    run = run._replace(predictions=run.predictions.with_columns(hazard=hazard))
+    runs = simulate(run, [name])
+    lengths = run.traces.select(*KEYS, generated="generated_tokens")
+    steps = runs.join(lengths, on=KEYS)
+    assert steps["alarm_steps"].list.first().equals(steps["generated"], check_names=False)
+    known, acted = assert_as_played(run, name, holdback)
+    assert known == acted == runs.height
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -463,6 +489,10 @@ def test_relaxing_after_compression_while_decoding_is_unknown():
     assert relaxed["token_ids"].is_null().all()
     rewound = runs.filter((pl.col("policy") == "guard_rewind") & pl.col("alarmed"))
     assert rewound["token_ids"].is_not_null().all()
+    assert rewound["kv_bytes_mean"].is_null().all()  # the draft's share of it is not on the line
+    assert rewound["decode_steps"].is_not_null().all()
+    with pytest.raises(ValueError, match=r"guard_rewind for m snapkv 0\.750 is not known"):
+        match_guard(runs, "constant", model="m", press="snapkv", ratio="0.750")
 
 
 def test_failed_prompts_stay_rows():
@@ -730,3 +760,114 @@ def test_tables_that_do_not_belong_together_are_refused():
         simulate_settings(
             load_requests(only, run.tokens, run.outcomes, run.predictions), stack_settings([POINT])
         )
+
+
+class EntropyRisk:
+    """A predictor that a test can foresee: the riskier, the higher the entropy."""
+
+    feature_version = schema.FEATURE_VERSION
+
+    def predict(self, features):
+        entropy = features[:, schema.FEATURE_NAMES.index("entropy")]
+        return (1 / (1 + np.exp(6 - 2 * entropy))).astype(np.float32)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "both"])
+def test_simulation_predicts_the_live_guard_request_by_request(tiny_llama, tiny_tokenizer, phase):
+    ends = (2, 40, 41, 42, 43)
+    model = LoadedModel(
+        tiny_llama, tiny_tokenizer, ends, tiny_llama.device, name="tiny", digest="0" * 16
+    )
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(
+            prompt_id=f"{7919 * index + 1:016x}",
+            task="t",
+            index=index,
+            question="".join(rng.choice(list("abcdefgh "), 30 + 5 * index)),
+            reference="#### 1",
+            reference_answer="1",
+        )
+        for index in range(8)
+    ]
+    press = {"name": "s", "class": "StreamingLLMPress", "kwargs": {"n_sink": 4}, "ratios": [0.125]}
+    hub = {"source": "hub", "name": "tiny", "repository": "a/b", "revision": "0" * 40}
+    experiment = config.parse_config(
+        {
+            "name": "x",
+            "models": [hub],
+            "task": {"name": "gsm_symbolic", "num_prompts": 8},
+            "presses": [press | {"phase": phase, "interval_tokens": 8}],
+            "generation": {"max_new_tokens": 40, "batch_size": 3},
+            "detection": {"divergence_window_tokens": 8},
+            "controller": {"holdback_tokens": 4},
+            "live": {
+                "entropy_nats": 3.0,
+                "entropy_tokens": 2,
+                "ergo_window_tokens": 6,
+                "ergo_delta_nats": 0.3,
+                "loop_copies": 2,
+                "loop_cover_tokens": 2,
+            },
+        }
+    )
+    compressor, point = experiment.presses[0], ControllerConfig(tau_low=0.5, tau_high=0.6, k=1, j=4)
+    shards = [
+        run_shard(model, prompts, [], press=p, ratio=r, shard=0, experiment=experiment)
+        for p, r in ((None, "0.000"), (compressor, "0.125"))
+    ]
+    traces, tokens = (pl.concat(tables) for tables in zip(*shards, strict=True))
+    outcomes = detect_outcomes(prompts_frame(prompts), traces, tokens, experiment.detection)
+    features = compute_features(tokens, traces)
+    hazard = EntropyRisk().predict(features.select(schema.FEATURE_NAMES).to_numpy())
+    predictions = features.select(schema.TOKEN_KEYS).with_columns(
+        split=pl.lit("test"), target=pl.lit("any"), hazard=pl.Series(hazard)
+    )
+    requests = load_requests(traces, tokens, outcomes, predictions)
+    assert tied_requests(requests).height == 0
+    names = [name for name in EXACT if name != "guard_rewind_resume"]
+    simulated = simulate_policies(
+        requests,
+        names,
+        prompts=prompts_frame(prompts),
+        live=experiment.live,
+        detection=experiment.detection,
+        controller=point,
+        random_rate=0.7,
+        holdback_tokens=4,
+        decode=lambda ids: tiny_tokenizer.decode(ids, skip_special_tokens=True),
+    )
+    live = pl.concat(
+        run_policy_shard(
+            model,
+            prompts,
+            [],
+            press=compressor,
+            ratio="0.125",
+            policy=name,
+            shard=0,
+            experiment=experiment,
+            baseline=outcomes,
+            predictor=EntropyRisk(),
+            controller=point,
+            alarm_rate=0.7,
+        )
+        for name in names
+    )
+    found = compare_live_simulation(live, simulated)
+    unknown = {"guard_recompute", "guard_rewind_tolerant"}
+    unknown |= {"guard_relax_only"} if phase == "both" else set()
+    for policy, part in found.group_by("policy"):
+        allowed = {"same", "outcome unknown offline"} if policy[0] in unknown else {"same"}
+        assert set(part["reason"]) <= allowed, policy
+    same = found.filter(pl.col("reason") == "same").select("prompt_id", "policy")
+    assert same["policy"].n_unique() >= len(names) - len(unknown)
+    columns = ["text", "alarm_steps", "unrecoverable", "prefilled_tokens", "decode_steps"]
+    columns += ["wasted_tokens", "catastrophe", *OUTCOME_COLUMNS]
+    columns += ["rewound_to", "kv_bytes_mean"] if phase == "prefill" else []
+    keys = ["prompt_id", "policy"]
+    one, other = (
+        table.join(same, on=keys, how="semi").sort(keys).select(columns)
+        for table in (live, simulated.filter(pl.col("press") != "none"))
+    )
+    assert_frame_equal(one, other, abs_tol=1e-6)
