@@ -311,8 +311,9 @@ def calibrate(
 
     An operating point is the setting that catches most harm among those whose false alarms are
     certified to stay under its target. Where none is, it is the one that catches most among those
-    whose observed false alarms do, and its bound says "not certified". The uncompressed baseline is
-    left out throughout: a guard is only ever put around a press.
+    whose observed false alarms do, and its bound says "not certified". A point is never bolder than
+    the next. The uncompressed baseline is left out throughout: a guard is only ever put around a
+    press.
 
     Args:
         predictor: the one that made ``predictions``; its probabilities were fitted on other
@@ -363,9 +364,9 @@ def calibrate(
     headline = test(*everything, "false_alarm", certificate.alpha)
     chosen: dict[Point, int] = {}
     points: dict[Point, CertifiedPoint] = {}
-    for name in POINTS:
+    for name in reversed(POINTS):
         tested = test(*everything, "false_alarm", controller.false_alarm_targets[name])
-        chosen[name] = _choose(tested, missed.losses, sample)
+        chosen[name] = _choose(tested, missed.losses, sample, list(chosen.values()))
         points[name] = CertifiedPoint(
             name=name,
             setting=settings.setting(chosen[name]),
@@ -381,7 +382,7 @@ def calibrate(
         certified=bool(headline.certified.any()),
         certified_settings=[settings.setting(int(i)) for i in np.flatnonzero(headline.certified)],
         headline=headline.bound(_headline_setting(headline)),
-        points=points,
+        points={name: points[name] for name in POINTS},
         prompts_digest=digest(certifying),
     )
     logger.info("%s", made.text)
@@ -424,13 +425,20 @@ def _order(requests: Requests, settings: Settings, risk: Risk) -> NDArray[np.int
     return np.lexsort((*(sign * key for key in careful), means))
 
 
-def _choose(tested: _Tested, missed: Losses, sample: Requests) -> int:
-    """The setting that catches most harm among those that keep the false-alarm target."""
+def _choose(tested: _Tested, missed: Losses, sample: Requests, bolder: list[int]) -> int:
+    """The setting that catches most harm among those that keep the false-alarm target.
+
+    It alarms on no more harmless and no more harmful requests than the bolder points do: without
+    that, a point that could be certified would often be more careful than one that could not.
+    """
     means = tested.losses.means if tested.losses.prompts else np.zeros(len(tested.values))
     allowed = tested.certified if tested.certified.any() else means <= tested.alpha
     if not allowed.any():
         allowed = means == means.min()
     caught = 1 - missed.means if missed.prompts else sample.alarms.mean(axis=1)
+    for other in bolder:
+        capped = allowed & (means <= means[other]) & (caught <= caught[other])
+        allowed = capped if capped.any() else np.arange(len(means)) == other
     candidates = np.flatnonzero(allowed)
     best = np.lexsort((means[candidates], -caught[candidates]))
     return int(candidates[best[0]])

@@ -1,9 +1,281 @@
-"""What the predictors know before onset: metrics, ablations, controls, transfer."""
+"""What the predictors know before the onset: metrics, ablations, controls, transfer.
 
+**What is counted.** Headline metrics see tokens before the onset only, of compressed requests only.
+A token is positive when the onset lies within the horizon. ``auroc_within`` compares tokens of the
+same model, press and ratio only, so that knowing which condition is hard earns nothing.
+
+**A request's score** is the worst run of the request: the largest mean hazard over `RUN_TOKENS`
+successive tokens. For a forecast (``request_auroc``, ``recall``) runs must end before the onset; a
+request whose onset comes sooner cannot be forecast and counts as missed. For verifying and
+rewinding (``recall_any_time``) every run counts, because a late alarm repairs the request too and
+only wastes tokens. Long requests have more runs: ``request_auroc_early`` therefore looks at the
+first `EARLY_TOKENS` tokens of every request alone. Alarm thresholds keep the configured
+false-alarm rate on calibration prompts; the rate that they have on test prompts is reported beside
+the recall.
+
+**Intervals** resample prompts (`kvguard.statistics.bootstrap_interval`). ``low`` and ``high`` hold
+for a whole table at once with 95 %: per predictor and metric half of the error goes to the headline
+row (first target, all compressed requests), the other half is shared by the remaining rows
+(Bonferroni). ``low_pointwise`` and ``high_pointwise`` hold with 95 % for their own row.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from kvguard import config
-from kvguard.train import Models, Table
+from kvguard import config, schema
+from kvguard.config import BASELINE
+from kvguard.metrics import (
+    INTERVAL_TYPES,
+    Floats,
+    Measured,
+    Sample,
+    auroc,
+    auroc_within,
+    pr_auc,
+    quantile,
+    recall_on_roc,
+    share,
+    tally_levels,
+    with_intervals,
+)
+from kvguard.predictor import Predictor, rules_predictor
+from kvguard.splits import SplitGuard, Table, check_trained_on, read_splits, scan_table
+from kvguard.statistics import resample_weights
+from kvguard.train import Models, Rows, load_rows
+
+logger = logging.getLogger(__name__)
+
+RUN_TOKENS = 8
+EARLY_TOKENS = 32
+CONDITION = ("model", "press", "ratio")
+CURVE_POINTS = 101
+CALIBRATION_BINS = 10
+
+_NEVER = -1.0  # score of a request without a run, below every hazard
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def score_requests(rows: Rows, hazard: NDArray[np.floating[Any]], target: str) -> pl.DataFrame:
+    """The worst run of each request.
+
+    Args:
+        rows: all tokens of whole requests, sorted by `schema.TOKEN_KEYS`.
+        hazard: (n,) score of each token, in [0, 1].
+        target: whose onset makes a request harmed. Requests that nobody judged are left out.
+
+    Returns:
+        One row per request: `schema.TRACE_KEYS`, ``onset``, ``harmed``, ``generated_tokens`` and
+        the largest mean hazard over `RUN_TOKENS` tokens: ``forecast`` (runs that end before the
+        onset), ``any_time`` (all runs), ``early`` (runs in the first `EARLY_TOKENS` tokens before
+        the onset); -1 where there is no such run.
+    """
+    tokens = _runs(rows, hazard, target)
+    before = pl.col("position") < pl.col("onset").fill_null(np.iinfo(np.int32).max)
+    run = pl.col("run")
+    return tokens.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
+        onset=pl.col("onset").first(),
+        harmed=pl.col("onset").first().is_not_null(),
+        generated_tokens=pl.len().cast(pl.Int32),
+        forecast=run.filter(before).max().fill_null(_NEVER),
+        any_time=run.max().fill_null(_NEVER),
+        early=run.filter(before & (pl.col("position") < EARLY_TOKENS)).max().fill_null(_NEVER),
+    )
+
+
+def first_alarms(
+    rows: Rows, hazard: NDArray[np.floating[Any]], target: str, threshold: float
+) -> pl.DataFrame:
+    """Position of the token at which each request's run first lies above a threshold; null: never.
+
+    Returns:
+        One row per request: `schema.TRACE_KEYS`, ``onset``, ``generated_tokens``, ``alarm``.
+    """
+    tokens = _runs(rows, hazard, target)
+    return tokens.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
+        onset=pl.col("onset").first(),
+        generated_tokens=pl.len().cast(pl.Int32),
+        alarm=pl.col("position").filter(pl.col("run") > threshold).min(),
+    )
+
+
+def _runs(rows: Rows, hazard: NDArray[np.floating[Any]], target: str) -> pl.DataFrame:
+    """Tokens with ``run``, the mean hazard of the run that ends there, and ``onset``.
+
+    A request shorter than a run has one run, all of it.
+    """
+    length = pl.len().over(schema.TRACE_KEYS)
+    mean = pl.col("hazard").rolling_mean(RUN_TOKENS, min_samples=1).over(schema.TRACE_KEYS)
+    whole = (pl.col("position") >= RUN_TOKENS - 1) | (pl.col("position") == length - 1)
+    return (
+        rows.keys.select(
+            *schema.TOKEN_KEYS,
+            judged=pl.col(f"hazard_{target}").is_not_null(),
+            onset=pl.col(f"steps_to_{target}") + pl.col("position"),
+        )
+        .with_columns(pl.Series("hazard", hazard, dtype=pl.Float64))
+        .with_columns(run=pl.when(whole).then(mean))
+        .filter("judged")
+    )
+
+
+def alarm_threshold(scores: Floats, false_alarm_rate: float) -> float:
+    """Smallest threshold above which at most that share of harmless requests scores.
+
+    Args:
+        scores: (n,) ``any_time`` of harmless calibration requests.
+        false_alarm_rate: the share that may alarm; an alarm is a score *above* the threshold.
+
+    Returns:
+        One of the scores; infinity without any.
+    """
+    if not len(scores):
+        return float("inf")
+    ordered = np.sort(scores)
+    return float(
+        ordered[min(int(np.ceil((1 - false_alarm_rate) * len(ordered))), len(ordered)) - 1]
+    )
+
+
+# --- one predictor on one sample -----------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+    """Rows, a hazard for each, the requests, and what the bootstrap needs."""
+
+    rows: Rows
+    hazard: Floats
+    requests: pl.DataFrame
+    target: str
+    prompt_ids: pl.Series
+    weights: Floats
+
+    def codes(self, prompts: pl.Series) -> NDArray[np.int64]:
+        """Column of ``weights`` of each prompt."""
+        return np.searchsorted(self.prompt_ids.to_numpy(), prompts.to_numpy()).astype(np.int64)
+
+
+def score(rows: Rows, hazard: NDArray[np.floating[Any]], target: str, weights: Floats) -> Scored:
+    """Score requests; ``weights`` (B, prompts) are of the sorted prompts of ``rows``."""
+    scores = np.asarray(hazard, dtype=np.float64)
+    prompt_ids = rows.keys["prompt_id"].unique().sort()
+    return Scored(rows, scores, score_requests(rows, scores, target), target, prompt_ids, weights)
+
+
+def bootstrap_weights(rows: Rows, samples: int, seed: int) -> Floats:
+    """Resamples of the prompts of ``rows``: (samples, prompts), prompts sorted."""
+    return resample_weights(rows.keys["prompt_id"].n_unique(), samples, seed)
+
+
+def measure(
+    scored: Scored, where: pl.Expr, *, false_alarm_rate: float, threshold: float | None = None
+) -> dict[str, Measured]:
+    """All metrics of the tokens and requests that ``where`` (on the label columns) selects.
+
+    Args:
+        scored: hazards of test tokens, with their requests.
+        where: a predicate on `schema.TRACE_KEYS`.
+        false_alarm_rate: for ``recall_on_roc``.
+        threshold: of alarms, from calibration prompts; None leaves out what depends on it.
+    """
+    rows, weights, target = scored.rows, scored.weights, scored.target
+    chosen = rows.keys.select(where.alias("chosen"))["chosen"].to_numpy()
+    used = chosen & rows.before_onset(target)
+    keys = rows.keys.filter(used)
+    sample = Sample(
+        scored.hazard[used], rows.label(target)[used], scored.codes(keys["prompt_id"]), weights
+    )
+    levels = tally_levels(sample) if sample.ranks_something else None
+    metrics = {
+        "auroc": auroc(sample, levels),
+        "auroc_within": auroc_within(sample, condition_codes(keys)),
+        "pr_auc": pr_auc(sample, levels),
+        "prevalence": share(sample.labels, sample.prompts, weights),
+        "brier": share((sample.scores - sample.labels) ** 2, sample.prompts, weights),
+    }
+    requests = scored.requests.filter(where)
+    harmed, codes = requests["harmed"].to_numpy(), scored.codes(requests["prompt_id"])
+
+    def ranked(column: str) -> Sample:
+        return Sample(requests[column].to_numpy(), harmed, codes, weights)
+
+    metrics |= {
+        "request_auroc": auroc(ranked("forecast")),
+        "request_auroc_early": auroc(ranked("early")),
+        "recall_on_roc": recall_on_roc(ranked("forecast"), false_alarm_rate),
+        "recall_any_time_on_roc": recall_on_roc(ranked("any_time"), false_alarm_rate),
+    }
+    if threshold is not None:
+        alarmed = {name: requests[name].to_numpy() > threshold for name in ("forecast", "any_time")}
+        metrics |= {
+            "recall": share(alarmed["forecast"][harmed], codes[harmed], weights),
+            "recall_any_time": share(alarmed["any_time"][harmed], codes[harmed], weights),
+            "false_alarm_rate": share(alarmed["any_time"][~harmed], codes[~harmed], weights),
+        }
+    return metrics
+
+
+def condition_codes(keys: pl.DataFrame) -> NDArray[np.int64]:
+    """An integer for each (model, press, ratio), one per row."""
+    names = keys.select(pl.concat_str(CONDITION, separator=" ")).to_series().to_numpy()
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+def counts(scored: Scored, where: pl.Expr) -> dict[str, int]:
+    """How much a group of requests holds: prompts, requests, harmed, tokens, positive tokens."""
+    rows, requests = scored.rows, scored.requests.filter(where)
+    chosen = rows.keys.select(where.alias("chosen"))["chosen"].to_numpy()
+    used = chosen & rows.before_onset(scored.target)
+    return {
+        "prompts": requests["prompt_id"].n_unique(),
+        "requests": len(requests),
+        "harmed": int(requests["harmed"].sum()),
+        "tokens": int(used.sum()),
+        "positive_tokens": int((used & rows.label(scored.target)).sum()),
+    }
+
+
+_COUNTS = ("prompts", "requests", "harmed", "tokens", "positive_tokens")
+COUNT_TYPES: dict[str, Any] = dict.fromkeys(_COUNTS, pl.Int64)
+
+# --- the evaluation ------------------------------------------------------------------------------
+
+_METRIC_TYPES: dict[str, Any] = (
+    {
+        "target": pl.String,
+        "predictor": pl.String,
+        "group_by": pl.String,
+        "model": pl.String,
+        "press": pl.String,
+        "ratio": pl.String,
+        "kind": pl.String,
+        "metric": pl.String,
+    }
+    | INTERVAL_TYPES
+    | COUNT_TYPES
+)
+
+_LEAD_TYPES: dict[str, Any] = {
+    "target": pl.String,
+    "model": pl.String,
+    "press": pl.String,
+    "ratio": pl.String,
+    "prompt_id": pl.String,
+    "kind": pl.String,
+    "onset": pl.Int32,
+    "generated_tokens": pl.Int32,
+    "first_rejected": pl.Int32,
+    "threshold": pl.Float64,
+    "alarm": pl.Int32,
+    "lead_time_tokens": pl.Int32,
+    "detection_delay_tokens": pl.Int32,
+    "wasted_tokens": pl.Int32,
+}
 
 
 def evaluate_predictors(
@@ -16,37 +288,318 @@ def evaluate_predictors(
     *,
     seed: int,
 ) -> dict[str, pl.DataFrame]:
-    """Tables predictor_metrics, predictor_curves, lead_times, detection, leakage_check_evaluation.
+    """Everything that the test prompts say about the predictors and what was trained beside them.
 
-    predictor_curves and lead_times have the columns that `figures.plot_predictor` and
-    `figures.plot_lead_time` ask for.
+    Args:
+        models: as trained or loaded.
+        features: `schema.FEATURES`, a frame or its file.
+        labels: `schema.LABELS`.
+        splits: `schema.SPLITS`, those of the training.
+        outcomes: `schema.OUTCOMES`, for the first rejected token.
+        settings: false-alarm rate and bootstrap samples.
+        seed: of the bootstrap.
+
+    Returns:
+        - ``predictor_metrics``: one row per target, predictor (``hazard``, its baselines and
+          ``rules``), group of requests and metric; see `measure`. Group ``kind`` holds the harmless
+          requests and those whose first failure is of that kind.
+        - ``predictor_curves``: points of ROC, precision-recall and calibration curves.
+        - ``lead_times``: one row per harmed compressed request and target; ``lead_time_tokens`` =
+          onset - alarm (negative: after the onset; null: no alarm), ``detection_delay_tokens`` =
+          alarm - first rejected token, ``wasted_tokens`` = tokens that a rewind would drop.
+        - ``detection``: shares and quantiles of those, with intervals.
+        - ``leakage_check_evaluation``.
+
+    Raises:
+        LeakageError: a model was trained on other splits.
     """
-    raise NotImplementedError
+    known = read_splits(splits)
+    guard = SplitGuard(known)
+    for model in models.predictors.values():
+        check_trained_on(known, model.provenance)
+    test = load_rows(features, labels, known, "test")
+    calibration = load_rows(features, labels, known, "calibration")
+    guard.check("evaluate", test.keys["prompt_id"], "metrics")
+    guard.check("thresholds", calibration.keys["prompt_id"], "alarm thresholds")
+    weights = bootstrap_weights(test, settings.bootstrap_samples, seed)
+    rejected = scan_table(outcomes).select(*schema.TRACE_KEYS, "first_rejected").collect()
+
+    measured: list[tuple[dict[str, Any], Measured]] = []
+    detected: list[tuple[dict[str, Any], Measured]] = []
+    leads: list[pl.DataFrame] = []
+    for target, predictor in models.predictors.items():
+        candidates = {"hazard": predictor} | {
+            kind: by_target[target]
+            for kind, by_target in models.baselines.items()
+            if target in by_target
+        }
+        if predictor.kind != "rules":
+            candidates["rules"] = rules_predictor(target)
+        for name, model in candidates.items():
+            scored = score(test, model.predict(test.features), target, weights)
+            threshold = request_threshold(calibration, model, target, settings.false_alarm_rate)
+            for group, where in _groups(scored, everything=name == "hazard"):
+                described = {"target": target, "predictor": name} | group
+                held = counts(scored, where)
+                found = measure(
+                    scored,
+                    where,
+                    false_alarm_rate=settings.false_alarm_rate,
+                    threshold=threshold,
+                )
+                measured += [
+                    (described | {"metric": metric} | held, value)
+                    for metric, value in found.items()
+                ]
+            if name == "hazard":
+                lead = _lead_times(scored, threshold, rejected)
+                leads.append(lead)
+                detected += _detection(lead, scored)
+        logger.info("evaluated %s", target)
+
+    first = next(iter(models.predictors), None)
+    metrics = pl.DataFrame(
+        with_intervals(
+            measured,
+            lambda row: (row["predictor"], row["metric"]),
+            lambda row: row["group_by"] == "all" and row["target"] == first,
+        ),
+        schema=_METRIC_TYPES,
+    )
+    detection = with_intervals(
+        detected,
+        lambda row: row["metric"],
+        lambda row: row["group_by"] == "all" and row["target"] == first,
+    )
+    return {
+        "predictor_metrics": metrics,
+        "predictor_curves": _curves(models, test, weights, metrics),
+        "lead_times": pl.concat(leads) if leads else pl.DataFrame(schema=_LEAD_TYPES),
+        "detection": pl.DataFrame(detection, schema=_DETECTION_TYPES),
+        "leakage_check_evaluation": guard.table(),
+    }
 
 
-def ablate(
-    features: Table,
-    labels: Table,
-    splits: Table,
-    settings: config.Predictor,
-    *,
-    horizon_tokens: int,
-    seed: int,
-    threads: int = 1,
-) -> dict[str, pl.DataFrame]:
-    """Tables ablation, feature_importance, formulation, controls, leakage_check_ablation."""
-    raise NotImplementedError
+def request_threshold(
+    calibration: Rows, model: Predictor, target: str, false_alarm_rate: float
+) -> float:
+    rows = calibration.take(calibration.compressed())
+    requests = score_requests(rows, model.predict(rows.features), target)
+    harmless = requests.filter(~pl.col("harmed"))["any_time"].to_numpy()
+    return alarm_threshold(harmless, false_alarm_rate)
 
 
-def leave_one_out(
-    features: Table,
-    labels: Table,
-    splits: Table,
-    settings: config.Predictor,
-    *,
-    horizon_tokens: int,
-    seed: int,
-    threads: int = 1,
-) -> dict[str, pl.DataFrame]:
-    """Tables leave_one_out (press, ratio), transfer (model), leakage_check_leave_one_out."""
-    raise NotImplementedError
+def _groups(scored: Scored, *, everything: bool) -> Iterable[tuple[dict[str, Any], pl.Expr]]:
+    """Groups of requests with a predicate each; the baseline is in no pooled group."""
+    compressed = pl.col("press") != BASELINE
+    nothing: dict[str, Any] = {"model": None, "press": None, "ratio": None, "kind": None}
+    yield {"group_by": "all"} | nothing, compressed
+    groupings: dict[str, tuple[str, ...]] = {"press": ("press",)}
+    if everything:
+        groupings |= {"model": ("model",), "ratio": ("ratio",), "condition": CONDITION}
+    for group_by, columns in groupings.items():
+        alone = group_by in ("press", "condition")  # where the uncompressed run is its own group
+        requests = scored.requests if alone else scored.requests.filter(compressed)
+        for values in requests.select(columns).unique().sort(columns).iter_rows(named=True):
+            where = pl.all_horizontal(pl.col(name) == value for name, value in values.items())
+            yield (
+                {"group_by": group_by} | nothing | values,
+                where if alone else where & compressed,
+            )
+    if everything and scored.target == "any":
+        for kind, members in _kinds(scored.rows).items():
+            where = compressed & pl.struct(schema.TRACE_KEYS).is_in(members.implode())
+            yield {"group_by": "kind"} | nothing | {"kind": kind}, where
+
+
+def _kinds(rows: Rows) -> dict[str, pl.Series]:
+    """Per kind of failure: harmless requests, and those whose first failure is of that kind."""
+    first = rows.keys.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
+        pl.col("^steps_to_.*$").first()
+    )
+    kinds = {}
+    for kind in ("looping", "non_termination", "amnesia"):
+        same = (pl.col(f"steps_to_{kind}") == pl.col("steps_to_any")).fill_null(False)
+        chosen = first.filter(pl.col("steps_to_any").is_null() | same)
+        kinds[kind] = chosen.select(pl.struct(schema.TRACE_KEYS)).to_series()
+    return kinds
+
+
+def _lead_times(scored: Scored, threshold: float, rejected: pl.DataFrame) -> pl.DataFrame:
+    target = scored.target
+    alarms = first_alarms(scored.rows, scored.hazard, target, threshold)
+    first = scored.rows.keys.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
+        pl.col("^steps_to_.*$").first()
+    )
+    kind = pl.lit(target) if target != "any" else pl.lit(None, pl.String)
+    if target == "any":
+        for name in ("amnesia", "non_termination", "looping"):  # the earlier listed wins a tie
+            same = pl.col(f"steps_to_{name}") == pl.col("steps_to_any")
+            kind = pl.when(same).then(pl.lit(name)).otherwise(kind)
+    delay = pl.col("alarm") - pl.col("first_rejected")
+    return (
+        alarms.filter(pl.col("onset").is_not_null(), pl.col("press") != BASELINE)
+        .join(first, on=schema.TRACE_KEYS, how="left", maintain_order="left")
+        .join(rejected, on=schema.TRACE_KEYS, how="left", maintain_order="left")
+        .select(
+            pl.lit(target).alias("target"),
+            *schema.TRACE_KEYS,
+            kind.alias("kind"),
+            "onset",
+            "generated_tokens",
+            "first_rejected",
+            pl.lit(threshold, pl.Float64).alias("threshold"),
+            "alarm",
+            (pl.col("onset") - pl.col("alarm")).alias("lead_time_tokens"),
+            delay.alias("detection_delay_tokens"),
+            pl.when(delay.is_not_null()).then((delay + 1).clip(0)).alias("wasted_tokens"),
+        )
+        .cast(pl.Schema(_LEAD_TYPES))
+    )
+
+
+_DETECTION_TYPES: dict[str, Any] = (
+    {"target": pl.String, "group_by": pl.String, "press": pl.String, "kind": pl.String}
+    | {"metric": pl.String}
+    | INTERVAL_TYPES
+    | {"prompts": pl.Int64, "requests": pl.Int64}
+)
+
+
+def _detection(lead: pl.DataFrame, scored: Scored) -> list[tuple[dict[str, Any], Measured]]:
+    """When alarms come, over the harmed requests: all, per press, per kind."""
+    found: list[tuple[dict[str, Any], Measured]] = []
+    groups: list[tuple[str, str | None]] = [("all", None)]
+    groups += [("press", press) for press in lead["press"].unique().sort()]
+    if scored.target == "any":
+        groups += [("kind", kind) for kind in lead["kind"].drop_nulls().unique().sort()]
+    for group_by, value in groups:
+        part = lead if value is None else lead.filter(pl.col(group_by) == value)
+        described = {"target": scored.target, "group_by": group_by, "press": None, "kind": None}
+        if value is not None:
+            described[group_by] = value
+        size = {"prompts": part["prompt_id"].n_unique(), "requests": len(part)}
+        codes = scored.codes(part["prompt_id"])
+        lead_time = part["lead_time_tokens"]
+        events = {
+            "detected": lead_time.is_not_null(),
+            "detected_before_onset": (lead_time > 0).fill_null(False),
+            "lead_at_least_8": (lead_time >= 8).fill_null(False),
+            "lead_at_least_16": (lead_time >= 16).fill_null(False),
+            "lead_at_least_32": (lead_time >= 32).fill_null(False),
+        }
+        for metric, event in events.items():
+            measured = share(event.to_numpy(), codes, scored.weights)
+            found.append((described | {"metric": f"share_{metric}"} | size, measured))
+        for column in ("lead_time_tokens", "detection_delay_tokens", "wasted_tokens"):
+            values = part[column].cast(pl.Float64)
+            known = values.is_not_null().to_numpy()
+            for level, name in ((0.25, "quartile_1"), (0.5, "median"), (0.75, "quartile_3")):
+                measured = quantile(
+                    values.drop_nulls().to_numpy(), codes[known], scored.weights, level
+                )
+                found.append((described | {"metric": f"{column}_{name}"} | size, measured))
+    return found
+
+
+# --- curves --------------------------------------------------------------------------------------
+
+_CURVE_TYPES: dict[str, Any] = {
+    "target": pl.String,
+    "predictor": pl.String,
+    "curve": pl.String,
+    "x": pl.Float64,
+    "y": pl.Float64,
+    "y_low": pl.Float64,
+    "y_high": pl.Float64,
+    "score": pl.Float64,
+    "score_low": pl.Float64,
+    "score_high": pl.Float64,
+}
+
+_CURVE_SCORES = {"roc": "auroc", "precision_recall": "pr_auc", "calibration": "brier"}
+
+
+def _curves(models: Models, test: Rows, weights: Floats, metrics: pl.DataFrame) -> pl.DataFrame:
+    """Curves over all compressed tokens before the onset; bands are pointwise, over prompts."""
+    rows: list[dict[str, Any]] = []
+    for target, predictor in models.predictors.items():
+        candidates = {"hazard": predictor} | {
+            kind: by_target[target]
+            for kind, by_target in models.baselines.items()
+            if target in by_target
+        }
+        part = test.take(test.before_onset(target) & test.compressed())
+        codes = np.unique(test.keys["prompt_id"].to_numpy())
+        prompts = np.searchsorted(codes, part.keys["prompt_id"].to_numpy())
+        for name, model in candidates.items():
+            scores = model.predict(part.features).astype(np.float64)
+            sample = Sample(scores, part.label(target), prompts, weights)
+            if not sample.ranks_something:
+                continue
+            points = _ranking_curves(sample) | {"calibration": _calibration_curve(sample)}
+            own = metrics.filter(target=target, predictor=name, group_by="all")
+            for curve, values in points.items():
+                found = own.filter(metric=_CURVE_SCORES[curve]).row(0, named=True)
+                described = {
+                    "target": target,
+                    "predictor": name,
+                    "curve": curve,
+                    "score": found["value"],
+                    "score_low": found["low"],
+                    "score_high": found["high"],
+                }
+                rows += [
+                    described | dict(zip(("x", "y", "y_low", "y_high"), point, strict=True))
+                    for point in values
+                ]
+    return pl.DataFrame(rows, schema=_CURVE_TYPES)
+
+
+Point = tuple[float, float | None, float | None, float | None]
+
+
+def _ranking_curves(sample: Sample) -> dict[str, list[Point]]:
+    """ROC (recall at false-alarm rates) and precision-recall (precision at recalls)."""
+    grid = np.linspace(0, 1, CURVE_POINTS)
+    levels = tally_levels(sample)
+    both = (
+        _read_curves(levels.exact_positive, levels.exact_negative, grid),
+        _read_curves(levels.positive, levels.negative, grid),
+    )
+    curves: dict[str, list[Point]] = {}
+    for index, curve in enumerate(("roc", "precision_recall")):
+        value, replicates = both[0][index][0], both[1][index]
+        points: list[Point] = []
+        for at, x in enumerate(grid):
+            measured = Measured(float(value[at]), replicates[:, at], sample.units)
+            points.append((float(x), measured.value, *measured.interval()))
+        curves[curve] = points
+    return curves
+
+
+def _read_curves(positive: Floats, negative: Floats, grid: Floats) -> tuple[Floats, Floats]:
+    """Recall at each false-alarm rate and precision at each recall: (B, points) each."""
+    caught = np.cumsum(positive[:, ::-1], axis=1)
+    false = np.cumsum(negative[:, ::-1], axis=1)
+    roc = np.full((len(caught), len(grid)), np.nan)
+    precision = np.full((len(caught), len(grid)), np.nan)
+    for row in range(len(caught)):
+        if caught[row, -1] == 0 or false[row, -1] == 0:
+            continue
+        recall, rate = caught[row] / caught[row, -1], false[row] / false[row, -1]
+        roc[row] = np.interp(grid, np.r_[0, rate], np.r_[0, recall])
+        purity = caught[row] / np.maximum(caught[row] + false[row], 1e-300)
+        reached = np.searchsorted(recall, grid, side="left").clip(0, len(recall) - 1)
+        precision[row] = purity[reached]
+    return roc, precision
+
+
+def _calibration_curve(sample: Sample) -> list[Point]:
+    """Observed share of positives against the mean prediction, in bins of equal size."""
+    order = np.argsort(sample.scores, kind="stable")
+    points: list[Point] = []
+    for part in np.array_split(order, min(CALIBRATION_BINS, len(order))):
+        measured = share(sample.labels[part], sample.prompts[part], sample.weights)
+        points.append((float(sample.scores[part].mean()), measured.value, *measured.interval()))
+    return points

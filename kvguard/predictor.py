@@ -199,7 +199,7 @@ RULES_FEATURES = ("repetition_sum", "entropy_mean_8")
 RULES_HORIZON_TOKENS = 32
 
 
-def rules_predictor() -> Predictor:
+def rules_predictor(target: str = "any") -> Predictor:
     """A risk from two rules, for a guard without a trained predictor.
 
     The risk is that of either of two alarms, 1 - (1 - a)(1 - b): a is
@@ -208,7 +208,7 @@ def rules_predictor() -> Predictor:
     """
     return Predictor(
         kind="rules",
-        target="any",
+        target=target,
         horizon_tokens=RULES_HORIZON_TOKENS,
         feature_names=RULES_FEATURES,
         feature_version=schema.FEATURE_VERSION,

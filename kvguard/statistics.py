@@ -10,11 +10,12 @@ with one degree of freedom less than there are prompts that carry information.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -173,9 +174,10 @@ def bootstrap_interval(
         units: prompts that carry the information: for a ranking metric the smaller of the number
             of prompts with a positive and with a negative.
         confidence: of the interval.
-        bounds: range of the quantity. The interval is symmetric on the logit scale of that range
-            and stays inside; None: symmetric around the value. At a bound, or when all replicates
-            agree, the bootstrap says nothing: then Wilson's interval for ``units`` trials.
+        bounds: range of the quantity: Wilson's interval for as many trials as would have that
+            standard error (Korn and Graubard 1998 for clustered shares); it stays inside. At a
+            bound, or when all replicates agree, the bootstrap says nothing, and ``units`` trials
+            are assumed. None: symmetric around the value.
 
     Returns:
         Undefined without a value, with fewer than `MIN_UNITS` units, when under half of the
@@ -185,26 +187,23 @@ def bootstrap_interval(
     drawn = drawn[np.isfinite(drawn)]
     if value is None or units < MIN_UNITS or 2 * len(drawn) < np.size(replicates) or not len(drawn):
         return UNDEFINED
-    quantile = float(stats.t.ppf(0.5 + confidence / 2, units - 1))
-    small_sample = np.sqrt(units / (units - 1))
+    quantile = _t_quantile(0.5 + confidence / 2, units - 1)
+    error = float(drawn.std()) * np.sqrt(units / (units - 1))
     if bounds is None:
-        reach = quantile * small_sample * float(drawn.std())
-        return Interval(value - reach, value + reach) if reach > 0 else UNDEFINED
-    lower, upper = bounds
-    share = (value - lower) / (upper - lower)
-    shares = np.clip((drawn - lower) / (upper - lower), 0, 1)
-    if not 0 < share < 1 or np.ptp(shares) < 1e-12:
-        low, high = proportion_confint(
-            np.clip(share, 0, 1) * units, units, alpha=1 - confidence, method="wilson"
+        return (
+            Interval(value - quantile * error, value + quantile * error) if error > 0 else UNDEFINED
         )
-    else:
-        edge = 0.5 / (units + 1)  # replicates at 0 or 1 have no logit
-        shares = np.clip(shares, min(edge, share), max(1 - edge, share))
-        reach = quantile * small_sample * float(special.logit(shares).std())
-        low, high = special.expit(special.logit(share) + np.array([-reach, reach]))
+    lower, upper = bounds
+    share = min(max((value - lower) / (upper - lower), 0.0), 1.0)
+    error /= upper - lower
+    spread = share * (1 - share)
+    size = spread / error**2 if error > 1e-9 and spread > 1e-12 else float(units)
+    widening = quantile**2 / size
+    centre = (share + widening / 2) / (1 + widening)
+    reach = quantile * np.sqrt(spread / size + widening / (4 * size)) / (1 + widening)
     return Interval(
-        float(lower + (upper - lower) * max(low, 0.0)),
-        float(lower + (upper - lower) * min(high, 1.0)),
+        float(lower + (upper - lower) * max(centre - reach, 0.0)),
+        float(lower + (upper - lower) * min(centre + reach, 1.0)),
     )
 
 
@@ -304,6 +303,11 @@ def _paired(first: ArrayLike, second: ArrayLike, kind: Any) -> tuple[NDArray[Any
     if one.ndim != 1 or one.shape != two.shape:
         raise ValueError(f"paired values have one length, got shapes {one.shape} and {two.shape}")
     return one, two
+
+
+@cache
+def _t_quantile(level: float, degrees: int) -> float:
+    return float(stats.t.ppf(level, degrees))
 
 
 def _wilson(successes: int, trials: int, confidence: float) -> tuple[float, float]:

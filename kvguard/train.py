@@ -687,7 +687,8 @@ def train_predictors(
 
     The parameters are searched once, for the first target (``any`` where it is listed): single
     kinds of failure are too rare for a search to find more than noise. A target with too few harmed
-    prompts is refused with a row that says so.
+    prompts is refused with a row that says so; for the first target the rule-based risk stands in,
+    so that a guard has a default.
 
     Args:
         features: `schema.FEATURES`, a frame or its file.
@@ -747,6 +748,8 @@ def train_predictors(
         except Refusal as refusal:
             refusals[target] = str(refusal)
             logger.warning("no predictor for %s: %s", target, refusal)
+            if target == targets[0]:
+                predictors[target] = _stand_in(target, str(refusal), splits_digest(known))
             continue
         made: dict[str, Predictor] = {"hazard": fitted} | {
             kind: fit_baseline(
@@ -781,6 +784,12 @@ def train_predictors(
         "leakage_check": guard.table(),
     }
     return Models(predictors, baselines, refusals, tables)
+
+
+def _stand_in(target: str, reason: str, digest_of_splits: str) -> Predictor:
+    """The rule-based risk, in place of the default predictor that could not be trained."""
+    origin = {"refused": reason, "splits_digest": digest_of_splits, "probability_prompts": []}
+    return rules_predictor(target).model_copy(update={"provenance": origin})
 
 
 def _training_table(
@@ -846,20 +855,17 @@ def _training_table(
 def save_models(models: Models, folder: str | Path) -> None:
     """Write hazard_predictor.json (target ``any``), hazard_{target}.json and baselines.json.
 
-    A refused target's file says why; `load_predictor` raises that reason. Without ``any`` among the
-    targets the first one is the default.
+    A refused target's file says why, and `load_predictor` raises that reason; the default is never
+    missing, see `train_predictors`. Without ``any`` among the targets the first one is the default.
     """
     folder = Path(folder)
     for target, model in models.predictors.items():
         save_predictor(model, folder / MODEL_FILE.format(target=target))
     for target, reason in models.refusals.items():
-        save_refusal(target, reason, folder / MODEL_FILE.format(target=target))
-    every = [*models.predictors, *models.refusals]
-    default = "any" if "any" in every else every[0]
-    if default in models.predictors:
-        save_predictor(models.predictors[default], folder / DEFAULT_FILE)
-    else:
-        save_refusal(default, models.refusals[default], folder / DEFAULT_FILE)
+        if target not in models.predictors:
+            save_refusal(target, reason, folder / MODEL_FILE.format(target=target))
+    default = "any" if "any" in models.predictors else next(iter(models.predictors))
+    save_predictor(models.predictors[default], folder / DEFAULT_FILE)
     content = {
         kind: {target: model.model_dump(mode="json") for target, model in by_target.items()}
         for kind, by_target in models.baselines.items()
@@ -890,6 +896,8 @@ def load_models(folder: str | Path) -> Models:
             refusals[target] = content["refused"]
         else:
             predictors[target] = parse_predictor(content, str(file))
+            if "refused" in predictors[target].provenance:
+                refusals[target] = predictors[target].provenance["refused"]
     baselines = {
         kind: {target: parse_predictor(model, str(path)) for target, model in by_target.items()}
         for kind, by_target in json.loads(path.read_text()).items()

@@ -31,7 +31,7 @@ def test_wilson_is_scipys(successes: int) -> None:
 
 def test_wilson_without_trials_is_undefined() -> None:
     assert wilson_interval(0, 0) == (None, None)
-    with pytest.raises(ValueError, match="successes lie in .*, got 4"):
+    with pytest.raises(ValueError, match=r"successes lie in .*, got 4"):
         wilson_interval(4, 3)
 
 
@@ -130,7 +130,19 @@ def test_bounded_intervals_stay_inside_and_never_collapse() -> None:
     assert high is not None
     assert 0 < low < 0.97 < high < 1
     perfect = bootstrap_interval(1.0, np.ones(500), units=5)
-    assert perfect == pytest.approx(stats.binomtest(5, 5).proportion_ci(method="wilson"))
+    quantile = stats.t.ppf(0.975, 4)
+    assert perfect == pytest.approx((5 / (5 + quantile**2), 1.0))
+    assert bootstrap_interval(0.0, np.zeros(500), units=5) == pytest.approx(
+        (0.0, 1 - 5 / (5 + quantile**2))
+    )
+
+
+def test_a_share_without_clusters_has_nearly_wilsons_interval() -> None:
+    events = np.zeros(200)
+    events[:30] = 1
+    got = cluster_bootstrap_mean(events, np.arange(200), samples=20000, bounds=(0, 1))
+    expected = stats.binomtest(30, 200).proportion_ci(method="wilson")
+    assert got[1:] == pytest.approx((expected.low, expected.high), abs=0.003)
 
 
 def test_undefined_is_none_not_zero() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from kvguard import joblog
+from kvguard.ablation import leave_one_out
 from kvguard.config import Predictor
-from kvguard.evaluate_predictor import leave_one_out
 from kvguard.schema import write_table
 
 

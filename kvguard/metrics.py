@@ -1,0 +1,260 @@
+"""Ranking metrics of tokens and requests, each with bootstrap replicates over prompts.
+
+A metric is a function of how often each prompt was drawn. Scores are therefore tallied per prompt
+and score level once, and all replicates follow from one matrix product. Estimates are exact;
+replicates, which only give the standard error, put scores into at most `LEVELS` levels of equal
+size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from kvguard.statistics import UNDEFINED, bootstrap_interval
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+LEVELS = 1024
+
+INTERVAL_TYPES: dict[str, Any] = dict.fromkeys(
+    ("value", "low", "high", "low_pointwise", "high_pointwise"), pl.Float64
+)
+"""Columns that `with_intervals` adds to a table."""
+
+
+class Measured(NamedTuple):
+    """A metric with its bootstrap replicates; ``value`` is None where it is undefined.
+
+    ``units`` counts the prompts that carry the information.
+    """
+
+    value: float | None
+    replicates: Floats
+    units: int
+    bounds: tuple[float, float] | None = (0.0, 1.0)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float | None, float | None]:
+        """Its confidence interval over prompts."""
+        return bootstrap_interval(self.value, self.replicates, self.units, confidence, self.bounds)
+
+    def minus(self, other: "Measured") -> "Measured":
+        """The paired difference; both must come from the same resamples."""
+        if self.value is None or other.value is None:
+            return Measured(None, self.replicates, 0, None)
+        return Measured(
+            self.value - other.value,
+            self.replicates - other.replicates,
+            min(self.units, other.units),
+            None,
+        )
+
+
+class Sample(NamedTuple):
+    """Things to rank: scores and labels (n,), the prompt code of each, weights (B, prompts)."""
+
+    scores: Floats
+    labels: Bools
+    prompts: NDArray[np.int64]
+    weights: Floats
+
+    def take(self, mask: Bools) -> "Sample":
+        """The things where ``mask`` is true."""
+        return Sample(self.scores[mask], self.labels[mask], self.prompts[mask], self.weights)
+
+    @property
+    def units(self) -> int:
+        """The smaller of the numbers of prompts with a positive and with a negative."""
+        positives = len(np.unique(self.prompts[self.labels]))
+        return min(positives, len(np.unique(self.prompts[~self.labels])))
+
+    @property
+    def ranks_something(self) -> bool:
+        """Whether both classes are there."""
+        return bool(self.labels.any() and not self.labels.all())
+
+
+def undefined(weights: Floats) -> Measured:
+    """A metric without a value."""
+    return Measured(None, np.full(len(weights), np.nan), 0)
+
+
+class Levels(NamedTuple):
+    """Positives and negatives at each score level, rising: weights (B, levels), exact (1, all)."""
+
+    positive: Floats
+    negative: Floats
+    exact_positive: Floats
+    exact_negative: Floats
+
+
+def tally_levels(sample: Sample) -> Levels:
+    """Count positives and negatives per score level, in each replicate and in the sample itself."""
+    level = np.unique(sample.scores, return_inverse=True)[1]
+    count = int(level.max(initial=-1)) + 1
+    exact = [
+        np.bincount(level[mask], minlength=count).astype(float)[None, :]
+        for mask in (sample.labels, ~sample.labels)
+    ]
+    if count > LEVELS:
+        at_or_below = np.cumsum(np.bincount(level))
+        level, count = (at_or_below[level] - 1) * LEVELS // len(level), LEVELS
+    prompts = sample.weights.shape[1]
+    cell = sample.prompts * count + level
+    drawn = [
+        sample.weights @ np.bincount(cell[mask], minlength=prompts * count).reshape(prompts, count)
+        for mask in (sample.labels, ~sample.labels)
+    ]
+    return Levels(drawn[0], drawn[1], exact[0], exact[1])
+
+
+def _concordance(positive: Floats, negative: Floats) -> tuple[Floats, Floats]:
+    """Concordant pairs (ties count half) and all pairs, per replicate: (B,) each."""
+    below = np.cumsum(negative, axis=1) - negative / 2
+    return (positive * below).sum(axis=1), positive.sum(axis=1) * negative.sum(axis=1)
+
+
+def _ratio(top: Floats, bottom: Floats) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(bottom > 0, top / bottom, np.nan)
+
+
+def auroc(sample: Sample, levels: Levels | None = None) -> Measured:
+    """Area under the ROC curve; higher is better, 0.5 is chance. None without both classes."""
+    if not sample.ranks_something:
+        return undefined(sample.weights)
+    levels = levels or tally_levels(sample)
+    value = _ratio(*_concordance(levels.exact_positive, levels.exact_negative))
+    replicates = _ratio(*_concordance(levels.positive, levels.negative))
+    return Measured(float(value[0]), replicates, sample.units)
+
+
+def auroc_within(sample: Sample, conditions: NDArray[np.int64]) -> Measured:
+    """AUROC over pairs of the same condition; conditions weigh by their number of pairs."""
+    weights = sample.weights
+    concordant, pairs = np.zeros((2, len(weights)))
+    value = total = 0.0
+    positives: set[int] = set()
+    negatives: set[int] = set()
+    for condition in np.unique(conditions):
+        part = sample.take(conditions == condition)
+        if not part.ranks_something:
+            continue
+        levels = tally_levels(part)
+        own, possible = _concordance(levels.exact_positive, levels.exact_negative)
+        value, total = value + float(own[0]), total + float(possible[0])
+        both = _concordance(levels.positive, levels.negative)
+        concordant, pairs = concordant + both[0], pairs + both[1]
+        positives |= set(part.prompts[part.labels].tolist())
+        negatives |= set(part.prompts[~part.labels].tolist())
+    if not total:
+        return undefined(weights)
+    units = min(len(positives), len(negatives))
+    return Measured(value / total, _ratio(concordant, pairs), units)
+
+
+def pr_auc(sample: Sample, levels: Levels | None = None) -> Measured:
+    """Average precision; higher is better, the prevalence is chance. None without both classes."""
+    if not sample.ranks_something:
+        return undefined(sample.weights)
+    levels = levels or tally_levels(sample)
+    value = _average_precision(levels.exact_positive, levels.exact_negative)
+    replicates = _average_precision(levels.positive, levels.negative)
+    return Measured(float(value[0]), replicates, sample.units)
+
+
+def _average_precision(positive: Floats, negative: Floats) -> Floats:
+    positive, negative = positive[:, ::-1], negative[:, ::-1]
+    caught, alarms = np.cumsum(positive, axis=1), np.cumsum(positive + negative, axis=1)
+    precision = np.where(alarms > 0, caught / np.maximum(alarms, 1e-300), 0.0)
+    return _ratio((positive * precision).sum(axis=1), positive.sum(axis=1))
+
+
+def share(
+    events: NDArray[Any],
+    prompts: NDArray[np.int64],
+    weights: Floats,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> Measured:
+    """Mean of ``events`` (n,), with replicates over prompts. None without events."""
+    if not len(events):
+        return undefined(weights)
+    size = weights.shape[1]
+    sums = np.bincount(prompts, weights=events.astype(float), minlength=size)
+    counts = np.bincount(prompts, minlength=size).astype(float)
+    replicates = _ratio(weights @ sums, weights @ counts)
+    return Measured(float(events.mean()), replicates, int((counts > 0).sum()), bounds)
+
+
+def quantile(values: Floats, prompts: NDArray[np.int64], weights: Floats, level: float) -> Measured:
+    """A quantile of ``values`` (n,), with replicates over prompts. None without values."""
+    if not len(values):
+        return undefined(weights)._replace(bounds=None)
+    order = np.argsort(values, kind="stable")
+    cumulative = np.cumsum(weights[:, prompts[order]], axis=1)
+    total = cumulative[:, -1:]
+    index = np.argmax(cumulative >= level * total - 1e-9, axis=1)
+    replicates = np.where(total[:, 0] > 0, values[order][index], np.nan)
+    value = float(np.quantile(values, level, method="inverted_cdf"))
+    return Measured(value, replicates, len(np.unique(prompts)), None)
+
+
+def recall_on_roc(sample: Sample, false_alarm_rate: float) -> Measured:
+    """Recall that the test ROC curve reads at a false-alarm rate; no threshold is carried over.
+
+    It describes the ranking. It is not what a threshold chosen beforehand achieves, see ``recall``.
+    """
+    if not sample.ranks_something:
+        return undefined(sample.weights)
+
+    def read(positive: Floats, negative: Floats) -> Floats:
+        caught = np.cumsum(positive[:, ::-1], axis=1)
+        false = np.cumsum(negative[:, ::-1], axis=1)
+        allowed = false <= false_alarm_rate * false[:, -1:] + 1e-9
+        best = np.where(allowed, caught, 0).max(axis=1)
+        return np.where(false[:, -1] > 0, _ratio(best, caught[:, -1]), np.nan)
+
+    levels = tally_levels(sample)
+    value = float(read(levels.exact_positive, levels.exact_negative)[0])
+    return Measured(value, read(levels.positive, levels.negative), sample.units)
+
+
+def with_intervals(
+    rows: Sequence[tuple[dict[str, Any], Measured]],
+    family: Callable[[dict[str, Any]], Any],
+    is_headline: Callable[[dict[str, Any]], bool] = lambda _: False,
+) -> list[dict[str, Any]]:
+    """Rows with value, family-wise and pointwise intervals.
+
+    Args:
+        rows: descriptions with their measurements.
+        family: rows of one value of it hold together with 95 %.
+        is_headline: the row that gets half of the family's error; the others share the rest. A
+            family without one shares all of it.
+    """
+    sizes: dict[Any, list[int]] = {}
+    for description, measured in rows:
+        if measured.interval() != UNDEFINED:
+            size = sizes.setdefault(family(description), [0, 0])
+            size[int(is_headline(description))] += 1
+    finished = []
+    for description, measured in rows:
+        others, headlines = sizes.get(family(description), [0, 0])
+        error = 0.025 if headlines and others else 0.05
+        size_here = headlines if is_headline(description) else others
+        low, high = measured.interval(1 - error / max(size_here, 1))
+        low_pointwise, high_pointwise = measured.interval()
+        finished.append(
+            description
+            | {
+                "value": measured.value,
+                "low": low,
+                "high": high,
+                "low_pointwise": low_pointwise,
+                "high_pointwise": high_pointwise,
+            }
+        )
+    return finished
