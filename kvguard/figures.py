@@ -991,9 +991,9 @@ def plot_pareto(
     models = _in_order(pareto["model"])
     lines = [(model, press) for model in models for press in _in_order(pareto["press"], styles)]
     ratios = sorted(set(pareto["ratio"]))
-    figure = Figure(
-        figsize=(1.9 * len(ratios) + 1.9, 1.75 * len(lines) + 0.4), layout="constrained"
-    )
+    rivals = sorted(set(pareto.filter(pl.col("tau_low").is_null())["policy"]), key=_policy_order)
+    height = max(1.75 * len(lines), 0.155 * len(rivals) + 0.4) + 0.4
+    figure = Figure(figsize=(1.9 * len(ratios) + 1.9, height), layout="constrained")
     grid = figure.subplots(len(lines), len(ratios), squeeze=False, sharex="row", sharey="row")
     labels: list[tuple[Axes, list[LineEnd]]] = []
     for row, (model, press) in enumerate(lines):
@@ -1001,6 +1001,8 @@ def plot_pareto(
             here = pareto.filter(
                 (pl.col("model") == model) & (pl.col("press") == press) & (pl.col("ratio") == ratio)
             )
+            if here.is_empty():
+                axes.text(0.5, 0.5, "unknown", transform=axes.transAxes, ha="center", color=GREY)
             colour = styles[press].colour
             tried = here.filter(pl.col("tau_low").is_not_null())
             x, y = tried[cost].to_numpy(), tried["excess_cfr"].to_numpy()
@@ -1024,15 +1026,16 @@ def plot_pareto(
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.grid(axis="y")
             axes.margins(x=0.12, y=0.1)
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, -0.05), max(high, 0.05))
             if row == 0:
                 axes.set_title(f"ratio {float(ratio):g}")
         of_model = f"{model}\n" if len(models) > 1 else ""
         grid[row][0].set_ylabel(f"{of_model}{styles[press].label}\nexcess CFR")
     figure.supxlabel(f"{title} per request", fontsize=8)
-    rivals = pareto.filter(pl.col("tau_low").is_null())["policy"]
     handles = [
         Line2D([], [], color=style.colour, marker=style.marker, ls="none", label=style.label)
-        for style in map(_policy_style, sorted(set(rivals), key=_policy_order))
+        for style in map(_policy_style, rivals)
     ]
     handles.append(Line2D([], [], color=INK, lw=0.8, marker=".", ms=3, label="guard's settings"))
     figure.legend(handles=handles, loc="outside right center")
@@ -1138,7 +1141,9 @@ def plot_simulation_gap(summary: pl.DataFrame, *, presses: Sequence[str] = ()) -
     intervals = [f"{metric}{end}" for metric in POLICY_METRICS for end in ("", "_low", "_high")]
     _need(summary, [*keys, "source", *intervals], "simulation_gap")
     live, simulated = (
-        summary.filter(pl.col("source") == source).select(*keys, *intervals)
+        summary.filter((pl.col("source") == source) & (pl.col("press") != BASELINE)).select(
+            *keys, *intervals
+        )
         for source in ("live", "simulation")
     )
     pairs = live.join(simulated, on=keys, suffix="_simulated", maintain_order="left")

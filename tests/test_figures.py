@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from matplotlib.container import ErrorbarContainer
 from synthetic import make_run, write_run
 
-from kvguard import figures
-from kvguard.config import OperatingPoint
+from kvguard import figures, schema
+from kvguard.compare_policies import summarize_runs
+from kvguard.config import OperatingPoint, load_config
 from kvguard.database import build_database, condition_summary, read_view
 from kvguard.figures import MissingData
+from kvguard.simulation import Frames, simulate_model
 
 PRESSES = ("snapkv", "streaming_llm", "expected_attention")
 RATIOS = ("0.500", "0.750")
@@ -446,3 +449,28 @@ def test_figures_draw_what_the_database_says(tmp_path):
     outcomes = pl.read_parquet(run.outcomes).filter(pl.col("press") == "snapkv")
     planted = outcomes.group_by("ratio").agg(pl.col("catastrophe").mean()).sort("ratio")
     assert y == pytest.approx(planted["catastrophe"].to_list())
+
+
+def test_figures_draw_what_the_simulation_says():
+    run = make_run(num_prompts=12, max_new_tokens=64, error_rate=0)
+    hazard = pl.when(pl.col("position") > 20).then(0.8).otherwise(0.1).cast(pl.Float32)
+    predictions = run.tokens.select(
+        *schema.TOKEN_KEYS, split=pl.lit("test"), target=pl.lit("any"), hazard=hazard
+    )
+    overrides = {
+        "predictor": {"bootstrap_samples": 20},
+        "controller": {"tau_low": [0.2], "tau_high": [0.5], "k": [2], "j": [8]},
+    }
+    experiment = load_config(Path(__file__).parents[1] / "config.yaml", overrides=overrides)
+    frames = Frames(run.traces, run.tokens, run.outcomes, predictions)
+    made = simulate_model(frames, run.prompts, experiment, POINTS, lambda ids: str(ids))
+    summary_table = summarize_runs(made["simulation"], run.outcomes, bootstrap_samples=20)
+    compressed = summary_table.filter(pl.col("press") != "none")
+    figures.plot_policies(compressed)
+    figures.plot_simulation_gap(
+        pl.concat([compressed, compressed.with_columns(source=pl.lit("live"))])
+    )
+    for cost in ("kv_bytes_mean", "prefilled_tokens"):
+        figure = figures.plot_pareto(made["pareto"], cost=cost, operating_points=POINTS)
+        shown = {c.get_label() for axes in figure.axes for c in axes.containers}
+        assert {"none", "always_safe"} <= shown
