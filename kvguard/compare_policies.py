@@ -83,18 +83,23 @@ def summarize_runs(
         seed: of the resampling.
 
     Returns:
-        One row per condition and policy: ``requests`` that did not fail to run, ``known`` (share of
-        them whose outcome is known), and `SHARES`, `DIFFERENCES` and `COSTS` with intervals. A
-        measure that is unknown for any request is null: the known ones are not a fair sample.
+        One row per condition and policy: ``requests`` that ran and whose prompt ran uncompressed,
+        ``known`` (share of them whose outcome is known), and `SHARES`, `DIFFERENCES` and `COSTS`
+        with intervals. A measure that is unknown for any request is null: the known ones are not a
+        fair sample.
+
+    Raises:
+        ValueError: no run is left, e.g. because ``outcomes`` lack the uncompressed runs.
     """
     runs = runs.filter(pl.col("status") == "ok")
     if exclude is not None:
         runs = runs.join(exclude, on=TRACE_KEYS, how="anti", maintain_order="left")
-    baseline = outcomes.filter(pl.col("press") == config.BASELINE).select(
+    own = (pl.col("press") == config.BASELINE) & pl.col("catastrophe").is_not_null()
+    baseline = outcomes.filter(own).select(
         "model", "prompt_id", base_failed="catastrophe", base_right="correct"
     )
     alone = runs.filter(pl.col("policy") == "none").select(*TRACE_KEYS, alone="catastrophe")
-    paired = runs.join(baseline, on=["model", "prompt_id"], how="left", maintain_order="left").join(
+    paired = runs.join(baseline, on=["model", "prompt_id"], maintain_order="left").join(
         alone, on=TRACE_KEYS, how="left", maintain_order="left"
     )
     failed, right = pl.col("catastrophe").cast(pl.Float64), pl.col("correct").cast(pl.Float64)
@@ -130,11 +135,11 @@ def summarize_runs(
             ).with_columns(**estimates(values, part["prompt_id"], bootstrap_samples, seed))
         )
     if not frames:
-        raise ValueError("no run with status 'ok' to summarise")
+        raise ValueError("no run with status 'ok' whose prompt also ran uncompressed")
     return pl.concat(frames)
 
 
-def constant_frontier(table: pl.DataFrame) -> pl.DataFrame:
+def constant_frontier(table: pl.DataFrame, measured: pl.DataFrame | None = None) -> pl.DataFrame:
     """What a constant ratio of the same press would give at each row's mean KV memory.
 
     The measured ratios of a press, ratio 0 included, are points (mean KV bytes, measure) under the
@@ -142,13 +147,17 @@ def constant_frontier(table: pl.DataFrame) -> pl.DataFrame:
     requests were dealt out between the two ratios at random; outside the measured range it is null.
 
     Args:
-        table: rows like those of `summarize_runs`, with ``none`` for every ratio and the baseline.
+        table: rows like those of `summarize_runs`.
+        measured: where the points come from: rows with ``none`` for every ratio and the baseline.
+            None takes ``table`` itself; a live table borrows them from the simulation's, whose
+            ``none`` rows are the measured traces.
 
     Returns:
         The table with ``constant_cfr``, ``constant_agreement`` and ``constant_accuracy``.
     """
     measures = ("cfr", "agreement", "accuracy")
-    points = table.filter((pl.col("policy") == "none") & pl.col("kv_bytes_mean").is_not_null())
+    points = table if measured is None else measured
+    points = points.filter((pl.col("policy") == "none") & pl.col("kv_bytes_mean").is_not_null())
     frames = []
     for (model, press), part in table.with_row_index("order").group_by("model", "press"):
         own = points.filter(

@@ -33,39 +33,13 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kvguard import config, schema
-from kvguard.compare_policies import (
-    CONDITION,
-    compare_live_simulation,
-    constant_frontier,
-    estimates,
-    pareto,
-    summarize_differences,
-    summarize_runs,
-)
+from kvguard.compare_policies import CONDITION, estimates
 from kvguard.controller import NEVER, Mode, Settings, first_alarm, stack_settings
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, loop_onsets
 from kvguard.policies import Action, Observation, Policy, is_alarm, make_policy
 from kvguard.prompts import extract_answer
 from kvguard.schema import TRACE_KEYS
-
-__all__ = [
-    "Requests",
-    "alarm_rates",
-    "compare_live_simulation",
-    "constant_frontier",
-    "load_requests",
-    "match_guard",
-    "pareto",
-    "replay",
-    "simulability",
-    "simulate_controller",
-    "simulate_policies",
-    "simulate_settings",
-    "summarize_differences",
-    "summarize_runs",
-    "tied_requests",
-]
 
 NOWHERE = np.iinfo(np.int32).max
 """A position that no answer reaches."""

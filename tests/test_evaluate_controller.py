@@ -512,6 +512,23 @@ def test_failed_prompts_stay_rows():
     assert table.filter(pl.col("ratio") == "0.750")["requests"].to_list() == [13, 13]
 
 
+def test_a_prompt_that_failed_uncompressed_leaves_the_pairs_not_the_table():
+    run = make_run(10)
+    gone = (pl.col("prompt_id") == f"{3:016x}") & (pl.col("press") == "none")
+    traces = run.traces.with_columns(status=pl.when(gone).then(pl.lit("error")).otherwise("status"))
+    tokens = run.tokens.filter(~gone)
+    broken = judge(run._replace(traces=traces, tokens=tokens))
+    runs = simulate(broken, ["none", "verify_all"])
+    table = summarize_runs(runs, broken.outcomes, bootstrap_samples=20)
+    assert table.filter(pl.col("press") != "none")["requests"].to_list() == [13] * 4
+    assert table["excess_cfr"].null_count() == 0
+    lost = runs.filter((pl.col("prompt_id") == f"{3:016x}") & (pl.col("policy") == "verify_all"))
+    assert lost["alarmed"].to_list() == [True, True]
+    assert lost["token_ids"].null_count() == 2
+    with pytest.raises(ValueError, match="also ran uncompressed"):
+        summarize_runs(runs, broken.outcomes.filter(pl.col("press") != "none"))
+
+
 def test_only_the_given_prompts_are_simulated():
     run = make_run(11)
     wanted = {f"{2:016x}", f"{5:016x}"}
@@ -617,6 +634,9 @@ def test_constant_ratio_of_equal_memory_is_interpolated_within_the_measured_rang
     assert guards[6] is None  # one measured point of this press at 1000 bytes: 700 is outside
     assert table["constant_agreement"][3] == pytest.approx(0.75)
     assert table["constant_accuracy"][3] == pytest.approx(0.5)
+    live = frontier_rows([("snapkv", "0.750", "guard_rewind", 700.0, 0.2)])
+    assert constant_frontier(live)["constant_cfr"].to_list() == [None]
+    assert constant_frontier(live, table)["constant_cfr"][0] == pytest.approx(0.25)
 
 
 def test_pareto_marks_what_nothing_else_beats():
