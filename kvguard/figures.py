@@ -806,7 +806,7 @@ def plot_memory(steps: pl.DataFrame, *, title: str) -> Figure:
     if shaded:
         handles = [
             Patch(color=MODE_COLOURS[at], alpha=0.35, label=f"{shaded} in {MODES[at]}")
-            for at in (1, 2)
+            for at in sorted(set(steps["mode"].drop_nulls()) - {0})
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2)
     _label_ends(axes, ends)
