@@ -71,7 +71,7 @@ def memory_steps(trace: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
     start, slope, full, entry = (
         float(value[0]) for value in (memory.start, memory.slope, memory.full, memory.entry)
     )
-    if slope <= 0:
+    if not slope > 0:  # NaN: the growth is unknown
         raise ValueError("trace: its cache does not grow linearly; the press compresses decoding")
     shown = runs.filter(
         pl.col("policy").is_in(SHOWN)
