@@ -427,7 +427,7 @@ def _controls(trainer: _Trainer, calibration: Rows, target: str) -> pl.DataFrame
         threshold = request_threshold(calibration, predictor, target, settings.false_alarm_rate)
         hazard = predictor.predict(trainer.test.features)
         scored = score(trainer.test, hazard, target, trainer.weights)
-        requests = scored.requests.filter(pl.col("press") != BASELINE)
+        requests = scored.requests.table.filter(pl.col("press") != BASELINE)
         codes, harmed = scored.codes(requests["prompt_id"]), requests["harmed"].to_numpy()
         alarmed = requests["any_time"].to_numpy() > threshold
         rate = float(alarmed.mean()) if len(alarmed) else 0.0

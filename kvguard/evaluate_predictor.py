@@ -5,13 +5,13 @@ A token is positive when the onset lies within the horizon. ``auroc_within`` com
 same model, press and ratio only, so that knowing which condition is hard earns nothing.
 
 **A request's score** is the worst run of the request: the largest mean hazard over `RUN_TOKENS`
-successive tokens. For a forecast (``request_auroc``, ``recall``) runs must end before the onset; a
-request whose onset comes sooner cannot be forecast and counts as missed. For verifying and
-rewinding (``recall_any_time``) every run counts, because a late alarm repairs the request too and
-only wastes tokens. Long requests have more runs: ``request_auroc_early`` therefore looks at the
-first `EARLY_TOKENS` tokens of every request alone. Alarm thresholds keep the configured
-false-alarm rate on calibration prompts; the rate that they have on test prompts is reported beside
-the recall.
+successive tokens. For a forecast (``recall``) runs must end before the onset; a request whose onset
+comes sooner cannot be forecast and counts as missed. For verifying and rewinding
+(``recall_any_time``) every run counts, because a late alarm repairs the request too and only wastes
+tokens. ``request_auroc`` compares requests over the same number of tokens, so that being long earns
+nothing (`metrics.matched_auroc`); ``request_auroc_early`` does so within the first `EARLY_TOKENS`
+tokens. Alarm thresholds keep the configured false-alarm rate on calibration prompts; the rate that
+they have on test prompts is reported beside the recall.
 
 **Intervals** resample prompts (`kvguard.statistics.bootstrap_interval`). ``low`` and ``high`` hold
 for a whole table at once with 95 %: per predictor and metric half of the error goes to the headline
@@ -36,6 +36,7 @@ from kvguard.metrics import (
     Sample,
     auroc,
     auroc_within,
+    matched_auroc,
     pr_auc,
     quantile,
     recall_on_roc,
@@ -61,67 +62,64 @@ _NEVER = -1.0  # score of a request without a run, below every hazard
 # --- requests ------------------------------------------------------------------------------------
 
 
-def score_requests(rows: Rows, hazard: NDArray[np.floating[Any]], target: str) -> pl.DataFrame:
-    """The worst run of each request.
+class Requests(NamedTuple):
+    """Requests, in the order of `schema.TRACE_KEYS`, and their worst run so far.
+
+    ``table``: `schema.TRACE_KEYS`, ``onset``, ``harmed``, ``generated_tokens``, and the worst run
+    ``forecast`` (before the onset) and ``any_time``; -1 where there is none. ``running`` (n, T)
+    float32: the worst run up to each token.
+    """
+
+    table: pl.DataFrame
+    running: NDArray[np.float32]
+
+
+def score_requests(rows: Rows, hazard: NDArray[np.floating[Any]], target: str) -> Requests:
+    """The worst run of each request: the largest mean hazard over `RUN_TOKENS` tokens.
 
     Args:
         rows: all tokens of whole requests, sorted by `schema.TOKEN_KEYS`.
         hazard: (n,) score of each token, in [0, 1].
         target: whose onset makes a request harmed. Requests that nobody judged are left out.
-
-    Returns:
-        One row per request: `schema.TRACE_KEYS`, ``onset``, ``harmed``, ``generated_tokens`` and
-        the largest mean hazard over `RUN_TOKENS` tokens: ``forecast`` (runs that end before the
-        onset), ``any_time`` (all runs), ``early`` (runs in the first `EARLY_TOKENS` tokens before
-        the onset); -1 where there is no such run.
     """
-    tokens = _runs(rows, hazard, target)
-    before = pl.col("position") < pl.col("onset").fill_null(np.iinfo(np.int32).max)
-    run = pl.col("run")
-    return tokens.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
+    tokens = rows.keys.select(
+        *schema.TOKEN_KEYS,
+        onset=pl.col(f"steps_to_{target}") + pl.col("position"),
+        judged=pl.col(f"hazard_{target}").is_not_null(),
+    )
+    mean = pl.col("hazard").rolling_mean(RUN_TOKENS).over(schema.TRACE_KEYS)
+    tokens = tokens.with_columns(pl.Series("hazard", hazard, dtype=pl.Float64))
+    tokens = tokens.with_columns(run=mean).filter("judged")
+    table = tokens.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
         onset=pl.col("onset").first(),
         harmed=pl.col("onset").first().is_not_null(),
         generated_tokens=pl.len().cast(pl.Int32),
-        forecast=run.filter(before).max().fill_null(_NEVER),
-        any_time=run.max().fill_null(_NEVER),
-        early=run.filter(before & (pl.col("position") < EARLY_TOKENS)).max().fill_null(_NEVER),
     )
+    lengths = table["generated_tokens"].to_numpy()
+    running = np.full((len(table), int(lengths.max(initial=1))), _NEVER, np.float32)
+    row = np.repeat(np.arange(len(table)), lengths)
+    run = tokens["run"].fill_null(_NEVER).to_numpy()
+    running[row, tokens["position"].to_numpy()] = run
+    running = np.maximum.accumulate(running, axis=1)
+    before = np.minimum(table["onset"].fill_null(np.iinfo(np.int32).max).to_numpy(), lengths)
+    forecast = np.where(before > 0, running[np.arange(len(table)), before - 1], _NEVER)
+    table = table.with_columns(
+        pl.Series("forecast", forecast, dtype=pl.Float64),
+        pl.Series("any_time", running[:, -1], dtype=pl.Float64),
+    )
+    return Requests(table, running)
 
 
-def first_alarms(
-    rows: Rows, hazard: NDArray[np.floating[Any]], target: str, threshold: float
-) -> pl.DataFrame:
-    """Position of the token at which each request's run first lies above a threshold; null: never.
+def first_alarms(requests: Requests, threshold: float) -> pl.DataFrame:
+    """Where each request's run first lies above a threshold.
 
     Returns:
-        One row per request: `schema.TRACE_KEYS`, ``onset``, ``generated_tokens``, ``alarm``.
+        The requests' table with ``alarm``, the position of that token; null: never.
     """
-    tokens = _runs(rows, hazard, target)
-    return tokens.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
-        onset=pl.col("onset").first(),
-        generated_tokens=pl.len().cast(pl.Int32),
-        alarm=pl.col("position").filter(pl.col("run") > threshold).min(),
-    )
-
-
-def _runs(rows: Rows, hazard: NDArray[np.floating[Any]], target: str) -> pl.DataFrame:
-    """Tokens with ``run``, the mean hazard of the run that ends there, and ``onset``.
-
-    A request shorter than a run has one run, all of it.
-    """
-    length = pl.len().over(schema.TRACE_KEYS)
-    mean = pl.col("hazard").rolling_mean(RUN_TOKENS, min_samples=1).over(schema.TRACE_KEYS)
-    whole = (pl.col("position") >= RUN_TOKENS - 1) | (pl.col("position") == length - 1)
-    return (
-        rows.keys.select(
-            *schema.TOKEN_KEYS,
-            judged=pl.col(f"hazard_{target}").is_not_null(),
-            onset=pl.col(f"steps_to_{target}") + pl.col("position"),
-        )
-        .with_columns(pl.Series("hazard", hazard, dtype=pl.Float64))
-        .with_columns(run=pl.when(whole).then(mean))
-        .filter("judged")
-    )
+    above = requests.running > threshold
+    alarm = np.where(above.any(axis=1), above.argmax(axis=1), -1)
+    column = pl.Series("alarm", alarm, dtype=pl.Int32)
+    return requests.table.with_columns(column.set(column < 0, None))
 
 
 def alarm_threshold(scores: Floats, false_alarm_rate: float) -> float:
@@ -150,7 +148,7 @@ class Scored(NamedTuple):
 
     rows: Rows
     hazard: Floats
-    requests: pl.DataFrame
+    requests: Requests
     target: str
     prompt_ids: pl.Series
     weights: Floats
@@ -184,8 +182,7 @@ def measure(
         threshold: of alarms, from calibration prompts; None leaves out what depends on it.
     """
     rows, weights, target = scored.rows, scored.weights, scored.target
-    chosen = rows.keys.select(where.alias("chosen"))["chosen"].to_numpy()
-    used = chosen & rows.before_onset(target)
+    used = _mask(rows.keys, where) & rows.before_onset(target)
     keys = rows.keys.filter(used)
     sample = Sample(
         scored.hazard[used], rows.label(target)[used], scored.codes(keys["prompt_id"]), weights
@@ -198,15 +195,21 @@ def measure(
         "prevalence": share(sample.labels, sample.prompts, weights),
         "brier": share((sample.scores - sample.labels) ** 2, sample.prompts, weights),
     }
-    requests = scored.requests.filter(where)
+    member = _mask(scored.requests.table, where)
+    requests, running = scored.requests.table.filter(member), scored.requests.running[member]
     harmed, codes = requests["harmed"].to_numpy(), scored.codes(requests["prompt_id"])
+    onset, lengths = (
+        requests[name].fill_null(0).to_numpy().astype(np.int64)
+        for name in ("onset", "generated_tokens")
+    )
 
     def ranked(column: str) -> Sample:
         return Sample(requests[column].to_numpy(), harmed, codes, weights)
 
+    exposure = (running, onset, lengths, harmed, codes, weights)
     metrics |= {
-        "request_auroc": auroc(ranked("forecast")),
-        "request_auroc_early": auroc(ranked("early")),
+        "request_auroc": matched_auroc(*exposure),
+        "request_auroc_early": matched_auroc(*exposure, first_tokens=EARLY_TOKENS),
         "recall_on_roc": recall_on_roc(ranked("forecast"), false_alarm_rate),
         "recall_any_time_on_roc": recall_on_roc(ranked("any_time"), false_alarm_rate),
     }
@@ -220,6 +223,10 @@ def measure(
     return metrics
 
 
+def _mask(frame: pl.DataFrame, where: pl.Expr) -> NDArray[np.bool_]:
+    return np.asarray(frame.select(where).to_series().to_numpy(), dtype=np.bool_)
+
+
 def condition_codes(keys: pl.DataFrame) -> NDArray[np.int64]:
     """An integer for each (model, press, ratio), one per row."""
     names = keys.select(pl.concat_str(CONDITION, separator=" ")).to_series().to_numpy()
@@ -228,9 +235,8 @@ def condition_codes(keys: pl.DataFrame) -> NDArray[np.int64]:
 
 def counts(scored: Scored, where: pl.Expr) -> dict[str, int]:
     """How much a group of requests holds: prompts, requests, harmed, tokens, positive tokens."""
-    rows, requests = scored.rows, scored.requests.filter(where)
-    chosen = rows.keys.select(where.alias("chosen"))["chosen"].to_numpy()
-    used = chosen & rows.before_onset(scored.target)
+    rows, requests = scored.rows, scored.requests.table.filter(where)
+    used = _mask(rows.keys, where) & rows.before_onset(scored.target)
     return {
         "prompts": requests["prompt_id"].n_unique(),
         "requests": len(requests),
@@ -385,7 +391,7 @@ def request_threshold(
 ) -> float:
     rows = calibration.take(calibration.compressed())
     requests = score_requests(rows, model.predict(rows.features), target)
-    harmless = requests.filter(~pl.col("harmed"))["any_time"].to_numpy()
+    harmless = requests.table.filter(~pl.col("harmed"))["any_time"].to_numpy()
     return alarm_threshold(harmless, false_alarm_rate)
 
 
@@ -399,7 +405,8 @@ def _groups(scored: Scored, *, everything: bool) -> Iterable[tuple[dict[str, Any
         groupings |= {"model": ("model",), "ratio": ("ratio",), "condition": CONDITION}
     for group_by, columns in groupings.items():
         alone = group_by in ("press", "condition")  # where the uncompressed run is its own group
-        requests = scored.requests if alone else scored.requests.filter(compressed)
+        requests = scored.requests.table
+        requests = requests if alone else requests.filter(compressed)
         for values in requests.select(columns).unique().sort(columns).iter_rows(named=True):
             where = pl.all_horizontal(pl.col(name) == value for name, value in values.items())
             yield (
@@ -427,7 +434,7 @@ def _kinds(rows: Rows) -> dict[str, pl.Series]:
 
 def _lead_times(scored: Scored, threshold: float, rejected: pl.DataFrame) -> pl.DataFrame:
     target = scored.target
-    alarms = first_alarms(scored.rows, scored.hazard, target, threshold)
+    alarms = first_alarms(scored.requests, threshold)
     first = scored.rows.keys.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
         pl.col("^steps_to_.*$").first()
     )

@@ -202,6 +202,56 @@ def quantile(values: Floats, prompts: NDArray[np.int64], weights: Floats, level:
     return Measured(value, replicates, len(np.unique(prompts)), None)
 
 
+def matched_auroc(
+    running: NDArray[np.floating[Any]],
+    onset: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    harmed: Bools,
+    prompts: NDArray[np.int64],
+    weights: Floats,
+    first_tokens: int | None = None,
+) -> Measured:
+    """Chance that a harmed request scores above a harmless one over the same number of tokens.
+
+    The longer a request, the larger its worst run, whatever the predictor knows; and a harmed
+    request is cut at its onset. Each (harmed, harmless) pair is therefore compared at the largest
+    number of tokens that both have before the harmed one's onset. Ties count half; 0.5 is chance.
+
+    Args:
+        running: (n, T) largest score of each request up to each token.
+        onset: (n,) of harmed requests; ignored for others.
+        lengths: (n,) tokens of each request.
+        harmed: (n,).
+        prompts: (n,) column of ``weights`` of each request.
+        weights: (B, prompts) bootstrap weights.
+        first_tokens: compare at no more than so many tokens.
+
+    Returns:
+        None without a harmed or without a harmless request.
+    """
+    if harmed.all() or not harmed.any():
+        return undefined(weights)
+    size = weights.shape[1]
+    concordant, pairs = np.zeros(size * size), np.zeros(size * size)
+    others = np.flatnonzero(~harmed)
+    for row in np.flatnonzero(harmed):
+        tokens = np.minimum(onset[row], lengths[others])
+        if first_tokens is not None:
+            tokens = np.minimum(tokens, first_tokens)
+        last = np.maximum(tokens - 1, 0)
+        own, other = running[row, last], running[others, last]
+        wins = np.where(tokens > 0, (own > other) + 0.5 * (own == other), 0.5)
+        cells = prompts[row] * size + prompts[others]
+        concordant += np.bincount(cells, weights=wins, minlength=size * size)
+        pairs += np.bincount(cells, minlength=size * size)
+    top, bottom = concordant.reshape(size, size), pairs.reshape(size, size)
+    replicates = _ratio(
+        ((weights @ top) * weights).sum(axis=1), ((weights @ bottom) * weights).sum(axis=1)
+    )
+    units = min(len(np.unique(prompts[harmed])), len(np.unique(prompts[~harmed])))
+    return Measured(float(top.sum() / bottom.sum()), replicates, units)
+
+
 def recall_on_roc(sample: Sample, false_alarm_rate: float) -> Measured:
     """Recall that the test ROC curve reads at a false-alarm rate; no threshold is carried over.
 
