@@ -105,12 +105,17 @@ def memory_steps(trace: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
 
 
 def memory_of_rewind(traces: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
-    """`memory_steps` of the request that `choose_guarded` picks; no rows when nothing rewound.
+    """`memory_steps` of the request that `choose_guarded` picks; no rows when none can be shown.
+
+    Requests under a press that compresses while decoding are passed over: their growth is unknown.
 
     Args:
         traces: `schema.TRACES` of the run.
         runs: `schema.RUNS` of the live experiment.
     """
+    traces = traces.filter(pl.col("status") == "ok")
+    traces = traces.filter(pl.Series(trace_memory(traces).slope > 0))
+    runs = runs.join(traces, on=schema.TRACE_KEYS, how="semi")
     try:
         keys = choose_guarded(runs)
     except ValueError:

@@ -6,7 +6,7 @@ from synthetic import make_run
 
 from kvguard import schema
 from kvguard.costs import recovery_cost, trace_memory
-from kvguard.memory import choose_guarded, memory_steps
+from kvguard.memory import MEMORY, choose_guarded, memory_of_rewind, memory_steps
 
 RUN = make_run(num_prompts=6, max_new_tokens=64, error_rate=0)
 
@@ -83,3 +83,13 @@ def test_the_example_is_the_median_rewind():
     assert choose_guarded(pl.concat([*rows, never]))["prompt_id"] == "middle"
     with pytest.raises(ValueError, match="rewound"):
         choose_guarded(never)
+
+
+def test_a_run_without_a_rewind_that_can_be_shown_gives_no_rows():
+    trace = one_trace()
+    guarded = run_row(trace, "guard_rewind", generated_tokens=30, alarm_steps=[12], rewound_to=[5])
+    assert memory_of_rewind(trace, guarded).height == 35
+    assert memory_of_rewind(trace, run_row(trace, "none", generated_tokens=30)).is_empty()
+    bent = trace.with_columns(kv_kept_bytes_mean=pl.lit(1.0))
+    assert memory_of_rewind(bent, guarded).schema == pl.Schema(MEMORY)
+    assert memory_of_rewind(bent, guarded).is_empty()
