@@ -386,6 +386,7 @@ class Watch:
         )
         completion.prefilled_tokens += len(request.prompt_ids) + kept
         report = self._report(session, row)
+        report.kv_bytes_peak = max(report.kv_bytes_peak or 0, ready.bytes_after)
         if kept < int(session.lengths[row]):
             report.rewound_to.append(kept)
             self._count_unrecoverable(row, kept, report)
