@@ -50,6 +50,36 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 DEFAULT_CONFIG = Path("config.yaml")
 PAPER_CONFIG = Path("experiments/paper.yaml")
 
+SHOWN_METRICS = ("auroc", "pr_auc", "brier", "recall_on_roc", "request_auroc")
+"""What `train` prints of the evaluation; the pipeline's tables hold the rest."""
+
+SHOWN_SETTINGS = (
+    "operating_point",
+    "model",
+    "press",
+    "ratio",
+    "requests",
+    "false_alarm_rate",
+    "detection_rate",
+    "lead_tokens",
+    "excess_cfr",
+    "prefilled_tokens",
+    "wasted_tokens",
+)
+SHOWN_POLICIES = (
+    "policy",
+    "requests",
+    "alarmed",
+    "cfr",
+    "agreement",
+    "excess_cfr",
+    "excess_error",
+    "prefilled_tokens",
+    "wasted_tokens",
+    "decode_steps",
+)
+"""What `eval-controller` and `live` print of their tables."""
+
 Configs = Annotated[
     list[Path] | None,
     typer.Option("--config", "-c", help="Configuration laid over config.yaml; may be repeated."),
@@ -514,9 +544,30 @@ def train(
         settings,
         seed=seed,
     )["predictor_metrics"]
-    print_frame(models.tables["training"], "training")
-    print_frame(metrics.filter(pl.col("group") == "all"), "test prompts, before the onset")
+    trained = ("target", "predictor", "status", "train_prompts", "harmed_prompts", "reason")
+    print_frame(models.tables["training"], "training", trained)
+    print_frame(
+        spread_metrics(metrics.filter(pl.col("group_by") == "all"), SHOWN_METRICS),
+        "test prompts, tokens before the onset; higher is better but for brier",
+    )
     console.print(f"{target}: {len(changed)} of the models' files are new or changed")
+
+
+def spread_metrics(metrics: "pl.DataFrame", names: Sequence[str]) -> "pl.DataFrame":
+    """From one row per metric to one row per predictor, with the metrics' intervals."""
+    import polars as pl
+
+    keys = ["target", "predictor"]
+    wide = metrics.select(keys).unique(maintain_order=True)
+    for name in names:
+        own = metrics.filter(pl.col("metric") == name).select(
+            *keys,
+            pl.col("value").alias(name),
+            pl.col("low").alias(f"{name}_low"),
+            pl.col("high").alias(f"{name}_high"),
+        )
+        wide = wide.join(own, on=keys, how="left", maintain_order="left")
+    return wide
 
 
 def _replace_changed(source: Path, target: Path) -> list[str]:
@@ -547,6 +598,7 @@ def eval_controller(
     from kvguard.evaluate_controller import load_requests, simulate_controller
     from kvguard.splits import prompts_of, read_splits
     from kvguard.train import predict_tokens
+    from kvguard.verify import expected_shards
 
     experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
     path = model_path or results_dir / "models/hazard_predictor.json"
@@ -556,17 +608,18 @@ def eval_controller(
     splits = read_splits(results_dir / "splits.parquet")
     test = pl.col("prompt_id").is_in(prompts_of(splits, "test"))
 
-    def rows(pattern: str) -> pl.DataFrame:
-        files = sorted(results_dir.glob(pattern))
-        if not files:
-            raise FileNotFoundError(f"no {results_dir / pattern}; `snakemake` makes it")
-        return pl.scan_parquet(files, hive_partitioning=False).filter(test).collect()
+    def rows(*paths: Path) -> pl.DataFrame:
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"no table at {missing[0]}; `snakemake` makes it")
+        return pl.scan_parquet(list(paths), hive_partitioning=False).filter(test).collect()
 
-    features = rows("features.parquet")
+    shards = expected_shards(experiment)
+    features = rows(results_dir / "features.parquet")
     requests = load_requests(
-        rows("traces/*/*/*/*.parquet"),
-        rows("tokens/*/*/*/*.parquet"),
-        rows("outcomes.parquet"),
+        rows(*(shard.path(results_dir, "traces") for shard in shards)),
+        rows(*(shard.path(results_dir, "tokens") for shard in shards)),
+        rows(results_dir / "outcomes.parquet"),
         predict_tokens({predictor.target: predictor}, features, splits),
         target=predictor.target,
         margin_nats=experiment.live.margin_nats,
@@ -577,7 +630,7 @@ def eval_controller(
         bootstrap_samples=experiment.predictor.bootstrap_samples,
         seed=experiment.seed,
     )
-    print_frame(table, f"guard_rewind with {path}, simulated on the test prompts")
+    print_frame(table, f"guard_rewind with {path}, simulated on the test prompts", SHOWN_SETTINGS)
 
 
 @commands.command()
@@ -658,9 +711,10 @@ def live(
     ]
     summary = summarize_runs(pl.concat(runs), outcomes, seed=experiment.seed)
     print_frame(
-        summary.drop("model", "press", "ratio"),
+        summary,
         f"{entry}, {experiment.presses[0].name} {ratio_text(compression_ratio)}, {num_prompts} "
         f"prompts; hazard from {trained if trained.is_file() else 'rules'}",
+        SHOWN_POLICIES,
     )
 
 

@@ -49,7 +49,7 @@ def configure_logging(log: str | Path | None = None) -> None:
         root.addHandler(file)
         faulthandler.enable(stream)
     logging.captureWarnings(True)
-    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "matplotlib", "fsspec"):
+    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "matplotlib", "fsspec", "fontTools"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

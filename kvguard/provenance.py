@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -77,62 +77,61 @@ def library_digest(script: str | Path, package: Path = PACKAGE) -> str:
     """
     modules = library_modules(script, package)
     files = [package / f"{module}.py" for module in modules if module != "schema"]
-    parts = {path.stem: _code(path) for path in files}
+    used = set().union(*(_source(path).schema_names for path in [Path(script), *files]))
     tables = {
         name: repr(getattr(schema, name))
-        for name in sorted(set().union(*(_schema_names(path) for path in [Path(script), *files])))
+        for name in sorted(used)
         if not callable(getattr(schema, name, len))
     }
-    return digest({"modules": parts, "schema": tables})
+    return digest({"modules": {path.stem: _source(path).code for path in files}, "schema": tables})
+
+
+class _Source(NamedTuple):
+    """What one file contributes to a digest."""
+
+    imports: frozenset[str]  # dotted names
+    schema_names: frozenset[str]  # of `kvguard.schema`
+    code: str  # without comments, docstrings and formatting
+
+
+def _source(path: Path) -> _Source:
+    status = path.stat()
+    return _read_source(path, status.st_mtime_ns, status.st_size)
 
 
 @cache
-def _tree(path: Path, _stamp: tuple[int, int]) -> ast.Module:
-    return ast.parse(path.read_text(), filename=str(path))
+def _read_source(path: Path, _time: int, _size: int) -> _Source:
+    tree = ast.parse(path.read_text(), filename=str(path))
+    imports: set[str] = set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            imports.add(node.module)
+            imports.update(f"{node.module}.{alias.name}" for alias in node.names)
+            if node.module == "kvguard":
+                lazy = (kvguard._PUBLIC.get(alias.name) for alias in node.names)
+                imports.update(f"kvguard.{module}" for module in lazy if module)
+            if node.module == "kvguard.schema":
+                names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names.update([node.attr] if node.value.id == "schema" else [])
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [part for part in node.body if not _is_text(part)] or [ast.Pass()]
+    return _Source(frozenset(imports), frozenset(names), ast.unparse(tree))
 
 
-def _parsed(path: Path) -> ast.Module:
-    status = path.stat()
-    return _tree(path, (status.st_mtime_ns, status.st_size))
+def _is_text(node: ast.stmt) -> bool:
+    """Whether a statement is a docstring: a constant that nothing uses."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _imports(path: Path, package: Path) -> set[str]:
     """Modules of the library that one file imports, at any depth of its code."""
-    names: set[str] = set()
-    for node in ast.walk(_parsed(path)):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-            if node.module == "kvguard":
-                lazy = (kvguard._PUBLIC.get(alias.name) for alias in node.names)
-                names.update(f"kvguard.{module}" for module in lazy if module)
-    parts = [name.split(".") for name in names]
+    parts = [name.split(".") for name in _source(path).imports]
     modules = {part[1] for part in parts if part[0] == "kvguard" and len(part) > 1}
     return {module for module in modules if (package / f"{module}.py").is_file()}
-
-
-def _schema_names(path: Path) -> set[str]:
-    """Names of `kvguard.schema` that one file uses."""
-    names: set[str] = set()
-    for node in ast.walk(_parsed(path)):
-        if isinstance(node, ast.ImportFrom) and node.module == "kvguard.schema":
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "schema":
-            names.add(node.attr)
-    return names
-
-
-def _code(path: Path) -> str:
-    """The code of a file without comments, docstrings and formatting."""
-    tree = ast.parse(ast.unparse(_parsed(path)))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,0 +1,390 @@
+"""The workflow: what reruns when, what stops before any job, profiles, logs, layout."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvguard.config import overlay
+from kvguard.provenance import library_digest, library_modules
+
+CHECKOUT = Path(__file__).parent.parent
+PARTS = ("Snakefile", "rules", "workflow_scripts", "profiles", "envs", "reports", "kvguard")
+
+PRESS = {
+    "name": "snapkv",
+    "class": "SnapKVPress",
+    "kwargs": {"window_size": 16},
+    "ratios": [0.5, 0.75],
+}
+
+SMALL = {
+    "task": {"num_prompts": 8},
+    "presses": [PRESS],
+    "generation": {"shard_size": 4},
+    "live": {"policies": ["none", "guard_rewind", "random"]},
+}
+
+Snakemake = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def run_snakemake(
+    folder: Path, *arguments: str, check: bool = True, **config: object
+) -> subprocess.CompletedProcess[str]:
+    """Run Snakemake on a copy of the checkout, with the library of that copy."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--nocolor", *arguments]
+    if config:
+        written = folder / "overlay.yaml"
+        written.write_text(yaml.safe_dump(config))
+        command += ["--configfile", str(written)]
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def planned(folder: Path, *arguments: str, **config: object) -> dict[str, int]:
+    """Jobs that Snakemake would run, by rule."""
+    output = run_snakemake(folder, "--dry-run", *arguments, **config)
+    text = output.stdout + output.stderr
+    table = re.search(r"^Job stats:\njob .*\n-+ .*\n((?:\S+ +\d+\n)+)", text, re.MULTILINE)
+    if table is None:
+        assert "Nothing to be done" in text, text
+        return {}
+    counts = dict(line.split() for line in table[1].splitlines())
+    return {
+        rule: int(count)
+        for rule, count in counts.items()
+        if rule not in ("total", "all", "figures")
+    }
+
+
+def copy_checkout(target: Path) -> Path:
+    """The workflow's own files, without results."""
+    for part in PARTS:
+        source = CHECKOUT / part
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, target / part, ignore=ignored, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, target / part)
+    base = yaml.safe_load((CHECKOUT / "config.yaml").read_text())
+    (target / "config.yaml").write_text(yaml.safe_dump(overlay(base, SMALL), sort_keys=False))
+    return target
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout in which every output is there and up to date; the files are empty."""
+    folder = copy_checkout(tmp_path_factory.mktemp("finished"))
+    summary = run_snakemake(folder, "--summary", "all", "figures").stdout
+    for line in summary.splitlines()[1:]:
+        path = folder / line.split("\t")[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "checkpoints" in path.parts:
+            path.mkdir(exist_ok=True)
+        else:
+            path.touch()
+    run_snakemake(folder, "--touch", "--forceall", "all", "figures")
+    return folder
+
+
+@pytest.fixture
+def edited(finished: Path) -> Callable[[str, str], Path]:
+    """Append code to a file of the finished copy; taken back after the test."""
+    originals: dict[Path, str] = {}
+
+    def edit(name: str, code: str) -> Path:
+        path = finished / name
+        originals.setdefault(path, path.read_text())
+        path.write_text(originals[path] + code)
+        return finished
+
+    yield edit  # type: ignore[misc]
+    for path, text in originals.items():
+        path.write_text(text)
+
+
+def test_a_finished_run_has_nothing_to_do(finished: Path) -> None:
+    assert planned(finished) == {}
+
+
+def test_an_edited_figure_redraws_and_nothing_upstream(edited: Callable[[str, str], Path]) -> None:
+    folder = edited("kvguard/figures.py", "\n\nGRID_WIDTH = 3\n")
+    assert planned(folder, "all", "figures") == {"draw_figures": 1, "render_report": 1}
+
+
+def test_an_edited_signal_generates_again(edited: Callable[[str, str], Path]) -> None:
+    jobs = planned(edited("kvguard/signals.py", "\n\nNATS_PER_BIT = 0.6931471805599453\n"))
+    assert jobs["generate"] == 3 * 2, "the baseline and two ratios, two shards each"
+    assert jobs["run_live"] == 2 * 3, "two ratios, three policies"
+    assert "prepare_model" not in jobs
+    assert "prepare_prompts" not in jobs
+
+
+def test_a_comment_reruns_nothing(edited: Callable[[str, str], Path]) -> None:
+    assert planned(edited("kvguard/signals.py", "\n# nats, as everywhere\n")) == {}
+
+
+def test_one_press_parameter_reruns_that_press_alone(finished: Path) -> None:
+    knorm = {"name": "knorm", "class": "KnormPress", "ratios": [0.3]}
+    changed = dict(PRESS, kwargs={"window_size": 24})
+    target = "results/outcomes.parquet"
+    jobs = planned(finished, target, **SMALL | {"presses": [PRESS, knorm]})
+    assert jobs["generate"] == 2, "two shards of the new press"
+    jobs = planned(finished, target, **SMALL | {"presses": [changed]})
+    assert jobs["generate"] == 2 * 2, "two ratios, two shards; not the baseline"
+    more = dict(PRESS, ratios=[0.5, 0.75, 0.875])
+    jobs = planned(finished, target, **SMALL | {"presses": [more]})
+    assert jobs["generate"] == 2, "two shards of the new ratio"
+
+
+def test_detection_parameters_rerun_no_model_for_generation(finished: Path) -> None:
+    jobs = planned(finished, detection={"loop_repeats": 4})
+    assert "generate" not in jobs
+    assert jobs["detect_outcomes"] == 1
+    assert jobs["build_database"] == 1
+
+
+def test_figure_only_settings_do_not_reach_training(finished: Path) -> None:
+    jobs = planned(finished, live={"operating_point": "aggressive"})
+    assert not {"generate", "train_predictor", "calibrate_controller"} & set(jobs)
+
+
+def test_results_dir_moves_every_output(finished: Path) -> None:
+    output = run_snakemake(finished, "--summary", "all", "figures", results_dir="elsewhere/run1")
+    paths = [line.split("\t")[0] for line in output.stdout.splitlines()[1:]]
+    assert len(paths) > 60
+    assert all(path.startswith("elsewhere/run1/") for path in paths)
+
+
+def test_a_missing_shard_is_the_only_generation(finished: Path) -> None:
+    missing = ("tokens/smollm2-135m/snapkv/0.750/01.parquet", "outcomes.parquet")
+    moved = {finished / "results" / name: finished / f"{Path(name).stem}.aside" for name in missing}
+    for path, aside in moved.items():
+        path.rename(aside)
+    try:
+        jobs = planned(finished, "results/outcomes.parquet")
+    finally:
+        for path, aside in moved.items():
+            aside.rename(path)
+    assert jobs["generate"] == 1
+    assert jobs["detect_outcomes"] == 1
+    assert not {"prepare_model", "prepare_prompts"} & set(jobs)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "accepted"),
+    [
+        (
+            {"presses": [{"name": "x", "class": "SnapPress", "ratios": [0.5]}]},
+            "presses.0.class",
+            "SnapKVPress",
+        ),
+        (
+            {"presses": [{"name": "x", "class": "KnormPress", "ratios": [1.0]}]},
+            "presses.0.ratios.0",
+            "[0, 1)",
+        ),
+        ({"task": {"num_prompts": -3}}, "task.num_prompts", "greater than or equal"),
+        ({"generation": {"max_new_token": 5}}, "generation.max_new_token", "unknown key"),
+        ({"task": {"num_prompts": 2}}, "2 prompts cannot fill", "at least"),
+        (
+            {
+                "task": {
+                    "name": "gsm8k",
+                    "num_prompts": 8,
+                    "test_path": "nowhere.jsonl",
+                    "train_path": "nowhere.jsonl",
+                }
+            },
+            "test_path",
+            "no file at nowhere.jsonl",
+        ),
+    ],
+)
+def test_a_wrong_configuration_stops_before_any_job(
+    finished: Path, config: dict[str, object], field: str, accepted: str
+) -> None:
+    done = run_snakemake(finished, check=False, **config)
+    text = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert field in text
+    assert accepted in text
+    assert "Traceback" not in text
+    assert "Job stats" not in text
+
+
+@pytest.mark.parametrize("profile", ["default", "gpu", "slurm"])
+def test_profiles_plan_the_whole_run(tmp_path: Path, profile: str) -> None:
+    folder = copy_checkout(tmp_path)
+    jobs = planned(folder, "--workflow-profile", f"profiles/{profile}", "all", "figures")
+    assert jobs["generate"] == 6
+    assert jobs["render_report"] == 1
+
+
+def test_the_gpu_profile_does_not_rerun_for_a_changed_script(
+    edited: Callable[[str, str], Path],
+) -> None:
+    folder = edited("workflow_scripts/generate.py", "\nprint('changed')\n")
+    assert planned(folder, "--workflow-profile", "profiles/gpu") == {}
+    assert planned(folder)["generate"] == 6
+
+
+def test_slurm_resources_come_from_the_configuration(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    job = {"partition": "gpu", "account": "lab", "gpu": 1, "runtime": 77, "mem_mb": 5000}
+    target = "results/tokens/smollm2-135m/snapkv/0.750/01.parquet"
+    done = run_snakemake(
+        folder,
+        *("--workflow-profile", "profiles/slurm", "--dry-run", target),
+        jobs={"model": job},
+    )
+    generate = done.stdout[done.stdout.index("rule generate:") :]
+    asked = re.search(r"resources: (.*)", generate)
+    assert asked is not None
+    for part in ("slurm_partition=gpu", "slurm_account=lab", "gpu=1", "runtime=77", "mem_mb=5000"):
+        assert part in asked[1]
+
+
+def test_the_paper_experiment_plans_16_configurations_per_model(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    shutil.copytree(CHECKOUT / "experiments", folder / "experiments")
+    shutil.copy2(CHECKOUT / "config.yaml", folder / "config.yaml")
+    done = run_snakemake(
+        folder, "--dry-run", "--configfile", "experiments/paper.yaml", "--", "paper"
+    )
+    traces = set(re.findall(r"results/paper/traces/([\w.-]+/[\w.-]+/[\d.]+)/", done.stdout))
+    assert len(traces) == 2 * 16
+
+
+def test_a_failing_job_leaves_its_traceback_and_no_output(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    script = folder / "workflow_scripts/record_run.py"
+    script.write_text(script.read_text().replace("describe_run(config)", "1 // 0"))
+    done = run_snakemake(folder, "results/provenance.json", check=False)
+    assert done.returncode == 1
+    log = (folder / "results/logs/record_run.log").read_text()
+    assert "Traceback" in log
+    assert "ZeroDivisionError" in log
+    assert not (folder / "results/provenance.json").exists()
+
+
+def test_a_failing_import_leaves_its_traceback_too(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    module = folder / "kvguard/schema.py"
+    module.write_text(module.read_text() + "\n\nimport no_such_package\n")
+    log = folder / "log.txt"
+    probe = (
+        "import sys, types; main = sys.modules['__main__']\n"
+        f"main.snakemake = types.SimpleNamespace(log=[{str(log)!r}])\n"
+        "from kvguard import joblog\nfrom kvguard import schema\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", probe]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+    assert done.returncode == 1
+    assert "no_such_package" in log.read_text()
+
+
+# --- digests of library code ---------------------------------------------------------------------
+
+
+def scripts() -> list[str]:
+    return sorted(path.stem for path in (CHECKOUT / "workflow_scripts").glob("*.py"))
+
+
+def test_generation_depends_on_what_makes_tokens_and_on_no_picture() -> None:
+    modules = library_modules(CHECKOUT / "workflow_scripts/generate.py")
+    assert {"signals", "engine", "audit", "presses", "prompts", "models"} <= set(modules)
+    assert not {"figures", "gallery", "viewer", "train", "calibration", "live"} & set(modules)
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_only_figures_depend_on_figures(script: str) -> None:
+    modules = library_modules(CHECKOUT / "workflow_scripts" / f"{script}.py")
+    assert ("figures" in modules) == (script == "draw_figures")
+
+
+def test_digest_follows_imports_inside_functions(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("def f():\n    from kvguard.b import g\n    return g()\n")
+    (tmp_path / "b.py").write_text("def g():\n    return 1\n")
+    (tmp_path / "c.py").write_text("def h():\n    return 1\n")
+    script = tmp_path / "script.py"
+    script.write_text("from kvguard import a\n\na.f()\n")
+    before = library_digest(script, tmp_path)
+    assert library_modules(script, tmp_path) == ("a", "b")
+    (tmp_path / "c.py").write_text("def h():\n    return 2\n")
+    assert library_digest(script, tmp_path) == before
+    (tmp_path / "b.py").write_text('def g():\n    """One."""\n    return   1  # still\n')
+    assert library_digest(script, tmp_path) == before
+    (tmp_path / "b.py").write_text("def g():\n    return 2\n")
+    assert library_digest(script, tmp_path) != before
+
+
+# --- layout and style ----------------------------------------------------------------------------
+
+
+def rules() -> dict[str, str]:
+    """Text of every rule with a script, by name."""
+    text = "".join(path.read_text() for path in sorted((CHECKOUT / "rules").glob("*.smk")))
+    found = re.findall(r"^rule (\w+):\n((?:(?:    .*)?\n)+)", text, re.MULTILINE)
+    return dict(found)
+
+
+def test_every_rule_has_a_script_a_log_and_all_it_should_state() -> None:
+    assert sorted(rules()) == scripts()
+    for name, text in rules().items():
+        for part in ("output:", "log:", "benchmark:", "threads:", "resources:", "params:"):
+            assert f"    {part}" in text, (name, part)
+        assert f'"../workflow_scripts/{name}.py"' in text
+        assert f'"<results>/logs/{name}' in text
+        assert f'"<results>/benchmarks/{name}' in text
+        assert "../envs/kvguard.yaml" in text
+        if name != "record_run":
+            assert f'library=library("{name}")' in text, name
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_scripts_are_short_and_import_without_snakemake(script: str) -> None:
+    text = (CHECKOUT / "workflow_scripts" / f"{script}.py").read_text()
+    assert len(text.splitlines()) <= 60
+    assert 'if __name__ == "__main__":' in text
+
+
+def test_linters_are_content() -> None:
+    assert run_snakemake(CHECKOUT, "--lint").returncode == 0
+    command = [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "rules"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pins_agree_everywhere() -> None:
+    sys.path.insert(0, str(CHECKOUT / "envs"))
+    try:
+        from write_envs import environment, pins  # type: ignore[import-not-found]
+    finally:
+        sys.path.pop(0)
+    assert (CHECKOUT / "envs/kvguard.yaml").read_text() == environment()
+    constraints = dict(
+        line.split("==") for line in (CHECKOUT / "constraints.txt").read_text().splitlines()
+    )
+    assert all(re.fullmatch(r"[\w.]+", version) for version in constraints.values())
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    exact = [entry for entry in project["dependencies"] if "==" in entry]
+    assert set(exact) <= set(pins())
+
+
+def test_make_lists_its_targets() -> None:
+    done = subprocess.run(["make", "help"], cwd=CHECKOUT, capture_output=True, text=True)
+    listed = {line.split()[0] for line in done.stdout.splitlines()}
+    wanted = "demo test check fmt lint typecheck figures phase2 status bench clean help"
+    assert set(wanted.split()) <= listed
