@@ -96,10 +96,16 @@ def _check_schemas(config: Config, results: Path) -> Problems:
     tables += [(results / name, declared) for name, declared in SINGLE_TABLES.items()]
     tables += [(path, schema.RUNS) for path in sorted((results / "live").rglob("*.parquet"))]
     for path, declared in tables:
+        name = str(path.relative_to(results))
+        if not path.is_file():
+            yield f"{name}: no such file"
+            continue
         try:
-            schema.check(_head(path), declared, str(path.relative_to(results)))
-        except (schema.SchemaError, OSError, pl.exceptions.PolarsError) as error:
-            yield str(error) if path.is_file() else f"{path.relative_to(results)}: no such file"
+            schema.check(_head(path), declared, name)
+        except schema.SchemaError as error:
+            yield str(error)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            yield f"{name}: cannot be read: {error}"
         else:
             yield None
 

@@ -1,0 +1,218 @@
+"""Integrity checks: a whole run passes, and every kind of damage is named."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from synthetic import SyntheticRun, make_run
+
+from kvguard import schema
+from kvguard.config import Config, parse_config
+from kvguard.labeling import label_tokens
+from kvguard.provenance import manifest
+from kvguard.splits import split_prompts
+from kvguard.verify import CHECKS, Check, expected_shards, verify_results
+
+PROMPTS = 12
+SHARD = 6
+
+
+@pytest.fixture(scope="module")
+def run() -> SyntheticRun:
+    return make_run(num_prompts=PROMPTS, shard_size=SHARD, error_rate=0.05)
+
+
+def make_config() -> Config:
+    return parse_config(
+        {
+            "name": "verify",
+            "models": [
+                {
+                    "name": "tiny",
+                    "source": "hub",
+                    "repository": "owner/tiny",
+                    "revision": "0" * 40,
+                }
+            ],
+            "task": {"name": "gsm_symbolic", "num_prompts": PROMPTS},
+            "presses": [{"name": "snapkv", "class": "SnapKVPress", "ratios": [0.5, 0.75]}],
+            "generation": {"max_new_tokens": 64, "shard_size": SHARD},
+        }
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path, run: SyntheticRun) -> Path:
+    """A folder that holds all that `verify_results` reads."""
+    config = make_config()
+    for shard in expected_shards(config):
+        rows = (
+            (pl.col("press") == shard.press)
+            & (pl.col("ratio") == shard.ratio)
+            & (pl.col("shard") == shard.shard)
+        )
+        traces = run.traces.filter(rows)
+        tokens = run.tokens.join(traces, on=schema.TRACE_KEYS, how="semi", maintain_order="left")
+        schema.write_table(traces, shard.path(tmp_path, "traces"), schema.TRACES)
+        schema.write_table(tokens, shard.path(tmp_path, "tokens"), schema.TOKENS)
+    schema.write_table(run.prompts, tmp_path / "prompts/prompts.parquet", schema.PROMPTS)
+    schema.write_table(run.outcomes, tmp_path / "outcomes.parquet", schema.OUTCOMES)
+    splits = split_prompts(run.prompts["prompt_id"], config.splits, 0)
+    schema.write_table(splits, tmp_path / "splits.parquet", schema.SPLITS)
+    labels = label_tokens(run.tokens.select(schema.TOKEN_KEYS), run.outcomes, config.labels)
+    schema.write_table(labels, tmp_path / "labels.parquet", schema.LABELS)
+    keys = run.tokens.select(schema.TOKEN_KEYS)
+    features = keys.with_columns(
+        pl.lit(0.0, pl.Float32).alias(name) for name in schema.FEATURE_NAMES
+    )
+    schema.write_table(features, tmp_path / "features.parquet", schema.FEATURES)
+    for name, declared in (("predictions", schema.PREDICTIONS), ("simulation", schema.RUNS)):
+        schema.write_table(pl.DataFrame(schema=declared), tmp_path / f"{name}.parquet", declared)
+    checkpoint = tmp_path / "checkpoints/tiny"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    files = manifest([checkpoint / "model.safetensors"], checkpoint)
+    record = {"files": {name: entry["sha256"] for name, entry in files.items()}}
+    (checkpoint / "kvguard_model.json").write_text(json.dumps(record))
+    tables = manifest(tmp_path.rglob("*.parquet"), tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(tables))
+    return tmp_path
+
+
+def failed(results: Path) -> dict[str, list[str]]:
+    checks = verify_results(make_config(), results)
+    return {check.name: check.problems for check in checks if check.problems}
+
+
+def shard_path(results: Path, table: str, press: str = "snapkv", ratio: str = "0.750") -> Path:
+    return results / table / "tiny" / press / ratio / "01.parquet"
+
+
+def damage(path: Path, frame: pl.DataFrame) -> None:
+    frame.write_parquet(path)
+
+
+def test_a_whole_run_passes_every_check(results: Path) -> None:
+    checks = verify_results(make_config(), results)
+    assert [check.name for check in checks] == list(CHECKS)
+    assert [problem for check in checks for problem in check.problems] == []
+    assert all(check.looked_at > 0 for check in checks)
+
+
+def test_a_missing_shard_is_named(results: Path) -> None:
+    shard_path(results, "tokens").unlink()
+    problems = failed(results)
+    assert problems["schemas"] == ["tokens/tiny/snapkv/0.750/01.parquet: no such file"]
+    assert "tokens/tiny/snapkv/0.750/01.parquet: no such file" in problems["result hashes"]
+
+
+def test_a_missing_column_is_named(results: Path) -> None:
+    path = shard_path(results, "tokens")
+    damage(path, pl.read_parquet(path).drop("entropy"))
+    assert "entropy" in failed(results)["schemas"][0]
+
+
+def test_missing_prompts_and_tokens_are_counted(results: Path) -> None:
+    traces, tokens = shard_path(results, "traces"), shard_path(results, "tokens")
+    damage(traces, pl.read_parquet(traces).head(SHARD - 2))
+    damage(tokens, pl.read_parquet(tokens).head(-3))
+    problems = failed(results)
+    assert (
+        f"traces/tiny/snapkv/0.750/01.parquet: {SHARD - 2} rows, expected {SHARD}"
+        in (problems["row counts"])
+    )
+    assert any(text.startswith("tokens/tiny/snapkv") for text in problems["row counts"])
+    assert problems["keys"] == ["tiny/snapkv/0.750: 2 prompts have no row, 0 are unknown"]
+
+
+def test_rows_of_another_condition_and_double_rows_are_found(results: Path) -> None:
+    path = shard_path(results, "traces")
+    other = pl.read_parquet(shard_path(results, "traces", ratio="0.500"))
+    own = pl.read_parquet(path)
+    damage(path, pl.concat([own.head(SHARD - 2), own.head(1), other.head(1)]))
+    problems = failed(results)["keys"]
+    assert any("1 rows belong elsewhere" in text for text in problems)
+    assert any("1 rows are there twice" in text for text in problems)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_undefined_signals_are_found(results: Path, value: float | None) -> None:
+    path = shard_path(results, "tokens")
+    wrong = pl.when(pl.int_range(pl.len()) == 5).then(pl.lit(value, pl.Float32))
+    damage(
+        path,
+        pl.read_parquet(path).with_columns(
+            wrong.otherwise("top_logprob_07").alias("top_logprob_07")
+        ),
+    )
+    (problem,) = failed(results)["finite signals"]
+    assert "tokens/tiny/snapkv/0.750/01.parquet" in problem
+    assert "top_logprob_07: 1" in problem
+
+
+def test_signals_that_contradict_each_other_are_found(results: Path) -> None:
+    path = shard_path(results, "tokens")
+    damage(path, pl.read_parquet(path).with_columns(llr=pl.col("llr") + 0.5))
+    (problem,) = failed(results)["consistent signals"]
+    assert "llr = chosen_logprob - audit_logprob" in problem
+
+
+def test_compression_that_did_not_happen_is_found(results: Path) -> None:
+    path = shard_path(results, "traces")
+    damage(path, pl.read_parquet(path).with_columns(cache_bytes_after="cache_bytes_before"))
+    (problem,) = failed(results)["compression happened"]
+    assert "had not 0.750" in problem
+    assert "0.000" in problem
+
+
+def test_a_compressed_baseline_is_found(results: Path) -> None:
+    path = shard_path(results, "traces", "none", "0.000")
+    half = (pl.col("cache_bytes_before") // 2).alias("cache_bytes_after")
+    damage(path, pl.read_parquet(path).with_columns(half))
+    assert "had not 0.000" in failed(results)["compression happened"][0]
+
+
+def test_a_shard_in_which_everything_failed_is_found(results: Path) -> None:
+    path = shard_path(results, "traces")
+    every = pl.read_parquet(path).with_columns(
+        status=pl.lit("error"), error=pl.lit("CUDA out of memory")
+    )
+    damage(path, every)
+    (problem,) = failed(results)["failed prompts"]
+    assert "CUDA out of memory" in problem
+
+
+def test_a_prompt_in_two_splits_and_an_empty_split_are_found(results: Path) -> None:
+    path = results / "splits.parquet"
+    splits = pl.read_parquet(path)
+    leaked = splits.filter(pl.col("split") == "test").with_columns(split=pl.lit("train"))
+    damage(path, pl.concat([splits.filter(pl.col("split") != "calibration"), leaked]))
+    problems = failed(results)["splits"]
+    assert problems == [
+        f"splits.parquet: {leaked.height} prompts are in two splits",
+        "splits.parquet: no prompt in calibration",
+    ]
+
+
+def test_changed_weights_and_tables_are_found(results: Path) -> None:
+    (results / "checkpoints/tiny/model.safetensors").write_bytes(b"other weights")
+    path = results / "outcomes.parquet"
+    damage(path, pl.read_parquet(path).with_columns(correct=pl.lit(True)))
+    problems = failed(results)
+    assert problems["model hashes"][0].startswith("checkpoints/tiny/model.safetensors")
+    assert problems["result hashes"][0].startswith("outcomes.parquet: its content changed")
+
+
+def test_a_broken_file_is_a_problem_and_not_a_crash(results: Path) -> None:
+    shard_path(results, "traces").write_bytes(b"not parquet")
+    checks: list[Check] = verify_results(make_config(), results)
+    assert len(checks) == len(CHECKS)
+    assert any("traces/tiny/snapkv/0.750/01.parquet" in p for p in failed(results)["schemas"])
+
+
+def test_an_unfinished_run_says_so(results: Path) -> None:
+    (results / "manifest.json").unlink()
+    assert failed(results)["result hashes"] == [
+        "manifest.json: no such file; the run has not finished"
+    ]
