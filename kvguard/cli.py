@@ -4,6 +4,7 @@ Libraries that are slow to import are imported where a command needs them, so th
 quick. A wrong value ends a command with one message and the exit status 2.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -45,7 +46,7 @@ commands = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 DEFAULT_CONFIG = Path("config.yaml")
 PAPER_CONFIG = Path("experiments/paper.yaml")
@@ -93,7 +94,7 @@ Cores = Annotated[int, typer.Option(min=1, help="CPU cores that Snakemake may us
 def app() -> None:
     """Run a command; an error of the user's making ends it with one message and status 2."""
     try:
-        commands()
+        commands(prog_name="kvguard")
     except Exception as error:
         ours = type(error).__module__.startswith("kvguard.")
         if not ours and not isinstance(error, FileNotFoundError):
@@ -306,7 +307,7 @@ def sweep(
     over = sweep_overlay(layers, num_prompts, model, revision, results_dir)
     experiment = load_config(*layers, overrides=over)
     results = Path(experiment.results_dir)
-    arguments = ["--cores", str(cores), "--resources", "gpu=1"]
+    arguments = [target, "--cores", str(cores), "--resources", "gpu=1"]
     arguments += ["--workflow-profile", profile] if profile else []
     arguments += ["--dry-run"] if dry_run else []
     console.print(
@@ -319,7 +320,7 @@ def sweep(
         written = folder / "sweep.yaml"
         written.write_text(yaml.safe_dump(over, sort_keys=False))
         files = [path for path in layers if path != DEFAULT_CONFIG] + [written]
-        _snakemake(files, *arguments, target)
+        _snakemake(files, *arguments)
 
 
 def sweep_overlay(
@@ -397,7 +398,7 @@ def figures(
     dry_run: DryRun = False,
 ) -> None:
     """Bring the figures up to date through Snakemake, with everything that they need."""
-    arguments = ["--cores", str(cores), "--resources", "gpu=1", "figures"]
+    arguments = ["figures", "--cores", str(cores), "--resources", "gpu=1"]
     arguments += ["--dry-run"] if dry_run else []
     _snakemake(
         [path for path in _layers(config) if path != DEFAULT_CONFIG],
@@ -477,7 +478,11 @@ def analyze(
 
     database = results_dir / "kvguard.duckdb"
     if view is not None:
-        print_frame(read_view(database, view), view)
+        try:
+            frame = read_view(database, view)
+        except ValueError as error:
+            raise ConfigError(f"--view: {error}") from None
+        print_frame(frame, view)
         return
     print_frame(
         condition_table(database),

@@ -32,7 +32,7 @@ def snakemake_command(
 
     Args:
         configs: configuration files, later ones laid over earlier ones.
-        arguments: further arguments, options and targets.
+        arguments: targets first, then options: some of Snakemake's take every word that follows.
         overrides: ``key=value`` pairs, laid over all files.
     """
     command = [sys.executable, "-m", "snakemake", *arguments]

@@ -29,7 +29,7 @@ SMALL = {
     "task": {"num_prompts": 8},
     "presses": [PRESS],
     "generation": {"shard_size": 4},
-    "live": {"policies": ["none", "guard_rewind", "random"]},
+    "live": {"conditions": [], "policies": ["none", "guard_rewind", "random"]},
 }
 
 Snakemake = Callable[..., subprocess.CompletedProcess[str]]

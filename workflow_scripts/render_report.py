@@ -31,10 +31,10 @@ def main(snakefile: Path, config: Path, target: Path) -> None:
         command += ["--snakefile", str(snakefile), "--configfile", str(config)]
         command += ["--report", str(page)]
         done = subprocess.run(command, capture_output=True, text=True)
-        logger.info("%s", done.stdout + done.stderr)
         if done.returncode != 0:
             page.unlink(missing_ok=True)
-            raise RuntimeError(f"Snakemake made no report:\n{done.stderr}")
+            raise RuntimeError(f"Snakemake made no report:\n{done.stdout}{done.stderr}")
+        logger.info("report of %s, %d bytes", ", ".join(TARGETS), page.stat().st_size)
         page.replace(temporary)
 
 

@@ -1,0 +1,287 @@
+"""The command line: lines that must work as written, and clean endings for wrong input."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+import pytest
+from rich.console import Console
+from synthetic import make_run, write_run
+
+from kvguard import cli, schema
+from kvguard.cli import press_entry, short_name, snake_name
+from kvguard.config import ConfigError, load_config
+from kvguard.database import build_database
+from kvguard.features import build_features
+from kvguard.labeling import build_labels
+from kvguard.splits import split_prompts
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def kvguard(line: str, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
+    """Run one command line as a user types it."""
+    words = shlex.split(line)
+    assert words[0] == "kvguard"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    command = [str(Path(sys.executable).with_name("kvguard")), *words[1:]]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Run a command line in this process: quicker, for commands that start no job."""
+
+    def run(line: str, cwd: Path = CHECKOUT) -> Ended:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(cli, "console", Console(width=200))
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        with pytest.raises(SystemExit) as ended:
+            cli.app()
+        return Ended(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `train`, `eval-controller` and `analyze` read of a run, made without a model."""
+    folder = tmp_path_factory.mktemp("results")
+    run = make_run(num_prompts=24, shard_size=24, error_rate=0)
+    files = write_run(run, folder)
+    config = load_config(
+        CHECKOUT / "config.yaml",
+        overrides={
+            "models": [
+                {"name": "tiny", "source": "hub", "repository": "a/tiny", "revision": "0" * 40}
+            ],
+            "presses": [{"name": "snapkv", "class": "SnapKVPress", "ratios": [0.5, 0.75]}],
+            "generation": {"shard_size": 24, "max_new_tokens": 64},
+            "live": {"conditions": []},
+            "predictor": {"search_trials": 0, "bootstrap_samples": 50, "targets": ["any"]},
+        },
+    )
+    record = config.model_dump(mode="json", by_alias=True)
+    (folder / "config.json").write_text(json.dumps(record))
+    splits = split_prompts(run.prompts["prompt_id"], config.splits, 0)
+    schema.write_table(splits, folder / "splits.parquet", schema.SPLITS)
+    build_labels(files.tokens, run.outcomes, config.labels, folder / "labels.parquet")
+    build_features(files.tokens, files.traces, folder / "features.parquet")
+    build_database(
+        folder / "kvguard.duckdb", files.prompts, files.traces, files.tokens, files.outcomes
+    )
+    return folder
+
+
+COMMANDS = (
+    "run",
+    "sweep",
+    "analyze",
+    "verify",
+    "train",
+    "eval-controller",
+    "live",
+    "figures",
+    "status",
+)
+
+
+def test_help_is_quick_and_lists_the_commands() -> None:
+    done = kvguard("kvguard --help")
+    assert done.returncode == 0
+    for name in COMMANDS:
+        assert f" {name} " in done.stdout
+    probe = "import sys, kvguard.cli; print('torch' in sys.modules, 'polars' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert loaded.stdout.split()[0] == "False"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, command: Callable[..., Ended]) -> None:
+    done = command(f"kvguard {name} --help")
+    assert done.returncode == 0
+    assert "Usage: kvguard" in done.stdout
+
+
+def test_sweep_plans_the_large_model() -> None:
+    done = kvguard('kvguard sweep --num-prompts 500 --model "Qwen/Qwen2.5-7B-Instruct" --dry-run')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "500 prompts" in done.stdout
+    assert "results/sweeps/qwen2.5-7b-500/traces/qwen2.5-7b/snapkv/0.500/00.parquet" in done.stdout
+    assert not (CHECKOUT / "results/sweeps").exists()
+
+
+def test_run_shows_every_answer(smollm2_folder: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "smollm2-135m").symlink_to(smollm2_folder)
+    done = kvguard(
+        "kvguard run --press streaming_llm --compression-ratio 0.875 --num-prompts 2 "
+        f"--max-new-tokens 6 --results-dir {tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "streaming_llm 0.875" in done.stdout
+    assert "2 of 2 prompts ran" in done.stdout
+    assert "12.5%" in done.stdout or "12.4%" in done.stdout
+
+
+def test_live_compares_policies(smollm2_folder: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "smollm2-135m").symlink_to(smollm2_folder)
+    done = kvguard(
+        "kvguard live --num-prompts 2 --max-new-tokens 6 --policy none --policy verify_all "
+        f"--results-dir {tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if "│" in line}
+    assert {"none", "verify_all"} <= set(rows)
+    excess_cfr = rows["verify_all"].split("│")[6]
+    assert excess_cfr.strip().startswith("0.00"), "checked to the end, so nothing is left over"
+
+
+def test_train_then_eval_controller(results: Path, tmp_path: Path) -> None:
+    done = kvguard(f"kvguard train --results-dir {results} --num-prompts 24")
+    assert done.returncode == 0, done.stderr
+    model = results / "models/hazard_predictor.json"
+    assert model.is_file()
+    assert "auroc" in done.stdout
+    before = model.stat().st_mtime_ns
+    again = kvguard(f"kvguard train --results-dir {results} --num-prompts 24")
+    assert "0 of the models' files are new or changed" in again.stdout
+    assert model.stat().st_mtime_ns == before, "an equal model keeps its time: nothing reruns"
+
+    done = kvguard(f"kvguard eval-controller --results-dir {results} --model-path {model}")
+    assert done.returncode == 0, done.stderr
+    for point in ("conservative", "balanced", "aggressive"):
+        assert point in done.stdout
+
+
+def test_training_on_fewer_prompts_leaves_the_runs_own_models(results: Path) -> None:
+    done = kvguard(f"kvguard train --results-dir {results} --num-prompts 20")
+    assert done.returncode == 0, done.stderr
+    assert (results / "models_20_prompts/hazard_predictor.json").is_file()
+    done = kvguard(f"kvguard train --results-dir {results} --num-prompts 25")
+    assert done.returncode == 2
+    assert "holds 24 prompts, got 25" in done.stderr
+
+
+def test_analyze_prints_shares_with_intervals(results: Path, command: Callable[..., Ended]) -> None:
+    done = command(f"kvguard analyze --results-dir {results}")
+    assert done.returncode == 0, done.stderr
+    outcomes = pl.read_parquet(results / "outcomes.parquet")
+    compressed = outcomes.filter((pl.col("press") == "snapkv") & (pl.col("ratio") == "0.750"))
+    share = compressed["catastrophe"].mean()
+    assert "agreement" in done.stdout
+    assert f"{share:.2f} [" in done.stdout
+    done = command(f"kvguard analyze --results-dir {results} --view nonsense")
+    assert done.returncode == 2
+    assert "failure_kinds" in done.stderr
+
+
+def test_verify_names_what_is_missing_and_fails(
+    results: Path, command: Callable[..., Ended]
+) -> None:
+    done = command(f"kvguard verify --results-dir {results}")
+    assert done.returncode == 1
+    assert "predictions.parquet: no such file" in done.stdout
+    assert "manifest.json" in done.stdout
+
+
+def test_status_counts_jobs_per_stage(tmp_path: Path) -> None:
+    done = kvguard("kvguard status --results-dir results/never_made")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    table = {row[1].strip(): (row[2].strip(), row[3].strip()) for row in rows}
+    config = load_config(CHECKOUT / "config.yaml")
+    assert table["generate"] == ("0", str(len(config.conditions) * config.num_shards))
+    assert table["prepare_model"] == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("kvguard run --press snapk", "did you mean snapkv"),
+        ("kvguard run --press kvzip", "needs several passes"),
+        ("kvguard run --press knorm --compression-ratio 1.0", "--compression-ratio"),
+        ("kvguard run --press knorm --compression-ratio lots", "a number in [0, 1)"),
+        ("kvguard run --press knorm --num-prompts 0", "--num-prompts"),
+        ("kvguard run --press knorm --num-prompts -3", "--num-prompts"),
+        ("kvguard run --press knorm --model gpt9", "no model 'gpt9'"),
+        ("kvguard run --press knorm --config nowhere.yaml", "nowhere.yaml"),
+        ("kvguard run --pres knorm", "--pres"),
+        ("kvguard live --policy prayer", "got 'prayer'"),
+        ("kvguard sweep --model owner/unheard-of --dry-run", "--revision"),
+        ("kvguard sweep --model unheard-of --dry-run", "no model 'unheard-of'"),
+        ("kvguard verify --results-dir nowhere", "nowhere"),
+        ("kvguard analyze --results-dir nowhere", "nowhere/kvguard.duckdb"),
+        ("kvguard train --results-dir nowhere", "nowhere"),
+        ("kvguard eval-controller --results-dir nowhere", "nowhere"),
+    ],
+)
+def test_wrong_input_ends_with_one_message(
+    line: str, message: str, command: Callable[..., Ended]
+) -> None:
+    done = command(line)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 15
+
+
+def test_outside_a_checkout_the_missing_file_is_named(
+    tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    done = command("kvguard run --press knorm", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "config.yaml" in done.stderr
+
+
+def test_press_names_are_classes_in_snake_case() -> None:
+    assert snake_name("StreamingLLMPress") == "streaming_llm"
+    assert snake_name("KnormPress") == "knorm"
+    assert snake_name("ExpectedAttentionPress") == "expected_attention"
+    for spelling in ("StreamingLLMPress", "streaming_llm", "StreamingLLM", "streaming-llm"):
+        assert short_name(spelling) == "streamingllm"
+
+
+def test_a_press_of_the_config_keeps_its_arguments() -> None:
+    base = load_config(CHECKOUT / "config.yaml")
+    assert press_entry(base, "snapkv")["kwargs"] == {"window_size": 16}
+    assert press_entry(base, "SnapKVPress")["kwargs"] == {"window_size": 16}
+    assert press_entry(base, "tova")["class"] == "TOVAPress"
+    with pytest.raises(ConfigError, match="known: "):
+        press_entry(base, "nothing_like_it")
+
+
+def test_sweep_writes_its_overlay_into_its_own_folder(tmp_path: Path) -> None:
+    for part in ("Snakefile", "rules", "workflow_scripts", "profiles", "envs", "reports"):
+        source = CHECKOUT / part
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / part)
+    shutil.copy2(CHECKOUT / "config.yaml", tmp_path / "config.yaml")
+    done = kvguard(
+        "kvguard sweep --num-prompts 5 --target results/sweeps/smollm2-135m-5/splits.parquet "
+        "--model smollm2-135m",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = tmp_path / "results/sweeps/smollm2-135m-5"
+    assert pl.read_parquet(made / "splits.parquet").height == 5
+    assert "num_prompts: 5" in (made / "sweep.yaml").read_text()
