@@ -1,7 +1,9 @@
 """Predictors trained again with less: features, presses, ratios, models, and controls.
 
 Everything here is retrained on train prompts with the config's own tree parameters and measured on
-test prompts as `kvguard.evaluate_predictor` does it. Nothing is chosen from these tables.
+test prompts as `kvguard.evaluate_predictor` does it. Nothing is chosen from these tables. ``low``
+and ``high`` hold for all rows of a table at once with 95 % (Bonferroni), ``low_pointwise``,
+``high_pointwise`` and the intervals of differences for their own row alone.
 """
 
 import logging
@@ -10,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from scipy.special import expit
 
 from kvguard import config, schema
 from kvguard.config import BASELINE
@@ -180,7 +181,7 @@ def _compared(
 def _variant_table(
     rows: Sequence[tuple[dict[str, Any], Measured]], columns: Mapping[str, Any]
 ) -> pl.DataFrame:
-    finished = with_intervals(rows, lambda row: row["metric"])
+    finished = with_intervals(rows, lambda _: "table")
     return pl.DataFrame(finished, schema=dict(columns) | _VARIANT_TYPES)
 
 
@@ -331,7 +332,7 @@ def _formulations(trainer: _Trainer, targets: Sequence[str]) -> pl.DataFrame:
             purpose = f"formulation {target}, {formulation}"
             kind: Formulation = "windowed" if formulation == "windowed" else "discrete_time"
             try:
-                log_odds = out_of_fold(
+                ranks = out_of_fold(
                     trainer.train,
                     target,
                     names,
@@ -344,9 +345,9 @@ def _formulations(trainer: _Trainer, targets: Sequence[str]) -> pl.DataFrame:
                     guard=trainer.guard,
                     purpose=purpose,
                 )
-                held = np.isfinite(log_odds)
+                held = np.isfinite(ranks)
                 part = trainer.train.take(held)
-                scored = score(part, expit(log_odds[held]), target, fold_weights)
+                scored = score(part, ranks[held], target, fold_weights)
                 folded = measure(scored, compressed, false_alarm_rate=settings.false_alarm_rate)
                 found = {
                     "train_out_of_fold": (

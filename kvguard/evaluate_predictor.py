@@ -14,9 +14,9 @@ tokens. Alarm thresholds keep the configured false-alarm rate on calibration pro
 they have on test prompts is reported beside the recall.
 
 **Intervals** resample prompts (`kvguard.statistics.bootstrap_interval`). ``low`` and ``high`` hold
-for a whole table at once with 95 %: per predictor and metric half of the error goes to the headline
-row (first target, all compressed requests), the other half is shared by the remaining rows
-(Bonferroni). ``low_pointwise`` and ``high_pointwise`` hold with 95 % for their own row.
+for all rows of a metric at once with 95 %: half of the error goes to the headline (the predictor of
+the first target, all compressed requests), the other half is shared by the remaining rows
+(Bonferroni). ``low_pointwise`` and ``high_pointwise`` hold with 95 % for their own row alone.
 """
 
 import logging
@@ -367,8 +367,10 @@ def evaluate_predictors(
     metrics = pl.DataFrame(
         with_intervals(
             measured,
-            lambda row: (row["predictor"], row["metric"]),
-            lambda row: row["group_by"] == "all" and row["target"] == first,
+            lambda row: row["metric"],
+            lambda row: (
+                (row["predictor"], row["group_by"], row["target"]) == ("hazard", "all", first)
+            ),
         ),
         schema=_METRIC_TYPES,
     )

@@ -20,7 +20,7 @@ import polars as pl
 import pyarrow.parquet
 import xgboost
 from numpy.typing import NDArray
-from scipy import optimize
+from scipy import optimize, stats
 from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
@@ -218,28 +218,14 @@ def fit_predictor(
     """
     rows = train.take(eligible(train, target, settings))
     _enough(rows, target)
-    early = _stopping_prompts(rows, target, settings.early_stopping_share)
-    held = rows.keys["prompt_id"].is_in(early).to_numpy()
-    fitted, stopping = rows.take(~held), rows.take(held)
-    assert_disjoint({"fit": fitted.keys["prompt_id"], "early stopping": stopping.keys["prompt_id"]})
     guard.check("fit", rows.keys["prompt_id"], purpose)
-    guard.check("early_stopping", stopping.keys["prompt_id"], purpose)
+    stopping = _stopping_prompts(rows, target, settings.early_stopping_share)
+    guard.check("early_stopping", stopping, purpose)
 
     columns = [schema.FEATURE_NAMES.index(name) for name in feature_names]
     bins = min(LEAD_BINS, horizon_tokens) if formulation == "discrete_time" else 0
-    weight = _class_weight(rows, target, bins, horizon_tokens)
     options = _options(parameters, seed, threads)
-    matrix = _matrix(fitted, target, columns, bins, horizon_tokens, weight, None)
-    watch = _matrix(stopping, target, columns, bins, horizon_tokens, weight, matrix)
-    trial = xgboost.train(
-        options,
-        matrix,
-        settings.max_rounds,
-        evals=[(watch, "stopping")],
-        early_stopping_rounds=settings.early_stopping_rounds,
-        verbose_eval=False,
-    )
-    rounds = trial.best_iteration + 1
+    _, rounds, weight = _stopped_fit(rows, target, columns, bins, horizon_tokens, settings, options)
     everything = _matrix(rows, target, columns, bins, horizon_tokens, weight, None)
     booster = xgboost.train(options, everything, rounds)
     return Predictor(
@@ -255,7 +241,7 @@ def fit_predictor(
             "lead_bins": bins,
         },
         provenance=_provenance(rows, target, seed)
-        | {"rounds": rounds, "parameters": dict(parameters), "stopping_prompts": len(early)},
+        | {"rounds": rounds, "parameters": dict(parameters), "stopping_prompts": len(stopping)},
     )
 
 
@@ -489,11 +475,16 @@ def out_of_fold(
     guard: SplitGuard,
     purpose: str = "",
 ) -> Floats:
-    """Log-odds of each train token from a model that never saw its prompt: (n,).
+    """Score each train token with a model that never saw its prompt: (n,) in (0, 1].
 
     Prompt-grouped cross-validation with ``settings.search_folds`` folds; each fold holds harmed
-    prompts. The number of rounds is chosen on the fold that is predicted, which flatters all
-    candidates alike.
+    prompts, and the rounds are chosen on prompts inside the other folds. A score is the rank among
+    the tokens of its fold: a model whose train folds held less harm scores its own fold lower, so
+    log-odds of different folds must not be compared (with independent labels their AUROC falls
+    under 0.5).
+
+    Returns:
+        NaN for prompts without an eligible token.
 
     Raises:
         Refusal: fewer harmed prompts than twice the folds.
@@ -510,28 +501,48 @@ def out_of_fold(
     scores = np.full(len(fold), np.nan)
     for number in range(settings.search_folds):
         fitted = train.take(usable & (fold != number))
-        weight = _class_weight(fitted, target, bins, horizon_tokens)
-        matrix = _matrix(fitted, target, columns, bins, horizon_tokens, weight, None)
-        held = train.take(usable & (fold == number))
-        watch = _matrix(held, target, columns, bins, horizon_tokens, weight, matrix)
-        booster = xgboost.train(
-            options,
-            matrix,
-            settings.max_rounds,
-            evals=[(watch, "held_out")],
-            early_stopping_rounds=settings.early_stopping_rounds,
-            verbose_eval=False,
+        booster, rounds, weight = _stopped_fit(
+            fitted, target, columns, bins, horizon_tokens, settings, options
         )
         inside = fold == number
         data = train.features[inside][:, columns]
         raw = booster.inplace_predict(
             lead_rows(data, bins) if bins else data,
-            iteration_range=(0, booster.best_iteration + 1),
+            iteration_range=(0, rounds),
             predict_type="margin",
         )
         margin = raw.astype(np.float64) - np.log(weight)
-        scores[inside] = survival_log_odds(margin.reshape(-1, bins)) if bins else margin
+        log_odds = survival_log_odds(margin.reshape(-1, bins)) if bins else margin
+        scores[inside] = stats.rankdata(log_odds) / len(log_odds)
     return scores
+
+
+def _stopped_fit(
+    rows: Rows,
+    target: str,
+    columns: Sequence[int],
+    bins: int,
+    horizon_tokens: int,
+    settings: config.Predictor,
+    options: Mapping[str, Any],
+) -> tuple[xgboost.Booster, int, float]:
+    """A booster on part of the prompts, the rounds that suit the others best, the class weight."""
+    stopping = _stopping_prompts(rows, target, settings.early_stopping_share)
+    held = _bools(rows.keys["prompt_id"].is_in(stopping))
+    fitted, watched = rows.take(~held), rows.take(held)
+    assert_disjoint({"fit": fitted.keys["prompt_id"], "early stopping": watched.keys["prompt_id"]})
+    weight = _class_weight(rows, target, bins, horizon_tokens)
+    matrix = _matrix(fitted, target, columns, bins, horizon_tokens, weight, None)
+    watch = _matrix(watched, target, columns, bins, horizon_tokens, weight, matrix)
+    booster = xgboost.train(
+        dict(options),
+        matrix,
+        settings.max_rounds,
+        evals=[(watch, "stopping")],
+        early_stopping_rounds=settings.early_stopping_rounds,
+        verbose_eval=False,
+    )
+    return booster, booster.best_iteration + 1, weight
 
 
 def search_parameters(
