@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import psutil
 import torch
-from kvpress import BasePress
+from kvpress import BasePress, CompressionRatioDecodingPress
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
+from kvguard.models import check_architecture, position_limit
 from kvguard.presses import Phases, PressError, fresh, phases, reads_attention_weights
 from kvguard.sampling import Decoding, token_scores
 from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals
@@ -102,6 +103,11 @@ class Prefilled(NamedTuple):
     tokens: int
 
 
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of a cache's keys and values."""
+    return sum(keys.nbytes + values.nbytes for keys, values in _tensors(cache))
+
+
 @dataclass(frozen=True)
 class Prefix:
     """A prefilled common prefix.
@@ -120,6 +126,12 @@ class Prefix:
 def attention_layers(model: PreTrainedModel) -> list[Any]:
     """The model's attention modules, first layer first."""
     return [layer.self_attn for layer in model.model.layers]
+
+
+def _is_pressed(layer: Any) -> bool:
+    """Whether a press's hook is registered on an attention module."""
+    hooks = layer._forward_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), BasePress) for hook in hooks)
 
 
 def _forget_masks(layers: Iterable[Any]) -> None:
@@ -433,6 +445,14 @@ class Session:
         rows: int,
         prefix: Prefix | None = None,
     ) -> None:
+        check_architecture(model.config)
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            raise PressError("the model is spread over several devices; load it on one")
+        if any(_is_pressed(layer) for layer in attention_layers(model)):
+            raise PressError(
+                "a press is already applied to the model; leave its `with press(model)` block, the "
+                "engine applies the press itself"
+            )
         self.model, self.decoding, self.press, self.prefix = model, decoding, press, prefix
         self.admission_press = press
         self.phases: Phases = phases(press)
@@ -470,16 +490,23 @@ class Session:
         """
         completion = Completion(request)
         started = time.perf_counter()
-        limit = request.max_new_tokens or self.decoding.max_new_tokens
-        longest = self.model.config.max_position_embeddings
+        limit = request.max_new_tokens
+        if limit is None:
+            limit = self.decoding.max_new_tokens
+        longest = position_limit(self.model.config)
         total = len(request.prompt_ids) + limit
         try:
             if not request.prompt_ids:
                 raise ValueError("the prompt is empty; at least one token is needed")
-            if limit > self.decoding.max_new_tokens:
+            if not 1 <= limit <= self.decoding.max_new_tokens:
                 raise ValueError(
-                    f"max_new_tokens of the request, {limit}, exceeds the session's "
-                    f"{self.decoding.max_new_tokens}"
+                    f"max_new_tokens of a request lies in 1..{self.decoding.max_new_tokens}, the "
+                    f"session's own, got {limit}"
+                )
+            if max(request.prompt_ids) >= self.model.config.vocab_size:
+                raise ValueError(
+                    f"token {max(request.prompt_ids)} of the prompt is not in the model's "
+                    f"vocabulary of {self.model.config.vocab_size}"
                 )
             if total > longest:
                 raise ValueError(
@@ -494,24 +521,33 @@ class Session:
                 prefix=self.prefix,
                 seed=request.seed,
             )
-        except torch.OutOfMemoryError:
-            raise
         except (AssertionError, IndexError, ValueError, RuntimeError) as error:
             completion.error = f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError):
+                completion.error += (
+                    f"; {self.active} rows were decoding: a smaller batch needs less"
+                )
             return completion
         row = self.active
         completion.cache_bytes_before = ready.bytes_before
         completion.cache_bytes_after = ready.bytes_after
         completion.prefilled_tokens = len(request.prompt_ids)
-        self.slots.insert(row, ready.cache, ready.masked)
+        try:
+            self.slots.insert(row, ready.cache, ready.masked)
+        except torch.OutOfMemoryError as error:
+            completion.error = f"{type(error).__name__}: {error}; a smaller batch needs less"
+            return completion
         self.logits[row] = ready.logits[0]
-        decode = None if split.decode is None else DecodeState(self, split.decode)
+        decode = None
+        if split.decode is not None:
+            decode = DecodeState(self, split.decode, completion)
         self.rows.append(Row(completion, decode))
         self.lengths[row] = 0
         self.prompt_lengths[row] = len(request.prompt_ids)
         self.limits[row] = limit
         self.seeds[row] = request.seed
         self.history[row] = -1
+        synchronize(self.model.device)
         completion.prefill_seconds = time.perf_counter() - started
         return None
 
@@ -551,6 +587,10 @@ class Session:
         active = self.active
         if active == 0:
             return
+        if all(row.held is not None for row in self.rows):  # nothing to compute
+            for number, row in enumerate(self.rows):
+                self._release_held(number, row)
+            return
         started = time.perf_counter()
         last = np.maximum(
             self.lengths[:active] - 1, 0
@@ -559,6 +599,9 @@ class Session:
         tokens = self._on_device(np.maximum(fed, 0))
         positions = self._on_device(self.prompt_lengths[:active] + last)
         self.slots.begin_step()
+        for number, row in enumerate(self.rows):
+            if row.decode is not None and row.held is None:
+                row.decode.begin(int(self.prompt_lengths[number] + last[number]) + 1)
         with ExitStack() as stack:
             stack.enter_context(_attention(self.model, ATTENTION_NAME))
             if any(row.decode is not None for row in self.rows):
@@ -572,12 +615,12 @@ class Session:
                 kvguard_slots=self.slots,
             )
         self.logits[:active] = output.logits[:, -1]
+        self.slots.end_step()
         held_bytes = zip(*self.slots.row_bytes(), strict=True)
         for number, (row, held) in enumerate(zip(self.rows, held_bytes, strict=True)):
             if row.held is not None:
                 self.slots.drop_tail(number, 1)
-                self.logits[number] = row.held
-                row.held = None
+                self._release_held(number, row)
             else:
                 row.kv_bytes.append(held)
                 row.completion.decode_steps += 1
@@ -612,10 +655,17 @@ class Session:
             self.signals[row, :kept] = signals
         self.rows[row].stop_reason = None
 
-    def compress_while_decoding(self, row: int, active: bool) -> None:
-        """Start a row's decode-phase compression afresh, or switch it off; no phase: no effect."""
-        press = self.phases.decode
-        self.rows[row].decode = DecodeState(self, press) if active and press is not None else None
+    def _release_held(self, number: int, row: Row) -> None:
+        """A rewound row has sat out a pass: its next token comes from the logits it brought."""
+        assert row.held is not None
+        self.logits[number] = row.held
+        row.held = None
+
+    def compress_while_decoding(self, row: int, press: BasePress | None) -> None:
+        """Start a row's decode-phase compression afresh under a press; without that phase: stop."""
+        state = self.rows[row]
+        decode = phases(press).decode
+        state.decode = None if decode is None else DecodeState(self, decode, state.completion)
 
     def stop(self, row: int) -> None:
         """End a row after its last token."""
@@ -686,36 +736,54 @@ class DecodeState:
     """One row's compression while decoding: kvpress's DecodingPress, on that row alone.
 
     It counts steps and keeps hidden states per layer as the press's own hook does for a batch of
-    one, and calls the press's ``compress`` on the row's unpadded slice.
+    one, and calls the press's ``compress`` on the row's unpadded slice. A press that fails there
+    ends its own row with an error.
     """
 
-    def __init__(self, session: Session, press: BasePress) -> None:
-        self.slots = session.slots
+    def __init__(self, session: Session, press: BasePress, completion: Completion) -> None:
+        self.slots, self.completion = session.slots, completion
         copied: Any = fresh(press)
         self.press = copied
         self.press.post_init_from_model(session.model)
-        self.steps = 0
-        layers = self.slots.layers
-        self.hidden: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+        self.steps = self.seen = 0
+        self.due = False
+        self.hidden: list[list[torch.Tensor]] = [[] for _ in range(self.slots.layers)]
+
+    def begin(self, seen: int) -> None:
+        """A step starts; with its token the row has seen ``seen`` tokens, the prompt's too."""
+        self.seen = seen
+        self.steps += 1
+        if isinstance(self.press, CompressionRatioDecodingPress):
+            target = max(1, int(seen * (1 - self.press.target_compression_ratio)))
+        else:
+            target = self.press.target_size
+        self.due = self.steps >= self.press.compression_interval or target <= 1
+        if self.due:
+            self.steps = 0
 
     def after_layer(self, row: int, layer: Any, kwargs: dict[str, Any]) -> None:
         """Record the row's hidden state; compress its slice of this layer when it is due."""
+        if self.completion.error is not None:
+            return
         number: int = layer.layer_idx
-        if number == 0:
-            self.steps += 1
         own = _row_arguments(kwargs, row)
         buffer = self.hidden[number]
         buffer.append(own["hidden_states"])
-        due = self.steps >= self.press.compression_interval
-        if due or self.press._resolve_target_size(own) <= 1:
+        if self.due:
             keys, values = self.slots.entries(number, row)
-            keys, values = self.press.compress(
-                layer, torch.cat(buffer, dim=1), keys, values, None, own
-            )
-            self.slots.write(number, row, keys[0].clone(), values[0].clone())
+            device = keys.device
+            try:
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    seed = self.completion.request.seed
+                    torch.manual_seed((seed * 1_000_003 + self.seen * 1_009 + number) % 2**63)
+                    keys, values = self.press.compress(
+                        layer, torch.cat(buffer, dim=1), keys, values, None, own
+                    )
+                self.slots.write(number, row, keys[0].clone(), values[0].clone())
+            except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+                name = type(self.press.base_press).__name__
+                self.completion.error = f"{name} while decoding: {type(error).__name__}: {error}"
             buffer.clear()
-            if number == self.slots.layers - 1:
-                self.steps = 0
         size = self.press.hidden_states_buffer_size
         del buffer[: max(len(buffer) - size, 0)]
 
@@ -731,6 +799,12 @@ def _row_arguments(kwargs: dict[str, Any], row: int) -> dict[str, Any]:
         "cache_position": kwargs["position_ids"][row],
         "attention_mask": None,
     }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator, so that seconds are charged to whom they belong."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -9,14 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from kvpress import BasePress
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -36,8 +36,10 @@ from kvguard.engine import (
     Session,
     Step,
     batch_size_for,
+    cache_bytes,
     generate,
     prefill,
+    synchronize,
 )
 from kvguard.features import FeatureState
 from kvguard.policies import Action, Decision, Observation, Policy, is_alarm, make_policy
@@ -45,6 +47,9 @@ from kvguard.presses import fresh, phases, with_ratio
 from kvguard.sampling import Decoding
 from kvguard.schema import FEATURE_VERSION
 from kvguard.signals import SIGNAL_INDEX
+
+if TYPE_CHECKING:
+    from kvguard.certificate import Certificate
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +60,14 @@ RULES_POINTS = {
     "balanced": OperatingPoint(tau_low=0.3, tau_high=0.6, k=2, j=16),
     "aggressive": OperatingPoint(tau_low=0.2, tau_high=0.4, k=1, j=16),
 }
-"""Thresholds where no certificate gives them."""
+"""Thresholds of ``predictor="rules"``, which has no certificate."""
+
+
+RECOVERABLE = (AssertionError, IndexError, RuntimeError, ValueError)
+"""What a recovery or a press may raise, out of memory included, at the cost of its own row only."""
+
+Stopping = Callable[[str, list[int], torch.Tensor], bool]
+"""Key, generated tokens, raw logits of the last one; True ends the request."""
 
 
 class HazardModel(Protocol):
@@ -93,7 +105,7 @@ class RowReport(BaseModel):
     Attributes:
         modes: (position, mode) whenever the mode changed; position counts generated tokens from 0.
         alarm_steps: generated tokens in the row when each alarm came.
-        rewound_to: tokens kept by each recovery.
+        rewound_to: tokens kept by each rewind or restart.
         unrecoverable: recoveries that reached behind tokens which had been streamed already.
         tokens_wasted: generated, then dropped.
         tokens_prefilled: of prompts, verifying passes and recoveries; a shared prefix counts.
@@ -101,7 +113,9 @@ class RowReport(BaseModel):
         kv_bytes_mean: bytes that the row's entries take, hidden ones too, mean over its decode
             steps; None without a step. Padding belongs to the batch and is left out.
         kv_bytes_peak: the largest of them, and of the caches that verifying passes held.
-        seconds: of this request's prefill, recoveries and share of the decoding.
+        kv_padding_bytes_mean: what the batch held empty for the row, so that its rows are equally
+            long: a long row, such as a rewound one, makes padding in the others.
+        seconds: of this request's prefill, recoveries and share of the decoding and watching.
         stop_reason: "eos", "length" or "stopped"; None on error.
         notes: what went wrong and was survived.
         error: why the request failed, None if it did not.
@@ -117,6 +131,7 @@ class RowReport(BaseModel):
     decode_steps: int = 0
     kv_bytes_mean: float | None = None
     kv_bytes_peak: int | None = None
+    kv_padding_bytes_mean: float | None = None
     seconds: float = 0.0
     stop_reason: str | None = None
     notes: list[str] = []
@@ -133,13 +148,15 @@ class Watch:
         policy: decides; one row of state per row of the session.
         predictor: gives hazards where the policy needs them.
         ratio: the press's compression ratio, a feature of the predictor.
-        safe_ratio: fraction removed in SAFE; 0 is the uncompressed model.
+        safe_ratio: fraction removed in SAFE; 0 is the uncompressed model. Above 0 the press runs at
+            it, at prefill and while decoding; `PressError` for a press that has no ratio to set.
         margin_nats: a drafted token this close to the best one counts as a tie, not a rejection.
         tolerance: where a tolerant policy cuts.
         holdback_tokens: a token is released once this many have followed it.
         released: called with a request's key and tokens that will never be taken back unless an
             alarm reaches behind them (`RowReport.unrecoverable` counts those).
-        stopping: called with a row's prompt and generated tokens after every token; True ends it.
+        stopping: called after every token with a request's key, its generated tokens and the raw
+            logits (1, vocabulary) that the token came from; True ends the request.
     """
 
     def __init__(
@@ -154,12 +171,16 @@ class Watch:
         tolerance: Tolerance | None = None,
         holdback_tokens: int = 16,
         released: Callable[[str, list[int]], None] | None = None,
-        stopping: Callable[[list[int]], bool] | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
         if policy.needs_hazard and predictor is None:
             raise GuardError(f"policy {policy.name!r} needs a predictor, got None")
         self.policy, self.predictor = policy, predictor
         self.ratio, self.safe_ratio = ratio, safe_ratio
+        compresses = safe_ratio > 0 and session.press is not None
+        self.safe_press = with_ratio(session.press, safe_ratio) if compresses else None
+        if policy.starts_safe:
+            session.admission_press = self.safe_press
         self.margin_nats, self.tolerance = margin_nats, tolerance or Tolerance()
         self.holdback_tokens, self.released, self.stopping = holdback_tokens, released, stopping
         self.reports: dict[str, RowReport] = {}
@@ -195,53 +216,67 @@ class Watch:
         self.modes[target] = self.modes[source]
         self.streamed[target] = self.streamed[source]
 
+    @torch.inference_mode()
     def observe(self, session: Session, step: Step) -> None:
         """Let the policy look at every row's new token and carry out what it decides."""
+        started = time.perf_counter()
         broken = np.array([row.completion.error is not None for row in session.rows], dtype=bool)
         if self.stopping is not None:
             for row in _where(~broken):
-                prompt = session.rows[row].completion.request.prompt_ids
-                if self.stopping([*prompt, *session.tokens(row)]):
+                key = session.rows[row].completion.request.key
+                if self.stopping(key, session.tokens(row), session.logits[row : row + 1]):
                     session.stop(row)
-        observation = self._observation(session, step, broken)
-        decision = self.policy.step(observation)
-        ended = np.array([row.ended for row in session.rows], dtype=bool)
-        quiet = ended & ~broken & (decision.actions == Action.CONTINUE)
-        if quiet.any():
-            decision = _overlay(decision, quiet, self.policy.finish(_rows(observation, quiet)))
-        for row in _where(decision.modes != self.modes[: session.active]):
-            self.modes[row] = decision.modes[row]
-            self._report(session, row).modes.append(
-                (int(step.positions[row]), Mode(decision.modes[row]).name)
-            )
+        actions: list[tuple[int, Action, int]] = []
+        if not broken.all():
+            observation = self._observation(session, step, ~broken)
+            decision = self.policy.step(observation)
+            ended = np.array([session.rows[row].ended for row in observation.rows], dtype=bool)
+            quiet = ended & (decision.actions == Action.CONTINUE)
+            if quiet.any():
+                decision = _overlay(decision, quiet, self.policy.finish(_rows(observation, quiet)))
+            for i in _where(decision.modes != self.modes[observation.rows]):
+                self._set_mode(
+                    session, int(observation.rows[i]), decision.modes[i], observation.positions[i]
+                )
+            for i in _where(decision.actions != Action.CONTINUE):
+                action = Action(decision.actions[i])
+                actions.append((int(observation.rows[i]), action, int(decision.amount[i])))
+        share = (time.perf_counter() - started) / session.active
+        for state in session.rows:
+            state.completion.decode_seconds += share
         for row in _where(broken):
             self._mend(session, row, int(step.positions[row]))
-        for row in _where((decision.actions != Action.CONTINUE) & ~broken):
-            self._act(session, row, Action(decision.actions[row]), int(decision.amount[row]))
+        for row, action, amount in actions:
+            self._act(session, row, action, amount)
         if self.released is not None:
             for row in range(session.active):
                 self._release(session, row)
 
+    def _set_mode(self, session: Session, row: int, mode: int, position: int) -> None:
+        self.modes[row] = mode
+        self._report(session, row).modes.append((int(position), Mode(mode).name))
+
     # --- between the policy and the engine ---
 
-    def _observation(self, session: Session, step: Step, broken: NDArray[np.bool_]) -> Observation:
-        rows = np.arange(session.active)
+    def _observation(self, session: Session, step: Step, sound: NDArray[np.bool_]) -> Observation:
+        """What the rows with finite logits have just produced."""
+        rows = np.flatnonzero(sound)
         hazard = None
         if self.features is not None:
             hazard = np.full(len(rows), np.nan, np.float32)
-            watched = ~broken
             if self.policy.safe_after == "stay":
-                watched &= self.modes[: session.active] != Mode.SAFE
-            seen = np.flatnonzero(watched)
-            if len(seen):
-                hazard[seen] = self._hazard(session, step, seen)
+                watched = np.flatnonzero(self.modes[rows] != Mode.SAFE)
+            else:
+                watched = np.arange(len(rows))
+            if len(watched):
+                hazard[watched] = self._hazard(session, step, rows[watched])
         return Observation(
             rows=rows,
-            positions=step.positions.astype(np.int32),
-            token_ids=step.tokens.astype(np.int32),
-            signals=step.signals,
+            positions=step.positions[rows].astype(np.int32),
+            token_ids=step.tokens[rows].astype(np.int32),
+            signals=step.signals[rows],
             hazard=hazard,
-            history=session.history[: session.active],
+            history=session.history[rows],
         )
 
     def _hazard(self, session: Session, step: Step, rows: NDArray[np.intp]) -> NDArray[np.float32]:
@@ -268,10 +303,9 @@ class Watch:
     def _act(self, session: Session, row: int, action: Action, amount: int) -> None:
         """Carry out one action; what fails is noted, and the row goes on as it was."""
         report = self._report(session, row)
-        completion = session.rows[row].completion
+        state = session.rows[row]
         had = int(session.lengths[row])
-        ended = session.rows[row].ended
-        if ended and action not in (Action.REWIND, Action.RECOMPUTE, Action.RESTART):
+        if state.ended and action not in (Action.REWIND, Action.RECOMPUTE, Action.RESTART):
             return
         if is_alarm(np.array([action], np.int8))[0]:
             report.alarm_steps.append(had)
@@ -279,27 +313,37 @@ class Watch:
         try:
             if action == Action.REWIND:
                 self._rewind(session, row, session.tokens(row))
-            elif action == Action.RECOMPUTE and not ended:
-                self._prefill_again(session, row, had, self.safe_ratio)
+            elif action == Action.RECOMPUTE and not state.ended:
+                self._prefill_again(session, row, had, self.safe_press)
             elif action == Action.RESTART:
-                self._prefill_again(session, row, 0, self.safe_ratio)
+                self._prefill_again(session, row, 0, self.safe_press)
+                self._record(row, 0, True, report)
             elif action == Action.REFRESH:
-                self._prefill_again(session, row, had, None)
+                self._prefill_again(session, row, had, session.press)
             elif action == Action.RELAX:
-                session.compress_while_decoding(row, active=False)
+                session.compress_while_decoding(row, None)
             elif action == Action.STOP:
                 session.stop(row)
             elif action == Action.PRUNE:
                 session.slots.drop_tail(row, amount)
-        except torch.OutOfMemoryError as error:
-            if session.model.device.type == "cuda":
-                torch.cuda.empty_cache()
-            report.notes.append(f"{action.name} ran out of memory, the row goes on: {error}")
-            logger.warning("%s of request %s ran out of memory", action.name, report.key)
-        completion.decode_seconds += time.perf_counter() - started
+        except RECOVERABLE as error:
+            self._survive(
+                session, report, f"{action.name} failed, the row goes on as it was", error
+            )
+        synchronize(session.model.device)
+        state.completion.decode_seconds += time.perf_counter() - started
+
+    def _survive(
+        self, session: Session, report: RowReport, what: str, error: BaseException
+    ) -> None:
+        """Note a failure that costs its own row something and the others nothing."""
+        if isinstance(error, torch.OutOfMemoryError) and session.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        report.notes.append(f"{what}: {type(error).__name__}: {error}")
+        logger.warning("request %s: %s: %s", report.key, what, error)
 
     def _mend(self, session: Session, row: int, position: int) -> None:
-        """A row's logits were not finite: verify what came before and go on uncompressed.
+        """A row broke (logits not finite, a press failed): verify and go on uncompressed.
 
         A row that is in SAFE already has nothing better to fall back on and ends with its error.
         """
@@ -307,20 +351,25 @@ class Watch:
         if self.modes[row] == Mode.SAFE:
             return
         report = self._report(session, row)
-        report.notes.append(f"{completion.error}; verified and resumed without compression")
+        broken, completion.error = completion.error, None
         report.alarm_steps.append(position + 1)
-        completion.error = None
-        self.modes[row] = self.policy.modes[row] = Mode.SAFE
-        report.modes.append((position, Mode.SAFE.name))
         try:
             self._rewind(session, row, session.tokens(row)[:position], always=True)
-        except torch.OutOfMemoryError as error:
-            completion.error = f"FloatingPointError: non-finite logits, and then: {error}"
+        except RECOVERABLE as error:
+            completion.error = broken
+            self._survive(session, report, "the uncompressed model could not take over", error)
+            return
+        report.notes.append(f"{broken}; verified, and went on without compression")
+        self.policy.settle(row)
+        self._set_mode(session, row, Mode.SAFE, position)
 
     def _rewind(
         self, session: Session, row: int, tokens: list[int], *, always: bool = False
     ) -> None:
-        """Verify tokens in one pass, keep those before the cut, continue from there in SAFE."""
+        """Verify tokens in one pass, keep those before the cut, continue from there in SAFE.
+
+        With ``always`` the cache is replaced even if nothing is cut from a request that has ended.
+        """
         completion = session.rows[row].completion
         request = completion.request
         audit = audit_tokens(
@@ -332,32 +381,25 @@ class Watch:
             prefix=session.prefix,
         )
         completion.prefilled_tokens += len(request.prompt_ids) + len(tokens)
-        held = sum(
-            layer.keys.nbytes + layer.values.nbytes
-            for layer in audit.scored.cache.layers
-            if layer.keys is not None and layer.values is not None
-        )
         report = self._report(session, row)
+        held = cache_bytes(audit.scored.cache)
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, held)
-        kept = self._cut(session, row, audit)
-        if kept is None:
-            report.rewound_to.append(len(tokens))
-            if session.rows[row].ended and not always:
-                return
-            kept = len(tokens)
-        else:
+        cut = self._cut(session, row, audit)
+        kept = len(tokens) if cut is None else cut
+        if cut is None and session.rows[row].ended and not always:
             report.rewound_to.append(kept)
-            self._count_unrecoverable(row, kept, report)
-        if self.safe_ratio > 0:
-            self._prefill_again(session, row, kept, self.safe_ratio)
             return
-        logits = session.model.lm_head(audit.scored.hidden[kept : kept + 1])
-        cache = _cropped(audit.scored.cache, len(request.prompt_ids) + kept)
-        signals = None
-        if self.policy.safe_after == "resume":
-            signals = signals_along(session.model, audit.scored, tokens[:kept])
-        self._put(session, row, kept, Prefilled(cache, None, logits, held, held, 0), signals)
-        session.compress_while_decoding(row, active=False)
+        if self.safe_press is not None:
+            self._prefill_again(session, row, kept, self.safe_press)
+        else:
+            logits = session.model.lm_head(audit.scored.hidden[kept : kept + 1])
+            audit.scored.cache.crop(len(request.prompt_ids) + kept)
+            signals = None
+            if self.policy.safe_after == "resume":
+                signals = signals_along(session.model, audit.scored, tokens[:kept])
+            ready = Prefilled(audit.scored.cache, None, logits, held, held, 0)
+            self._put(session, row, kept, ready, None, signals)
+        self._record(row, kept, cut is not None, report)
 
     def _cut(self, session: Session, row: int, audit: Audit) -> int | None:
         """How many tokens stay; None: all of them."""
@@ -367,16 +409,12 @@ class Watch:
         chosen = session.signals[row, :count, SIGNAL_INDEX["chosen_logprob"]]
         return harmful_token(chosen - audit.logprob, audit.logprob, self.tolerance)
 
-    def _prefill_again(self, session: Session, row: int, kept: int, ratio: float | None) -> None:
-        """A fresh cache of the prompt and the first ``kept`` tokens.
-
-        ``ratio``: 0 without compression, None under the session's own press, else at that ratio.
-        """
+    def _prefill_again(
+        self, session: Session, row: int, kept: int, press: BasePress | None
+    ) -> None:
+        """A fresh cache of the prompt and the first ``kept`` tokens, under a press or none."""
         completion = session.rows[row].completion
         request = completion.request
-        press: BasePress | None = session.press
-        if ratio is not None:
-            press = None if ratio == 0 or press is None else with_ratio(press, ratio)
         ready = prefill(
             session.model,
             [*request.prompt_ids, *session.tokens(row)[:kept]],
@@ -387,11 +425,7 @@ class Watch:
         completion.prefilled_tokens += len(request.prompt_ids) + kept
         report = self._report(session, row)
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, ready.bytes_after)
-        if kept < int(session.lengths[row]):
-            report.rewound_to.append(kept)
-            self._count_unrecoverable(row, kept, report)
-        self._put(session, row, kept, ready, None)
-        session.compress_while_decoding(row, active=ratio is None)
+        self._put(session, row, kept, ready, press, None)
 
     def _put(
         self,
@@ -399,32 +433,34 @@ class Watch:
         row: int,
         kept: int,
         ready: Prefilled,
+        press: BasePress | None,
         signals: NDArray[np.float32] | None,
     ) -> None:
+        """Continue a row from a fresh cache, under a press or none."""
         session.rewind(row, kept, ready, signals=signals)
+        session.compress_while_decoding(row, press)
         if self.features is not None:
             tokens = np.array(session.tokens(row), np.int32)
-            self.features.replace(row, session.signals[row, :kept], tokens)
+            ratio = self.ratio if press is session.press else self.safe_ratio
+            self.features.replace(row, session.signals[row, :kept], tokens, ratio=ratio)
+
+    def _record(self, row: int, kept: int, cut: bool, report: RowReport) -> None:
+        """Note what a recovery kept, and whether streamed tokens were among those it took back."""
+        report.rewound_to.append(kept)
+        if cut and kept < self.streamed[row]:
+            report.unrecoverable += 1
 
     # --- streaming ---
-
-    def _count_unrecoverable(self, row: int, kept: int, report: RowReport) -> None:
-        if kept < self.streamed[row]:
-            report.unrecoverable += 1
 
     def _release(self, session: Session, row: int) -> None:
         """Hand out tokens that have aged enough; in ALERT none, at the end all."""
         assert self.released is not None
-        tokens = session.tokens(row)
-        if session.rows[row].ended or self.modes[row] == Mode.SAFE:
-            ready = len(tokens)
-        elif self.modes[row] == Mode.ALERT:
-            return
-        else:
-            ready = len(tokens) - self.holdback_tokens
-        start = int(self.streamed[row])
+        start, ready = int(self.streamed[row]), int(session.lengths[row])
+        if not session.rows[row].ended and self.modes[row] != Mode.SAFE:
+            ready = start if self.modes[row] == Mode.ALERT else ready - self.holdback_tokens
         if ready > start:
-            self.released(session.rows[row].completion.request.key, tokens[start:ready])
+            tokens = session.history[row, start:ready].tolist()
+            self.released(session.rows[row].completion.request.key, tokens)
             self.streamed[row] = ready
 
     def close(self, completion: Completion) -> RowReport:
@@ -441,6 +477,7 @@ class Watch:
         )  # kept and masked; padding is the batch's
         if len(allocated):
             report.kv_bytes_mean = float(allocated.mean())
+            report.kv_padding_bytes_mean = float(completion.kv_bytes[:, 2].mean())
             report.kv_bytes_peak = max(report.kv_bytes_peak or 0, int(allocated.max()))
         return report
 
@@ -467,11 +504,6 @@ def harmful_token(
     return min(found, default=None)
 
 
-def _cropped(cache: DynamicCache, length: int) -> DynamicCache:
-    cache.crop(length)
-    return cache
-
-
 def _where(mask: NDArray[np.bool_]) -> list[int]:
     """Row numbers at which a mask holds."""
     return [int(row) for row in np.flatnonzero(mask)]
@@ -496,9 +528,6 @@ def guarded(
     session: Session, requests: Iterable[Request], watch: Watch
 ) -> Iterator[tuple[Completion, RowReport]]:
     """Decode requests under a guard; completions come as they finish, each with its report."""
-    press = None if watch.safe_ratio == 0 else session.press
-    if watch.policy.starts_safe:
-        session.admission_press = None if press is None else with_ratio(press, watch.safe_ratio)
     for completion in generate(session, requests, watch):
         yield completion, watch.close(completion)
 
@@ -529,11 +558,13 @@ class KVGuard:
         holdback_tokens: streaming releases a token once this many have followed it.
         batch_size: rows decoded together; None takes as many as memory allows.
         seed: of sampling; None draws one from torch's global generator at each call.
-        streamer: receives released tokens; one request at a time, as in transformers.
+        streamer: receives released tokens; one request at a time. Give it here: transformers drops
+            the ``streamer`` of a ``generate`` call that has a ``custom_generate``.
 
     Attributes:
         report: one `RowReport` a row of the last call.
-        certificate: the statement that came with the predictor, or None.
+        completions: one `kvguard.engine.Completion` a row of the last call, with every signal.
+        certificate: what came with the predictor, or None; ``certificate.text`` says it in words.
 
     Raises:
         GuardError: the predictor was made for other features, or an argument is not accepted.
@@ -559,13 +590,18 @@ class KVGuard:
         if not 0 <= safe_ratio < 1:
             raise GuardError(f"safe_ratio lies in [0, 1), got {safe_ratio}")
         self.press = press
-        self.predictor, self.certificate, points = _load_predictor(predictor)
-        self.operating_point = _operating_point(operating_point, points)
+        self.predictor, self.certificate = _load_predictor(predictor)
+        self.operating_point = _operating_point(
+            operating_point, self.certificate, rules=predictor == "rules"
+        )
         self.policy_name = _policy_name(recovery, after_alarm)
         self.safe_ratio, self.margin_nats, self.tolerance = safe_ratio, margin_nats, tolerance
         self.holdback_tokens, self.batch_size, self.seed = holdback_tokens, batch_size, seed
         self.streamer = streamer
         self.report: list[RowReport] = []
+        self.completions: list[Completion] = []
+        if safe_ratio > 0 and press is not None:
+            with_ratio(press, safe_ratio)  # refuses a press without a ratio now, not at an alarm
 
     def __call__(
         self,
@@ -582,14 +618,22 @@ class KVGuard:
             model: a causal language model of a supported family.
             input_ids: (rows, length), padded on the left where ``attention_mask`` is 0.
             logits_processor: temperature, top-k and top-p; others are refused by name.
-            stopping_criteria: called for each row alone, with its unpadded tokens.
+            stopping_criteria: called for each row alone: (1, length) ids with the row's left
+                padding, and the raw logits of the last token as scores. ``stop_strings`` needs a
+                tokenizer, which transformers does not hand on.
             generation_config: length, end tokens, sampling, output type.
             model_kwargs: ``attention_mask`` is used, the caches are the guard's own.
 
         Returns:
             (rows, length + longest continuation) token ids, padded behind each row's end; or a
-            ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate=True``.
+            ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate=True``. A row that failed
+            is its prompt and padding, with a warning; `report` says why.
+
+        Raises:
+            GuardError: an option that the guard does not have.
+            RuntimeError: every row failed.
         """
+        _refuse_inputs(input_ids, generation_config, model_kwargs)
         settings = generation_config or model.generation_config
         decoding = _decoding(model, settings, logits_processor, input_ids.shape[1])
         mask = model_kwargs.get("attention_mask")
@@ -606,14 +650,15 @@ class KVGuard:
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         completions = self.run(
-            model, requests, decoding, stopping=_stopping(stopping_criteria, model.device)
+            model, requests, decoding, stopping=_stopping(stopping_criteria, input_ids)
         )
         if self.streamer is not None:
             self.streamer.end()
-        failed = [c for c in completions if c.error is not None]
-        if failed:
-            first = failed[0]
-            raise RuntimeError(f"row {first.request.key} failed: {first.error}")
+        failed = [completion for completion in completions if completion.error is not None]
+        for completion in failed:
+            logger.warning("row %s failed: %s", completion.request.key, completion.error)
+        if failed and len(failed) == len(completions):
+            raise RuntimeError(f"every row failed; the first: {failed[0].error}")
         pad = settings.pad_token_id
         if pad is None:
             pad = decoding.end_token_ids[0] if decoding.end_token_ids else 0
@@ -633,7 +678,7 @@ class KVGuard:
         decoding: Decoding,
         *,
         prefix: Prefix | None = None,
-        stopping: Callable[[list[int]], bool] | None = None,
+        stopping: Stopping | None = None,
     ) -> list[Completion]:
         """Decode requests of any lengths under the guard; sets `report`.
 
@@ -642,7 +687,7 @@ class KVGuard:
             requests: their keys must differ.
             decoding: how tokens are chosen.
             prefix: what the prompts share, prefilled.
-            stopping: called with each row's tokens, prompt included; True ends the row.
+            stopping: see `Watch`.
 
         Returns:
             Completions in the requests' order; a failed one has ``error`` set.
@@ -673,7 +718,8 @@ class KVGuard:
         for completion, report in guarded(session, requests, watch):
             finished[completion.request.key] = (completion, report)
         self.report = [finished[request.key][1] for request in requests]
-        return [finished[request.key][0] for request in requests]
+        self.completions = [finished[request.key][0] for request in requests]
+        return self.completions
 
     def _stream(self, _: str, tokens: list[int]) -> None:
         for token in tokens:
@@ -699,41 +745,49 @@ def press_ratio(press: BasePress | None) -> float:
     return math.nan
 
 
-def _load_predictor(
-    given: str | Path | HazardModel,
-) -> tuple[HazardModel, str | None, dict[str, OperatingPoint]]:
-    from kvguard.calibration import load_certificate
-    from kvguard.train import load_predictor, rules_predictor
+def _load_predictor(given: str | Path | HazardModel) -> tuple[HazardModel, "Certificate | None"]:
+    """A predictor and the certificate beside it, which must speak of this predictor."""
+    from kvguard.certificate import load_certificate
+    from kvguard.predictor import load_predictor, rules_predictor
 
     if isinstance(given, str) and given == "rules":
-        return rules_predictor(), None, RULES_POINTS
+        return rules_predictor(), None
     if isinstance(given, str | Path):
         path = Path(given)
         if not path.is_file():
             raise GuardError(f'predictor: no file at {path}; give a trained predictor or "rules"')
+        predictor = load_predictor(path)
         beside = path.with_name("certificate.json")
         if not beside.is_file():
-            return load_predictor(path), None, RULES_POINTS
+            return predictor, None
         certificate = load_certificate(beside)
-        points = {name: certificate.operating_point(name) for name in OPERATING_POINTS}
+        certificate.check_predictor(predictor)
         logger.info("%s", certificate.text)
-        return load_predictor(path), certificate.text, points  # type: ignore[return-value]
+        return predictor, certificate
     if given.feature_version != FEATURE_VERSION:
         raise GuardError(
             f"predictor: made for feature version {given.feature_version}, the guard computes "
             f"version {FEATURE_VERSION}"
         )
-    return given, None, RULES_POINTS
+    return given, None
 
 
 def _operating_point(
-    given: str | OperatingPoint, points: dict[str, OperatingPoint]
+    given: str | OperatingPoint, certificate: "Certificate | None", rules: bool
 ) -> OperatingPoint:
+    """Thresholds by name: the certificate's, or the rules'; of another predictor there are none."""
     if isinstance(given, OperatingPoint):
         return given
-    if given not in points:
-        raise GuardError(f"operating_point is one of {', '.join(points)}, got {given!r}")
-    return points[given]
+    if given not in OPERATING_POINTS:
+        raise GuardError(f"operating_point is one of {', '.join(OPERATING_POINTS)}, got {given!r}")
+    if certificate is not None:
+        return certificate.operating_point(given)
+    if rules:
+        return RULES_POINTS[given]
+    raise GuardError(
+        f"operating_point: {given!r} is a name in a certificate, and there is no certificate.json "
+        "beside the predictor; give thresholds, an OperatingPoint(tau_low, tau_high, k, j)"
+    )
 
 
 def _policy_name(recovery: str, after_alarm: str) -> str:
@@ -753,19 +807,26 @@ def _decoding(
     model: PreTrainedModel, settings: GenerationConfig, processors: Any, prompt_length: int
 ) -> Decoding:
     """The guard's decoding from a generation config; what it cannot do is refused by name."""
-    known = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+    warpers: dict[type, Any] = {}
     for processor in processors or []:
-        if not isinstance(processor, known):
+        kind = type(processor)
+        if kind not in (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper):
             raise GuardError(
-                f"logits processor {type(processor).__name__} is not supported; the guard decodes "
-                "greedily or with temperature, top_k and top_p. A model may ship others in its "
-                "generation config: switch them off, e.g. repetition_penalty=1.0"
+                f"logits processor {kind.__name__} is not supported; the guard decodes greedily or "
+                "with temperature, top_k and top_p. A model may ship others in its generation "
+                "config: switch them off, e.g. repetition_penalty=1.0"
             )
+        if kind in warpers or not settings.do_sample:
+            why = "given twice" if kind in warpers else "without do_sample=True"
+            raise GuardError(f"logits processor {kind.__name__}: {why}")
+        warpers[kind] = processor
     if (settings.num_beams or 1) > 1:
         raise GuardError(f"num_beams: the guard decodes one beam a row, got {settings.num_beams}")
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(settings, name, None):
-            raise GuardError(f"{name}: the guard returns token ids; its signals are in `report`")
+            raise GuardError(
+                f"{name}: the guard returns token ids; its signals are in `guard.completions`"
+            )
     ends = settings.eos_token_id
     if ends is None:
         ends = model.config.eos_token_id
@@ -774,27 +835,41 @@ def _decoding(
         count = settings.max_new_tokens
     else:
         count = (settings.max_length or 20) - prompt_length
-    sample = bool(settings.do_sample)
+    temperature = warpers.get(TemperatureLogitsWarper)
+    top_k, top_p = warpers.get(TopKLogitsWarper), warpers.get(TopPLogitsWarper)
     return Decoding(
         max_new_tokens=count,
         end_token_ids=tuple(int(end) for end in ends),
-        do_sample=sample,
-        temperature=float(settings.temperature or 1.0) if sample else 1.0,
-        top_p=float(settings.top_p or 1.0) if sample else 1.0,
-        top_k=int(settings.top_k or 0) if sample else 0,
+        do_sample=bool(settings.do_sample),
+        temperature=1.0 if temperature is None else float(temperature.temperature),
+        top_k=0 if top_k is None else int(top_k.top_k),
+        top_p=1.0 if top_p is None else float(top_p.top_p),
     )
 
 
-def _stopping(criteria: Any, device: torch.device) -> Callable[[list[int]], bool] | None:
+def _refuse_inputs(
+    input_ids: torch.Tensor, settings: GenerationConfig | None, arguments: dict[str, Any]
+) -> None:
+    """Refuse by name what the guard would otherwise ignore."""
+    if arguments.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
+        raise GuardError("inputs_embeds: the guard needs the prompt's token ids, input_ids")
+    cache = arguments.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise GuardError("past_key_values: the guard prefills prompts itself, pass no filled cache")
+    if settings is not None and settings.prompt_lookup_num_tokens is not None:
+        raise GuardError("prompt_lookup_num_tokens: the guard has no assisted decoding")
+
+
+def _stopping(criteria: Any, input_ids: torch.Tensor) -> Stopping | None:
     """A user's stopping criteria; length and end tokens are the engine's own business."""
-    own = [
-        one for one in criteria or [] if not isinstance(one, MaxLengthCriteria | EosTokenCriteria)
-    ]
+    length = (MaxLengthCriteria, EosTokenCriteria)
+    own = [one for one in criteria or [] if not isinstance(one, length)]
     if not own:
         return None
 
-    def stop(tokens: list[int]) -> bool:
-        ids = torch.tensor([tokens], device=device)
-        return any(bool(torch.as_tensor(one(ids, None)).all()) for one in own)
+    def stop(key: str, tokens: list[int], logits: torch.Tensor) -> bool:
+        prompt = input_ids[int(key)]
+        ids = torch.cat([prompt, prompt.new_tensor(tokens)])[None]
+        return any(bool(torch.as_tensor(one(ids, logits)).all()) for one in own)
 
     return stop

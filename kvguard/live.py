@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from kvguard import config
+from kvguard.audit import first_rejected
 from kvguard.detectors import agreement, detect_outcomes
 from kvguard.engine import Completion, Session
 from kvguard.experiment import (
@@ -96,7 +97,8 @@ def run_policy_shard(
             traces.append(trace_row(completion, model, ready.decoding) | keys | {"shard": shard})
             reports.append(_report_row(completion, report))
             if completion.error is None:
-                tokens.append(_audited_tokens(model, completion, report, ready, keys))
+                margin = experiment.live.margin_nats
+                tokens.append(_audited_tokens(model, completion, report, ready, keys, margin))
             advance(1, f"{len(report.alarm_steps)} alarms")
     frame = pl.DataFrame(traces, schema=TRACES)
     outcomes = detect_outcomes(
@@ -156,14 +158,18 @@ def _audited_tokens(
     report: RowReport,
     ready: Prepared,
     keys: dict[str, str],
+    margin_nats: float,
 ) -> pl.DataFrame:
     """TOKENS of the final answer, audited; an audit is a measurement and costs the policy nothing.
 
-    Tokens that a recovery verified are the uncompressed model's as much as the compressed one's:
-    their log-likelihood ratio is 0.
+    Tokens that a recovery verified and the uncompressed model accepts are as much its own: their
+    log-likelihood ratio is 0.
     """
     audit = audit_completion(model, completion, ready)
+    rejected = first_rejected(audit["audit_gap"], margin_nats)
     verified = max(report.rewound_to, default=0)
+    if rejected is not None:
+        verified = min(verified, rejected)
     frame = tokens_frame(completion, keys | {"prompt_id": completion.request.key}, audit, own=False)
     settled = pl.col("position") < pl.lit(verified, pl.Int32)
     return frame.with_columns(

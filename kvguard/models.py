@@ -227,8 +227,9 @@ def check_architecture(model_config: PreTrainedConfig) -> None:
     """Refuse a model whose cache the engine would not pack exactly.
 
     Raises:
-        ModelError: the family is not one of `FAMILIES`, or a layer attends to a sliding window
-            that is narrower than the model's context.
+        ModelError: the family is not one of `FAMILIES`, a layer attends to a sliding window that is
+            narrower than the model's context, or rotary frequencies depend on the longest row of a
+            batch.
     """
     family = model_config.model_type
     _check_family(family)
@@ -244,6 +245,33 @@ def check_architecture(model_config: PreTrainedConfig) -> None:
             f"sliding_window: this {family} model's layers see only the last {window} of up to "
             f"{context} positions, so its cache already evicts; use a model with full attention"
         )
+    if rope_type(model_config) == "dynamic":
+        raise ModelError(
+            "rope_type: 'dynamic' frequencies depend on the longest row of a batch, so a row would "
+            "depend on its neighbours; use a model with fixed frequencies"
+        )
+
+
+def rope_type(model_config: PreTrainedConfig) -> str:
+    """How the model's rotary frequencies are made; "default" where the config does not say."""
+    parameters = getattr(model_config, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))
+
+
+def position_limit(model_config: PreTrainedConfig) -> int:
+    """Positions that a request may use: prompt and new tokens.
+
+    With "longrope" frequencies a batch switches to its long ones when any of its rows passes the
+    original context; a row stays independent of its neighbours only up to there.
+    """
+    limit: int = model_config.max_position_embeddings
+    if rope_type(model_config) != "longrope":
+        return limit
+    parameters = getattr(model_config, "rope_parameters", None) or {}
+    original = parameters.get("original_max_position_embeddings") or getattr(
+        model_config, "original_max_position_embeddings", limit
+    )
+    return min(limit, int(original or limit))
 
 
 def _check_family(family: object) -> None:

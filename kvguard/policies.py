@@ -126,6 +126,10 @@ class Policy:
         for state in self.row_state:
             state[target] = state[source]
 
+    def settle(self, row: int) -> None:
+        """The request in ``row`` was put into SAFE by its caller, who carried out the recovery."""
+        self.modes[row] = Mode.SAFE
+
     def step(self, observation: Observation) -> Decision:
         """Look at one new token per row and decide."""
         return self._decide(observation, Action.CONTINUE)
@@ -221,6 +225,11 @@ class Guard(Policy):
         """Start the row's controller afresh."""
         set_state_rows(self.state, np.array([row]), initial_state(1))
         self.compressed[row] = True
+
+    def settle(self, row: int) -> None:
+        """Enter SAFE with its counters at 0, without an action."""
+        set_state_rows(self.state, np.array([row]), initial_state(1, Mode.SAFE))
+        self.compressed[row] = False
 
     def step(self, observation: Observation) -> Decision:
         """Advance the controller of each row by the token's hazard.

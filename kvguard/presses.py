@@ -110,6 +110,11 @@ def phases(press: BasePress | None) -> Phases:
         prefill, decode = press, None
     if prefill is not None:
         _check_class(prefill, catalogue.REFUSED)
+    if prefill is not None and decode is not None and _hides_entries(prefill):
+        raise PressError(
+            f"{type(prefill).__name__} hides entries without freeing them; a press that compresses "
+            "while decoding would score them and bring them back"
+        )
     if decode is not None:
         if type(decode) not in (DecodingPress, CompressionRatioDecodingPress):
             _check_class(decode, catalogue.REFUSED)
@@ -126,6 +131,13 @@ def _check_class(press: BasePress, refused: Mapping[str, str]) -> None:
     for inner in nested:
         if isinstance(inner, BasePress):
             _check_class(inner, refused)
+
+
+def _hides_entries(press: BasePress) -> bool:
+    inner = [getattr(press, "press", None), *getattr(press, "presses", [])]
+    return type(press).__name__ in catalogue.NOT_EAGER or any(
+        _hides_entries(entry) for entry in inner if isinstance(entry, BasePress)
+    )
 
 
 def fresh(press: BasePress | None) -> BasePress | None:

@@ -2,8 +2,10 @@
 
 Each row owns one right-padded slot per layer and writes its next entry behind its last one. Rotary
 positions are part of the keys, so the place of an entry does not matter. Rewinding a row lowers a
-length, refilling a slot overwrites it, and no step copies a cache: buffers grow in blocks. Layers
-may hold different lengths (PyramidKV, SimLayerKV), heads may hide entries (AdaKV).
+length, refilling a slot overwrites it, and a step writes one entry a row. Buffers grow by blocks,
+which copies them once in 64 steps, and shrink when the longest row leaves; they are rectangular, so
+one long row makes padding in the others, which is counted. Layers may hold different lengths
+(PyramidKV, SimLayerKV), heads may hide entries (AdaKV).
 """
 
 from collections.abc import Sequence
@@ -40,6 +42,8 @@ class Slots:
 
     Attributes:
         lengths: (layers, rows) int64, entries of each row in each layer.
+        appended: (rows,) int64, newest entries that stand last in every layer: those written one by
+            one since the row was filled or compressed.
     """
 
     is_compileable = False
@@ -55,6 +59,7 @@ class Slots:
         self.device, self.dtype = device, dtype
         self.active = 0
         self.lengths: NDArray[np.int64] = np.zeros((self.layers, rows), dtype=np.int64)
+        self.appended: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         empty = (rows, heads, 0, size)
         self.keys = [torch.zeros(empty, device=device, dtype=dtype) for _ in range(self.layers)]
         self.values = [torch.zeros(empty, device=device, dtype=dtype) for _ in range(self.layers)]
@@ -82,12 +87,17 @@ class Slots:
             cache: batch of 1, (1, heads, length, head_dim) per layer.
             masked: per layer (heads, length) bool, True where the press hides an entry.
         """
+        for layer in range(self.layers):  # whatever runs out of memory does so before any change
+            keys = cache.layers[layer].keys
+            assert keys is not None
+            self._reserve(layer, keys.shape[2] + 1)
         self.active = max(self.active, row + 1)
         for layer in range(self.layers):
             keys, values = cache.layers[layer].keys, cache.layers[layer].values
             assert keys is not None
             assert values is not None
             self.write(layer, row, keys[0], values[0], None if masked is None else masked[layer])
+        self.appended[row] = 0
 
     def write(
         self,
@@ -103,6 +113,7 @@ class Slots:
         self.keys[layer][row, :, :length] = keys
         self.values[layer][row, :, :length] = values
         self.lengths[layer, row] = length
+        self.appended[row] = -1  # the entry of the step that is under way is among those written
         hidden = self.hidden[layer]
         self.hidden_entries[layer, row] = 0
         if masked is not None and bool(masked.any()):
@@ -118,8 +129,14 @@ class Slots:
             hidden[row] = False
 
     def drop_tail(self, row: int, entries: int) -> None:
-        """Forget a row's last ``entries`` entries in every layer."""
-        self.lengths[:, row] = np.maximum(self.lengths[:, row] - entries, 0)
+        """Forget a row's newest entries, as many of ``entries`` as stand last in every layer."""
+        dropped = min(entries, int(self.appended[row]))
+        self.lengths[:, row] -= dropped
+        self.appended[row] -= dropped
+
+    def end_step(self) -> None:
+        """Every active row has one entry more."""
+        self.appended[: self.active] += 1
 
     def remove(self, row: int) -> int:
         """Free a row: the last active row moves into its slot.
@@ -138,13 +155,28 @@ class Slots:
                     hidden[row] = hidden[last]
             self.lengths[:, row] = self.lengths[:, last]
             self.hidden_entries[:, row] = self.hidden_entries[:, last]
+            self.appended[row] = self.appended[last]
         self.lengths[:, last] = 0
         self.hidden_entries[:, last] = 0
         for hidden in self.hidden:
             if hidden is not None:
                 hidden[last] = False
         self.active = last
+        self._shrink()
         return last
+
+    def _shrink(self) -> None:
+        """Give back what only a row that has left needed, when it is several blocks."""
+        for layer in range(self.layers):
+            longest = int(self.lengths[layer, : self.active].max(initial=0)) + 1
+            wanted = -(-longest // BLOCK_ENTRIES) * BLOCK_ENTRIES
+            if self.capacity(layer) < wanted + 4 * BLOCK_ENTRIES:
+                continue
+            for buffers in (self.keys, self.values):
+                buffers[layer] = buffers[layer][:, :, :wanted].clone()
+            hidden = self.hidden[layer]
+            if hidden is not None:
+                self.hidden[layer] = hidden[:, :, :wanted].clone()
 
     def entries(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A row's keys and values, (1, heads, length, head_dim) views without padding."""
@@ -168,18 +200,15 @@ class Slots:
         if entries <= capacity:
             return
         grown = -(-entries // BLOCK_ENTRIES) * BLOCK_ENTRIES
-        for buffers in (self.keys, self.values):
-            shape = (self.rows, self.heads, grown, self.head_dim)
-            buffer = torch.zeros(shape, device=self.device, dtype=self.dtype)
-            buffer[: self.active, :, :capacity] = buffers[layer][: self.active]
-            buffers[layer] = buffer
+        shape = (self.rows, self.heads, grown, self.head_dim)
+        wider = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(2)]
         hidden = self.hidden[layer]
         if hidden is not None:
-            wider = torch.zeros(
-                (self.rows, self.heads, grown), dtype=torch.bool, device=self.device
-            )
-            wider[:, :, :capacity] = hidden
-            self.hidden[layer] = wider
+            hidden = torch.nn.functional.pad(hidden, (0, grown - capacity))
+        for buffers, buffer in zip((self.keys, self.values), wider, strict=True):
+            buffer[: self.active, :, :capacity] = buffers[layer][: self.active]
+            buffers[layer] = buffer
+        self.hidden[layer] = hidden
 
     # --- one decoding step: the model calls `update` per layer, the attention asks for `mask` ---
 

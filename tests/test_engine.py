@@ -1,5 +1,6 @@
 """The engine decodes ragged batches of compressed caches exactly as ``model.generate`` does."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
 from kvguard import catalogue
 from kvguard.config import Press
-from kvguard.engine import Completion, Request, Session, generate, prefill_prefix
-from kvguard.models import LoadedModel
+from kvguard.engine import Completion, Request, Session, generate, prefill, prefill_prefix
+from kvguard.models import LoadedModel, ModelError
 from kvguard.presses import PressError, build_press, fresh, phases
 from kvguard.sampling import Decoding
 from kvguard.signals import extract_signals
@@ -62,6 +63,16 @@ PREFILL: dict[str, dict[str, Any]] = {
 DECODE = [name for name in PREFILL if name not in catalogue.PREFILL_ONLY]
 
 NEW_TOKENS = 20
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+}
 
 
 def spec(name: str, layers: int, phase: str = "prefill") -> Press:
@@ -359,6 +370,71 @@ def test_refused_presses_say_why(tiny_llama: PreTrainedModel) -> None:
         phases(kvpress.DecodingPress(kvpress.AdaKVPress(kvpress.KnormPress())))
     with pytest.raises(PressError, match=r"ComposedPress: its arguments remove 0\.500, got 0\.750"):
         build_press(spec("ComposedPress", 3), "0.750")
+
+
+def test_what_would_not_be_exact_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    sliding = MistralConfig(**SMALL, sliding_window=24)
+    with pytest.raises(ModelError, match="sliding_window"):
+        Session(AutoModelForCausalLM.from_config(sliding), Decoding(2), rows=1)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    dynamic = LlamaConfig(**SMALL, rope_parameters=rope)
+    with pytest.raises(ModelError, match="rope_type"):
+        Session(AutoModelForCausalLM.from_config(dynamic), Decoding(2), rows=1)
+    hidden = kvpress.AdaKVPress(kvpress.KnormPress(0.5))
+    decode = kvpress.DecodingPress(kvpress.KnormPress())
+    with pytest.raises(PressError, match="AdaKVPress hides entries without freeing them"):
+        phases(kvpress.PrefillDecodingPress(hidden, decode))
+
+
+def test_random_presses_draw_for_each_row_alone(tiny_llama: PreTrainedModel) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size)
+    make = lambda: kvpress.DecodingPress(  # noqa: E731
+        kvpress.RandomPress(), compression_interval=4, target_size=12
+    )
+    state = torch.get_rng_state()
+    together = run(tiny_llama, requests, make(), 5)
+    assert torch.equal(state, torch.get_rng_state())
+    for request in requests:
+        assert run(tiny_llama, [request], make(), 1)[request.key].token_ids == (
+            together[request.key].token_ids
+        )
+
+
+def test_a_shared_prefix_makes_the_same_cache(tiny_llama: PreTrainedModel) -> None:
+    request = ragged_requests(tiny_llama.config.vocab_size)[1]
+    prefix = prefill_prefix(tiny_llama, request.prompt_ids[:11])
+    for name in ("SnapKVPress", "ExpectedAttentionPress", "PyramidKVPress", "CompactorPress"):
+        press = spec(name, 3)
+        whole = prefill(tiny_llama, request.prompt_ids, build_press(press, "0.500"))
+        split = prefill(tiny_llama, request.prompt_ids, build_press(press, "0.500"), prefix=prefix)
+        assert split.tokens == whole.tokens - 11
+        for one, other in zip(whole.cache.layers, split.cache.layers, strict=True):
+            torch.testing.assert_close(one.keys, other.keys, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=1e-4)
+
+
+def test_buffers_shrink_when_a_long_row_has_left(tiny_llama: PreTrainedModel) -> None:
+    long = Request("long", [5] * 700, max_new_tokens=2)
+    short = [Request(str(i), [5 + i] * 20, max_new_tokens=NEW_TOKENS) for i in range(3)]
+    done = run(tiny_llama, [long, *short], None, 4)
+    padding = done["0"].kv_bytes[:, 2]
+    assert padding[0] > 10 * padding[-1]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request("r", [5, 6], max_new_tokens=0), r"lies in 1\.\.20, the session's own, got 0"),
+        (Request("r", [5, 6], max_new_tokens=21), r"lies in 1\.\.20, the session's own, got 21"),
+        (Request("r", [5, 600], max_new_tokens=2), "token 600 of the prompt is not in the model's"),
+    ],
+)
+def test_impossible_requests_say_what_is_possible(
+    tiny_llama: PreTrainedModel, request_: Request, message: str
+) -> None:
+    session = Session(tiny_llama, Decoding(NEW_TOKENS), rows=1)
+    (done,) = generate(session, [request_])
+    assert re.search(message, done.error or "")
 
 
 def test_presses_are_never_shared_between_requests() -> None:
