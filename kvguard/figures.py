@@ -1026,10 +1026,10 @@ def plot_pareto(
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.grid(axis="y")
             axes.margins(x=0.12, y=0.1)
-            low, high = axes.get_ylim()
-            axes.set_ylim(min(low, -0.05), max(high, 0.05))
             if row == 0:
                 axes.set_title(f"ratio {float(ratio):g}")
+        low, high = grid[row][0].get_ylim()  # shared: known once the whole row is drawn
+        grid[row][0].set_ylim(min(low, -0.05), max(high, 0.05))
         of_model = f"{model}\n" if len(models) > 1 else ""
         grid[row][0].set_ylabel(f"{of_model}{styles[press].label}\nexcess CFR")
     figure.supxlabel(f"{title} per request", fontsize=8)
