@@ -383,6 +383,8 @@ def calibrate(
         certified_settings=[settings.setting(int(i)) for i in np.flatnonzero(headline.certified)],
         headline=headline.bound(_headline_setting(headline)),
         points={name: points[name] for name in POINTS},
+        prompts_certifying=len(certifying),
+        prompts_total=len(known),
         prompts_digest=digest(certifying),
     )
     logger.info("%s", made.text)

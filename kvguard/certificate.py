@@ -141,6 +141,8 @@ class Certificate(_Part):
         certified_settings: the settings that it names; with probability 1 - delta all of them hold.
         headline: the statement or the refusal about the grid.
         points: the operating points by name; each says what was certified about it.
+        prompts_certifying: prompts kept for the certificate.
+        prompts_total: prompts of the run, of all splits.
         prompts_digest: of the prompts that certify.
     """
 
@@ -153,6 +155,8 @@ class Certificate(_Part):
     certified_settings: list[ControllerConfig]
     headline: Bound
     points: dict[Point, CertifiedPoint]
+    prompts_certifying: int
+    prompts_total: int
     prompts_digest: str
 
     def operating_point(self, name: str) -> ControllerConfig:
@@ -191,7 +195,9 @@ class Certificate(_Part):
         lines = [
             f"Harm is target {self.target!r}. The unit is the prompt: a share is that of a "
             "prompt's own requests, averaged over prompts. Each statement holds on its own, over "
-            "the draw of the calibration prompts, for requests that resemble theirs.",
+            "the draw of the calibration prompts, for requests that resemble theirs. Of the run's "
+            f"{self.prompts_total} prompts {self.prompts_certifying} certify; for more of these, "
+            "enlarge the run or the calibration split.",
             f"{chosen}{self.headline.text}.",
             *(self.points[name].text for name in POINTS if name in self.points),
         ]

@@ -89,6 +89,7 @@ MIN_HARMED_PROMPTS = 4
 
 LEAD_BINS = 4
 MAX_CLASS_WEIGHT = 50.0
+_ROWS_PER_THREAD = 100_000
 BaselineKind = Literal["logistic", "entropy", "position"]
 BASELINE_KINDS: tuple[BaselineKind, ...] = ("logistic", "entropy", "position")
 MODEL_FILE = "hazard_{target}.json"
@@ -224,7 +225,7 @@ def fit_predictor(
 
     columns = [schema.FEATURE_NAMES.index(name) for name in feature_names]
     bins = min(LEAD_BINS, horizon_tokens) if formulation == "discrete_time" else 0
-    options = _options(parameters, seed, threads)
+    options = _options(parameters, seed, threads, len(rows.features))
     _, rounds, weight = _stopped_fit(rows, target, columns, bins, horizon_tokens, settings, options)
     everything = _matrix(rows, target, columns, bins, horizon_tokens, weight, None)
     booster = xgboost.train(options, everything, rounds)
@@ -312,11 +313,11 @@ def _enough(rows: Rows, target: str) -> None:
     harmed = rows.keys.filter(positive)["prompt_id"].n_unique()
     if harmed < MIN_HARMED_PROMPTS:
         raise Refusal(
-            f"{harmed} train prompts have a token within the horizon before a {target} onset; "
+            f"{harmed} train prompts have a token within the horizon of an onset of {target}; "
             f"at least {MIN_HARMED_PROMPTS} are needed"
         )
     if positive.all():
-        raise Refusal(f"every train token lies within the horizon before a {target} onset")
+        raise Refusal(f"every train token lies within the horizon of an onset of {target}")
 
 
 def _stopping_prompts(rows: Rows, target: str, share: float) -> list[str]:
@@ -366,13 +367,16 @@ def _matrix(
     )
 
 
-def _options(parameters: Mapping[str, float | int], seed: int, threads: int) -> dict[str, Any]:
+def _options(
+    parameters: Mapping[str, float | int], seed: int, threads: int, rows: int
+) -> dict[str, Any]:
+    """XGBoost's options; under 100,000 rows a second thread costs more than it gives."""
     return {
         "objective": "binary:logistic",
         "eval_metric": "logloss",
         "tree_method": "hist",
         "seed": seed,
-        "nthread": threads,
+        "nthread": threads if rows >= _ROWS_PER_THREAD else 1,
     } | dict(parameters)
 
 
@@ -497,7 +501,7 @@ def out_of_fold(
     fold = fold_of.to_numpy()
     columns = [schema.FEATURE_NAMES.index(name) for name in feature_names]
     bins = min(LEAD_BINS, horizon_tokens) if formulation == "discrete_time" else 0
-    options = _options(parameters, seed, threads)
+    options = _options(parameters, seed, threads, len(train.features))
     scores = np.full(len(fold), np.nan)
     for number in range(settings.search_folds):
         fitted = train.take(usable & (fold != number))

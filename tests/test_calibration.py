@@ -304,6 +304,7 @@ def test_too_few_prompts_are_refused_with_a_number() -> None:
     assert bound.prompts_needed_at_zero == 45
     assert f"at least 45 such prompts, {45 - bound.prompts} more" in certificate.text
     assert "No setting of the grid is certified" in certificate.text
+    assert "Of the run's 8 prompts 4 certify" in certificate.text
     assert certificate.operating_point("balanced").tau_high > 0
 
 
@@ -380,6 +381,8 @@ def _certificate(prompts: int = 200, rate: float = 0.1, upper: float = 0.15) -> 
                 references=[reference],
             )
         },
+        prompts_certifying=prompts,
+        prompts_total=4 * prompts,
         prompts_digest="0" * 16,
     )
 

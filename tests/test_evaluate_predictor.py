@@ -115,7 +115,7 @@ def test_matched_auroc_compares_pairs_at_equal_length() -> None:
         got = matched_auroc(running, onset, lengths, harmed, prompts, weights, cap)
         assert got.value == pytest.approx(wins[0] / total[0])
         defined = total[1:] > 0
-        assert got.replicates[defined] == pytest.approx((wins[1:] / total[1:])[defined])
+        assert got.replicates[defined] == pytest.approx(wins[1:][defined] / total[1:][defined])
 
 
 def test_being_long_earns_nothing() -> None:

@@ -280,7 +280,9 @@ def test_targets_without_enough_harm_are_refused_with_a_row(splits: pl.DataFrame
         data.features, harmless, small, wanted, horizon_tokens=planted.HORIZON_TOKENS, seed=0
     )
     assert set(made.predictors) == {"any"}
-    assert made.refusals["looping"].startswith("0 train prompts have a token within the horizon")
+    assert made.refusals["looping"].startswith(
+        "0 train prompts have a token within the horizon of an onset of looping"
+    )
     rows = made.tables["training"].filter(predictor="hazard")
     assert dict(rows.select("target", "status").rows()) == {
         "any": "trained",
@@ -513,7 +515,9 @@ def test_rules_rise_with_repetition_and_entropy() -> None:
 
 def test_refusals_name_target_and_numbers(run: planted.Planted, splits: pl.DataFrame) -> None:
     rows = load_rows(run.features, run.labels, splits, prompts_of(splits, "train")[:2])
-    with pytest.raises(Refusal, match="train prompts have a token within the horizon before a any"):
+    with pytest.raises(
+        Refusal, match="train prompts have a token within the horizon of an onset of any"
+    ):
         fit_predictor(
             rows,
             "any",
