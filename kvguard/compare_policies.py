@@ -59,7 +59,12 @@ def estimates(
         found: list[tuple[float | None, float | None, float | None]] = []
         for mean, drawn, units in zip(means, replicates, (counts > 0).sum(axis=1), strict=True):
             value = float(mean) if np.isfinite(mean) else None
-            found.append((value, *bootstrap_interval(value, drawn, int(units), bounds=bounds)))
+            ends: tuple[float | None, ...] = bootstrap_interval(
+                value, drawn, int(units), bounds=bounds
+            )
+            if name in DIFFERENCES:  # symmetric around the value, cut where nothing can lie
+                ends = tuple(None if end is None else min(max(end, -1.0), 1.0) for end in ends)
+            found.append((value, *ends))  # type: ignore[arg-type]
         for suffix, column in zip(("", "_low", "_high"), zip(*found, strict=True), strict=True):
             columns[name + suffix] = pl.Series(column, dtype=pl.Float64)
     return columns
