@@ -399,9 +399,6 @@ class Live(Section):
     loop_cover_tokens: Count = Field(
         default=20, description="tokens that the copies cover at least"
     )
-    gate_nats: float = Field(
-        default=1.0, gt=0, description="guard_gate: bound on the first logits' divergence"
-    )
     margin_nats: float = Field(default=1e-3, ge=0)
 
     @model_validator(mode="after")

@@ -81,9 +81,6 @@ class Observation(NamedTuple):
     signals: FloatArray  # (n, 28) in the order of schema.SIGNALS
     hazard: FloatArray | None  # (n,) NaN: no evidence; None: the policy does not need it
     history: IntArray  # (n, T) the answer's tokens so far, this one included; padded with -1
-    first_divergence: FloatArray | None = None
-    """(n,) Kullback-Leibler divergence (nats) of the first logits without compression from those
-    with it, where it was measured; NaN or None where it was not. Read at position 0 alone."""
 
 
 class Decision(NamedTuple):
@@ -194,8 +191,9 @@ class Guard(Policy):
     - ``guard_relax_only`` only stops compressing: what evictors that change their budget as they go
       do (CONF-KV, 2605.24786, sets it by confidence, with a compressor of its own).
     - ``guard_gate`` is ``guard_rewind`` that may also start a request in SAFE: at position 0, when
-      the hazard of the first token exceeds tau_high, or the first logits are known with and without
-      compression and differ by more than ``gate_nats``.
+      the hazard of the first token exceeds tau_high. The first logits come from the prefill, which
+      attends to the whole prompt before the press evicts, so they say what the prompt is like; what
+      compression did to it shows from the second token on.
     """
 
     needs_hazard = True
@@ -208,14 +206,14 @@ class Guard(Policy):
         action: Action,
         recovery_cut: Literal["exact", "tolerant"] = "exact",
         safe_after: Literal["stay", "resume"] = "stay",
-        gate_nats: float | None = None,
+        gate: bool = False,
     ) -> None:
         super().__init__(name, rows)
         self.controller = controller
         self.action = action
         self.recovery_cut = recovery_cut
         self.safe_after = safe_after
-        self.gate_nats = gate_nats
+        self.gate = gate
         self.state = initial_state(rows)
         self.modes = self.state.mode  # one array: the controller's mode is the policy's
         self.compressed = np.ones(rows, np.bool_)
@@ -242,8 +240,10 @@ class Guard(Policy):
         rows = observation.rows
         before = state_rows(self.state, rows)
         after = step(before, observation.hazard, self.controller)
-        if self.gate_nats is not None:
-            gated = _gate(observation, self.controller.tau_high, self.gate_nats)
+        if self.gate:
+            gated = (observation.positions == 0) & (
+                observation.hazard > np.float32(self.controller.tau_high)
+            )
             after = _where(gated, initial_state(len(rows), Mode.SAFE), after)
         if self.safe_after == "stay":
             after = _where(before.mode == Mode.SAFE, before, after)
@@ -255,16 +255,6 @@ class Guard(Policy):
         decision = self._decide(observation, self.action, alarm)
         decision.actions[resume] = Action.REFRESH
         return decision
-
-
-def _gate(observation: Observation, tau_high: float, gate_nats: float) -> BoolArray:
-    """(n,) first tokens of requests that should start in SAFE."""
-    gated = np.zeros(len(observation.rows), np.bool_)
-    for sign, bound in ((observation.hazard, tau_high), (observation.first_divergence, gate_nats)):
-        if sign is not None:
-            gated |= sign > np.float32(bound)
-    gated &= observation.positions == 0
-    return gated
 
 
 def _where(mask: BoolArray, chosen: ControllerState, other: ControllerState) -> ControllerState:
@@ -545,8 +535,7 @@ def make_policy(
         if controller is None:
             raise ValueError(f"policy {name!r} needs a controller setting (controller=)")
         action, cut, after = GUARDS[name]
-        gate_nats = live.gate_nats if name == "guard_gate" else None
-        return Guard(name, rows, controller, action, cut, after, gate_nats)
+        return Guard(name, rows, controller, action, cut, after, gate=name == "guard_gate")
     if name == "random":
         rate = alarm_rate if live.random_rate == "matched" else live.random_rate
         if rate is None or not np.all((np.asarray(rate) >= 0) & (np.asarray(rate) <= 1)):

@@ -26,7 +26,7 @@ def build(name, rows=1, max_new_tokens=100, **options):
     return make_policy(name, rows, max_new_tokens=max_new_tokens, **options)
 
 
-def observe(rows, position, tokens, hazard=None, entropy=None, first_divergence=None):
+def observe(rows, position, tokens, hazard=None, entropy=None):
     """The observation of rows whose answers so far are ``tokens`` (lists), all at one position."""
     signals = np.zeros((len(rows), len(SIGNALS)), np.float32)
     if entropy is not None:
@@ -41,7 +41,6 @@ def observe(rows, position, tokens, hazard=None, entropy=None, first_divergence=
         signals,
         None if hazard is None else np.asarray(hazard, np.float32),
         history,
-        None if first_divergence is None else np.asarray(first_divergence, np.float32),
     )
 
 
@@ -126,12 +125,6 @@ def test_gate_starts_a_risky_prompt_in_safe_and_guards_the_others():
     assert first.modes.tolist() == [Mode.SAFE, Mode.ALERT, Mode.NORMAL]
     second = policy.step(observe([0, 1, 2], 1, tokens, [DANGER, DANGER, DANGER]))
     assert second.actions.tolist() == [Action.CONTINUE, Action.REWIND, Action.CONTINUE]
-
-
-def test_gate_reads_the_divergence_of_the_first_logits_where_it_is_known():
-    policy = build("guard_gate", rows=3, live=config.Live(gate_nats=0.5))
-    seen = observe([0, 1, 2], 0, [[1]] * 3, [CALM] * 3, first_divergence=[0.6, 0.4, np.nan])
-    assert policy.step(seen).actions.tolist() == [Action.REWIND, 0, 0]
 
 
 def test_a_guard_without_hazard_is_an_error_not_a_calm_request():
