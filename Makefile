@@ -1,13 +1,14 @@
 # Everything goes through one virtual environment, made on first use from constraints.txt.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CORES ?= 2
+RUNS ?= results
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SNAKEMAKE := $(BIN)/snakemake --resources gpu=1 --cores
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt fmt-check lint typecheck figures phase2 status bench envs clean
+.PHONY: help demo test check fmt fmt-check lint typecheck figures phase2 status bench findings envs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -53,6 +54,9 @@ status: $(READY) ## what is done and what is left, per stage
 
 bench: $(READY) ## every benchmark; writes results/bench/<claim>.json
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
+
+findings: $(READY) ## docs/findings.md from the tables of finished runs: make findings RUNS="results ..."
+	$(BIN)/kvguard findings $(addprefix --results-dir ,$(RUNS)) --output docs/findings.md
 
 envs: $(READY) ## write envs/*.yaml from the pins of pyproject.toml and constraints.txt
 	$(BIN)/python envs/write_envs.py

@@ -41,6 +41,7 @@ rule all:
     default_target: True
     input:
         "<results>/report.html",
+        "<results>/findings.md",
         "<results>/manifest.json",
 
 

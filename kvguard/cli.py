@@ -723,6 +723,20 @@ def live(
     )
 
 
+@commands.command()
+def findings(
+    results_dir: Annotated[
+        list[Path] | None, typer.Option(help="A finished run; may be repeated.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/findings.md"),
+) -> None:
+    """Write in sentences what the tables of finished runs say about the predictor."""
+    from kvguard.findings import write_findings
+
+    write_findings(results_dir or [Path("results")], output)
+    console.print(f"wrote {output}")
+
+
 # --- shared --------------------------------------------------------------------------------------
 
 

@@ -263,6 +263,44 @@ def _check_compression(config: Config, results: Path) -> Problems:
         )
 
 
+def _check_live(config: Config, results: Path) -> Problems:
+    """Every policy ran on every prompt of the test split, under every live condition."""
+    path = results / "splits.parquet"
+    if not path.is_file():
+        return
+    test = set(_columns(path, *schema.SPLITS).filter(pl.col("split") == "test")["prompt_id"])
+    for model in config.models:
+        for press, ratio in config.live.conditions or config.conditions[1:]:
+            for policy in config.live.policies:
+                folder = results / "live" / model.name / press / ratio / policy
+                files = sorted(folder.glob("*.parquet"))
+                ran = set().union(*(_columns(file, "prompt_id")["prompt_id"] for file in files))
+                wrong = len(test ^ ran)
+                yield (
+                    f"{folder.relative_to(results)}: {wrong} prompts are missing or not of the "
+                    f"test split"
+                    if wrong
+                    else None
+                )
+
+
+def _check_hazards(config: Config, results: Path) -> Problems:
+    """Predicted hazards are probabilities, for every token that has one."""
+    path = results / "predictions.parquet"
+    if not path.is_file():
+        return
+    inside = pl.col("hazard").is_between(0, 1) & pl.col("hazard").is_not_nan()
+    counts = (
+        pl.scan_parquet(path, hive_partitioning=False)
+        .group_by("target")
+        .agg((~inside.fill_null(False)).sum().alias("wrong"))
+        .sort("target")
+        .collect()
+    )
+    for target, wrong in counts.iter_rows():
+        yield f"predictions.parquet: {wrong} hazards of {target} outside [0, 1]" if wrong else None
+
+
 def _check_splits(config: Config, results: Path) -> Problems:
     """Every prompt is in exactly one split, and no split is empty."""
     path = results / "splits.parquet"
@@ -306,6 +344,8 @@ CHECKS: dict[str, Callable[[Config, Path], Problems]] = {
     "consistent signals": _check_probabilities,
     "compression happened": _check_compression,
     "splits": _check_splits,
+    "hazards": _check_hazards,
+    "live runs": _check_live,
     "model hashes": _check_models,
     "result hashes": _check_manifest,
 }

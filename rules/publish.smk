@@ -169,6 +169,28 @@ rule render_viewer:
         "../workflow_scripts/render_viewer.py"
 
 
+rule write_findings:
+    input:
+        config="<results>/config.json",
+        certificate="<results>/models/certificate.json",
+        tables=every_table("parquet"),
+    output:
+        findings="<results>/findings.md",
+    log:
+        "<results>/logs/write_findings.log",
+    benchmark:
+        "<results>/benchmarks/write_findings.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: 1
+    resources:
+        **job("small"),
+    params:
+        library=library("write_findings"),
+    script:
+        "../workflow_scripts/write_findings.py"
+
+
 rule write_manifest:
     input:
         records=["<results>/config.json", "<results>/provenance.json"],

@@ -100,6 +100,7 @@ COMMANDS = (
     "live",
     "figures",
     "status",
+    "findings",
 )
 
 

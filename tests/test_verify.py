@@ -67,8 +67,18 @@ def results(tmp_path: Path, run: SyntheticRun) -> Path:
         pl.lit(0.0, pl.Float32).alias(name) for name in schema.FEATURE_NAMES
     )
     schema.write_table(features, tmp_path / "features.parquet", schema.FEATURES)
-    for name, declared in (("predictions", schema.PREDICTIONS), ("simulation", schema.RUNS)):
-        schema.write_table(pl.DataFrame(schema=declared), tmp_path / f"{name}.parquet", declared)
+    predictions = keys.join(splits, on="prompt_id", maintain_order="left").with_columns(
+        target=pl.lit("any"), hazard=pl.lit(0.25, pl.Float32)
+    )
+    schema.write_table(predictions, tmp_path / "predictions.parquet", schema.PREDICTIONS)
+    none = pl.DataFrame(schema=schema.RUNS)
+    schema.write_table(none, tmp_path / "simulation.parquet", schema.RUNS)
+    test = splits.filter(pl.col("split") == "test").select("prompt_id")
+    runs = pl.concat([none, test], how="diagonal")
+    for ratio in ("0.500", "0.750"):
+        for policy in config.live.policies:
+            path = tmp_path / "live/tiny/snapkv" / ratio / policy / "00.parquet"
+            schema.write_table(runs, path, schema.RUNS)
     checkpoint = tmp_path / "checkpoints/tiny"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights")
@@ -192,6 +202,22 @@ def test_a_prompt_in_two_splits_and_an_empty_split_are_found(results: Path) -> N
     assert problems == [
         f"splits.parquet: {leaked.height} prompts are in two splits",
         "splits.parquet: no prompt in calibration",
+    ]
+
+
+def test_a_hazard_that_is_no_probability_is_found(results: Path) -> None:
+    path = results / "predictions.parquet"
+    odd = pl.when(pl.int_range(pl.len()) < 3).then(pl.lit(1.5)).otherwise(pl.lit(float("nan")))
+    some = pl.when(pl.int_range(pl.len()) < 5).then(odd).otherwise("hazard").cast(pl.Float32)
+    damage(path, pl.read_parquet(path).with_columns(hazard=some))
+    assert failed(results)["hazards"] == ["predictions.parquet: 5 hazards of any outside [0, 1]"]
+
+
+def test_a_policy_that_ran_on_other_prompts_is_found(results: Path) -> None:
+    path = results / "live/tiny/snapkv/0.750/verify_all/00.parquet"
+    damage(path, pl.read_parquet(path).head(-1))
+    assert failed(results)["live runs"] == [
+        "live/tiny/snapkv/0.750/verify_all: 1 prompts are missing or not of the test split"
     ]
 
 
