@@ -1,0 +1,106 @@
+"""docs/findings.md says what the tables say, and nothing that they do not."""
+
+import json
+from pathlib import Path
+
+import planted
+import polars as pl
+import pytest
+
+from kvguard import config, schema
+from kvguard.ablation import ablate, leave_one_out
+from kvguard.calibration import calibrate, save_certificate
+from kvguard.evaluate_predictor import evaluate_predictors
+from kvguard.findings import write_findings
+from kvguard.predictor import rules_predictor
+from kvguard.splits import split_prompts
+from kvguard.train import predict_tokens, train_predictors
+
+SETTINGS = config.Predictor(
+    targets=["any", "looping"],
+    search_trials=0,
+    search_folds=2,
+    max_rounds=40,
+    bootstrap_samples=200,
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tables of a small run with planted truth; looping never happens in it."""
+    folder = tmp_path_factory.mktemp("results")
+    run = planted.planted_hazard(prompts=80, seed=4)
+    labels = run.labels.with_columns(
+        pl.lit(None, pl.Int32).alias("steps_to_looping"),
+        pl.lit(False).alias("hazard_looping"),
+        pl.lit(False).alias("post_onset_looping"),
+    )
+    splits = split_prompts(run.features["prompt_id"].unique(), config.Splits(), 0)
+    horizon = planted.HORIZON_TOKENS
+    data = (run.features, labels, splits)
+    models = train_predictors(*data, SETTINGS, horizon_tokens=horizon, seed=0)
+    tables = models.tables | evaluate_predictors(models, *data, run.outcomes, SETTINGS, seed=0)
+    tables |= ablate(*data, SETTINGS, horizon_tokens=horizon, seed=0)
+    tables |= leave_one_out(*data, SETTINGS, horizon_tokens=horizon, seed=0)
+    rules = rules_predictor()
+    made = calibrate(
+        rules,
+        predict_tokens({"any": rules}, run.features, splits),
+        labels,
+        splits,
+        config.Controller(),
+        config.Certificate(),
+    )
+    for name, table in (tables | made.tables).items():
+        schema.write_table(table, folder / "tables" / f"{name}.parquet")
+    save_certificate(made.certificate, folder / "models" / "certificate.json")
+    described = {
+        "name": "planted",
+        "seed": 0,
+        "results_dir": "results",
+        "models": [{"name": "m"}],
+        "task": {"name": "none", "num_prompts": 80},
+        "presses": [{"name": "snapkv", "ratios": ["0.500", "0.750"]}],
+        "generation": {"max_new_tokens": 60},
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder
+
+
+def _line(text: str, start: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+def test_claims_follow_the_intervals(results: Path, tmp_path: Path) -> None:
+    target = tmp_path / "findings.md"
+    write_findings([results], target)
+    text = target.read_text()
+    metrics = schema.read_table(results / "tables" / "predictor_metrics.parquet")
+    headline = metrics.filter(target="any", predictor="hazard", group_by="all", metric="auroc").row(
+        0, named=True
+    )
+    line = _line(text, "| any |")
+    assert f"{headline['value']:.2f} [{headline['low']:.2f}, {headline['high']:.2f}]" in line
+    assert headline["low"] > 0.5
+    assert line.endswith("| above chance |")
+    assert "No predictor was trained for `looping`: 0 train prompts" in text
+    assert "Transfer between models: m is the only model." in text
+    assert "permuted labels | auroc_within | 0.50" in text
+    assert "The unit is the prompt" in text
+
+    shaken = metrics.with_columns(low=pl.lit(0.45), low_pointwise=pl.lit(0.45))
+    path = results / "tables" / "predictor_metrics.parquet"
+    schema.write_table(shaken, path)
+    write_findings([results], target)
+    schema.write_table(metrics, path)
+    assert _line(target.read_text(), "| any |").endswith("| not told from chance |")
+
+
+def test_a_missing_table_is_named(results: Path, tmp_path: Path) -> None:
+    path = results / "tables" / "controls.parquet"
+    table = schema.read_table(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no table at .*controls\.parquet"):
+        write_findings([results], tmp_path / "findings.md")
+    schema.write_table(table, path)
+    assert not (tmp_path / "findings.md").exists()
