@@ -24,7 +24,6 @@ STAGES = {
     "fit": "train",
     "early_stopping": "train",
     "search": "train",
-    "feature_choice": "train",
     "out_of_fold": "train",
     "probability_calibration": "calibration",
     "importance": "calibration",
@@ -32,7 +31,7 @@ STAGES = {
     "certificate": "calibration",
     "evaluate": "test",
 }
-"""Which split each stage may see."""
+"""Which split each stage may see. Features are not selected from data: the config names the set."""
 
 
 def split_prompts(prompt_ids: Iterable[str], splits: config.Splits, seed: int) -> pl.DataFrame:
