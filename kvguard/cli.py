@@ -737,6 +737,14 @@ def findings(
     console.print(f"wrote {output}")
 
 
+@commands.command()
+def presses() -> None:
+    """Print which kvpress presses are supported, and why others are not, as Markdown."""
+    from kvguard.presses import support_table
+
+    typer.echo(support_table(), nl=False)
+
+
 # --- shared --------------------------------------------------------------------------------------
 
 
