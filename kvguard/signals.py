@@ -126,8 +126,11 @@ def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _rank(logits: torch.Tensor, top: torch.Tensor, chosen_logit: torch.Tensor) -> torch.Tensor:
-    """How many entries lie strictly above the chosen one, (rows,) float32."""
+    """How many entries lie strictly above the chosen one, (rows,) float32.
+
+    On a CPU the stored ones usually tell; elsewhere asking would make the host wait for the device.
+    """
     rank = (top > chosen_logit).sum(dim=1)
-    if bool((rank == top.shape[1]).any()):  # below the stored ones: rare, and only when sampling
+    if logits.device.type != "cpu" or bool((rank == top.shape[1]).any()):
         rank = (logits > chosen_logit).sum(dim=1)
     return rank.float()

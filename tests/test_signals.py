@@ -100,6 +100,14 @@ def test_the_largest_entries_are_found_exactly(seed: int, vocabulary: int) -> No
     assert torch.equal(values, logits.gather(1, indices))
 
 
+def test_an_accelerator_is_never_waited_for() -> None:
+    # A meta tensor has no values: whatever asks for one of them raises.
+    logits = torch.empty(4, 30_000, device="meta")
+    chosen = torch.zeros(4, dtype=torch.long, device="meta")
+    table = extract_signals(logits, chosen, torch.empty(4, device="meta")).table
+    assert table.shape == (4, len(SIGNAL_NAMES))
+
+
 def test_wrong_shapes_say_what_fits() -> None:
     with pytest.raises(ValueError, match=r"\(rows, vocabulary\) and chosen \(rows,\)"):
         extract_signals(torch.zeros(50), torch.zeros(1, dtype=torch.long))
