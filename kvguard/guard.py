@@ -558,12 +558,16 @@ class KVGuard:
         holdback_tokens: streaming releases a token once this many have followed it.
         batch_size: rows decoded together; None takes as many as memory allows.
         seed: of sampling; None draws one from torch's global generator at each call.
+        condition: press and ratio of the certificate, e.g. ("snapkv", "0.750"), whose alarm rate on
+            the calibration prompts the drift monitor expects; None: all of them pooled.
         streamer: receives released tokens; one request at a time. Give it here: transformers drops
             the ``streamer`` of a ``generate`` call that has a ``custom_generate``.
 
     Attributes:
         report: one `RowReport` a row of the last call.
         completions: one `kvguard.engine.Completion` a row of the last call, with every signal.
+        drift: a `kvguard.certificate.DriftMonitor` fed with every prompt's first request, or None
+            without a certificate; ``drift.text`` says whether the certificate still applies.
         certificate: what came with the predictor, or None; ``certificate.text`` says it in words.
 
     Raises:
@@ -584,6 +588,7 @@ class KVGuard:
         holdback_tokens: int = 16,
         batch_size: int | None = None,
         seed: int | None = None,
+        condition: tuple[str, str] | None = None,
         streamer: Any = None,
     ) -> None:
         phases(press)  # refuses a press by name, before any token is generated
@@ -594,6 +599,15 @@ class KVGuard:
         self.operating_point = _operating_point(
             operating_point, self.certificate, rules=predictor == "rules"
         )
+        self.drift = None
+        if self.certificate is not None and isinstance(operating_point, str):
+            from kvguard.certificate import DriftMonitor
+
+            press_name, ratio = condition or (None, None)
+            self.drift = DriftMonitor(
+                self.certificate, operating_point, press=press_name, ratio=ratio
+            )
+        self._prompts_seen: set[int] = set()
         self.policy_name = _policy_name(recovery, after_alarm)
         self.safe_ratio, self.margin_nats, self.tolerance = safe_ratio, margin_nats, tolerance
         self.holdback_tokens, self.batch_size, self.seed = holdback_tokens, batch_size, seed
@@ -719,7 +733,21 @@ class KVGuard:
             finished[completion.request.key] = (completion, report)
         self.report = [finished[request.key][1] for request in requests]
         self.completions = [finished[request.key][0] for request in requests]
+        self._watch_drift(requests)
         return self.completions
+
+    def _watch_drift(self, requests: Sequence[Request]) -> None:
+        """Tell the drift monitor of each new prompt's request, and the user when it warns."""
+        if self.drift is None:
+            return
+        before = self.drift.drifted
+        for request, report in zip(requests, self.report, strict=True):
+            prompt = hash(tuple(request.prompt_ids))
+            if report.error is None and prompt not in self._prompts_seen:
+                self._prompts_seen.add(prompt)
+                self.drift.update(bool(report.alarm_steps))
+        if self.drift.drifted != before:
+            logger.warning("%s", self.drift.text)
 
     def _stream(self, _: str, tokens: list[int]) -> None:
         for token in tokens:

@@ -1,6 +1,7 @@
 """The guard: verify and rewind is exact, rows are independent, faults cost one row at most."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import kvpress
@@ -21,12 +22,14 @@ from transformers import (
 
 from kvguard import catalogue
 from kvguard.audit import audit_tokens
+from kvguard.certificate import CertificateError, save_certificate
 from kvguard.config import OperatingPoint
 from kvguard.controller import Mode
 from kvguard.engine import Completion, Request, Session
 from kvguard.guard import GuardError, KVGuard, RowReport, Tolerance, Watch, guarded, harmful_token
 from kvguard.models import LoadedModel
 from kvguard.policies import Action, Decision, Observation, Policy, make_policy
+from kvguard.predictor import rules_predictor, save_predictor
 from kvguard.presses import PressError, build_press
 from kvguard.sampling import Decoding
 from kvguard.schema import FEATURE_VERSION
@@ -511,6 +514,35 @@ def test_a_streamer_gets_prompt_and_answer(tiny_llama: PreTrainedModel) -> None:
 
 
 # --- faults ---
+
+
+def test_thresholds_and_drift_come_from_the_certificate_beside_the_predictor(
+    tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    from test_calibration import _certificate
+
+    path = tmp_path / "hazard_predictor.json"
+    save_predictor(rules_predictor(), path)
+    certificate = _certificate()
+    save_certificate(certificate, tmp_path / "certificate.json")
+    guard = KVGuard(kvpress.KnormPress(0.5), predictor=path)
+    assert guard.operating_point == certificate.operating_point("balanced")
+    assert guard.certificate == certificate
+    guard.operating_point = OperatingPoint(tau_low=1e-6, tau_high=2e-6, k=1, j=1)
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(4, 160, 20).tolist() for _ in range(12)]
+    guard.predictor = Threshold(0)  # everything alarms, which calibration's prompts did not
+    requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts)]
+    guard.run(tiny_llama, requests, ENDLESS)
+    assert guard.drift is not None
+    assert guard.drift.requests == 12
+    assert guard.drift.drifted == "more"
+    guard.run(tiny_llama, requests, ENDLESS)
+    assert guard.drift.requests == 12  # a prompt counts once
+    other = rules_predictor().model_copy(update={"horizon_tokens": 8})
+    save_predictor(other, path)
+    with pytest.raises(CertificateError, match="calibrate again"):
+        KVGuard(None, predictor=path)
 
 
 class Failing:
