@@ -113,7 +113,10 @@ def _kept(scaled: torch.Tensor, decoding: Decoding) -> torch.Tensor | None:
     if 0 < decoding.top_k < scaled.shape[1]:
         kept = scaled >= largest(scaled, decoding.top_k)[0][:, -1:]
         scaled = scaled.masked_fill(~kept, -torch.inf)
-    return nucleus(scaled, decoding.top_p) if decoding.top_p < 1 else kept
+    if decoding.top_p == 1:
+        return kept
+    inside = nucleus(scaled, decoding.top_p)
+    return inside if kept is None else inside & kept  # impossible ones count where all are needed
 
 
 def nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -103,6 +103,7 @@ def plain_scores(
     for row, own in enumerate(values):
         if 0 < decoding.top_k < len(own):
             kept[row] = own >= np.sort(own)[-decoding.top_k]
+        unsure[row] = kept[row] & (decoding.top_p < 1)
         mass = np.where(kept[row], np.exp(own - own.max()), 0)
         mass /= mass.sum()
         _, level = np.unique(own, return_inverse=True)
@@ -110,7 +111,7 @@ def plain_scores(
         above = (of_level[::-1].cumsum()[::-1] - of_level)[level]  # more probable tokens' mass
         if decoding.top_p < 1:
             kept[row] &= above < decoding.top_p
-            unsure[row] = np.abs(above - decoding.top_p) < 1e-5
+            unsure[row] &= np.abs(above - decoding.top_p) < 1e-5
     return np.where(kept, (scaled + noise).numpy(), -np.inf), unsure
 
 
@@ -120,7 +121,7 @@ def plain_scores(
     spread=st.floats(0.1, 8),
     vocabulary=st.sampled_from([3, 70, 2_000, 40_003]),
     top_k=st.sampled_from([0, 1, 40, 1_500]),
-    top_p=st.sampled_from([1.0, 0.95, 0.5, 1e-4]),
+    top_p=st.sampled_from([1.0, 1 - 1e-9, 0.95, 0.5, 1e-4]),
     ties=st.booleans(),
 )
 def test_candidates_first_equals_the_definition(
