@@ -1,5 +1,6 @@
 """The workflow: what reruns when, what stops before any job, profiles, logs, layout."""
 
+import json
 import os
 import re
 import shutil
@@ -7,12 +8,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 
-from kvguard.config import overlay
+from kvguard.config import load_config, overlay
 from kvguard.provenance import library_digest, library_modules
 
 CHECKOUT = Path(__file__).parent.parent
@@ -293,6 +295,17 @@ def test_a_failing_import_leaves_its_traceback_too(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True)
     assert done.returncode == 1
     assert "no_such_package" in log.read_text()
+
+
+def test_a_run_records_its_configuration_and_its_versions(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    run_snakemake(folder, "results/config.json")
+    recorded = load_config(folder / "results/config.json")
+    assert recorded == load_config(folder / "config.yaml")
+    provenance = json.loads((folder / "results/provenance.json").read_text())
+    assert provenance["packages"]["kvpress"] == metadata.version("kvpress")
+    assert None not in provenance["packages"].values()
+    assert provenance["cores"] == os.cpu_count()
 
 
 # --- digests of library code ---------------------------------------------------------------------
