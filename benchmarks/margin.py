@@ -9,8 +9,8 @@ float32 and bfloat16:
 - ``own_answers``: the uncompressed model's own tokens, decoded step by step in one batch. In exact
   arithmetic every gap is 0; what is left is rounding: another order of summation in a batch than
   in one pass. ``rejected``: gaps above the default margin, false alarms of a verification.
-  ``..._logprob_difference_nats``: largest and mean difference of a token's log-probability between the
-  two, the size of that rounding whether or not it turns a choice;
+  ``..._logprob_difference_nats``: of a token's log-probability between the two, largest and mean:
+  the size of that rounding whether or not it turns a choice;
 - ``divergences``: answers under snapkv at 0.500, at the first token that differs from the
   uncompressed batch's: a difference that verification should reject. ``below_largest_own``: gaps
   that do not stand out from rounding; ``missed``: gaps within the default margin;
