@@ -2,11 +2,11 @@
 
 import polars as pl
 import pytest
+from synthetic import make_run
 
 from kvguard.config import Detection
 from kvguard.detectors import detect_outcomes
 from kvguard.sensitivity import sensitivity_table
-from synthetic import make_run
 
 
 @pytest.fixture(scope="module")
