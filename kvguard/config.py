@@ -292,7 +292,7 @@ class Detection(Section):
     amnesia_llr: float = Field(default=1.0, gt=0)
     divergence_window_tokens: Count = 16
     divergence_llr: float = Field(default=0.3, gt=0)
-    rejection_margin_nats: float = Field(default=1e-3, ge=0)
+    rejection_margin_nats: float = Field(default=1e-4, ge=0)
 
 
 class Labels(Section):
@@ -399,7 +399,7 @@ class Live(Section):
     loop_cover_tokens: Count = Field(
         default=20, description="tokens that the copies cover at least"
     )
-    margin_nats: float = Field(default=1e-3, ge=0)
+    margin_nats: float = Field(default=1e-4, ge=0)
 
     @model_validator(mode="after")
     def _policies(self) -> Self:

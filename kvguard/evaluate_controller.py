@@ -87,7 +87,7 @@ def load_requests(
     predictions: pl.DataFrame | None = None,
     *,
     target: str = "any",
-    margin_nats: float = 1e-3,
+    margin_nats: float = 1e-4,
     implausible_logprob: float = -8.0,
     prompt_ids: Collection[str] | None = None,
 ) -> Requests:

@@ -201,11 +201,14 @@ class Slots:
             return
         grown = -(-entries // BLOCK_ENTRIES) * BLOCK_ENTRIES
         shape = (self.rows, self.heads, grown, self.head_dim)
-        wider = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(2)]
+        wider = [torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)]
         hidden = self.hidden[layer]
         if hidden is not None:
             hidden = torch.nn.functional.pad(hidden, (0, grown - capacity))
         for buffers, buffer in zip((self.keys, self.values), wider, strict=True):
+            # Padding has no weight in the attention, but 0 times NaN would still be NaN.
+            buffer[:, :, capacity:] = 0
+            buffer[self.active :, :, :capacity] = 0
             buffer[: self.active, :, :capacity] = buffers[layer][: self.active]
             buffers[layer] = buffer
         self.hidden[layer] = hidden
