@@ -115,7 +115,7 @@ def test_without_an_audit_what_it_would_say_is_unknown():
 
 
 def test_a_rejected_token_lies_beyond_the_numeric_margin():
-    gap = [0.0, 0.5e-3, 1e-3, 2e-3, 5.0]
+    gap = [0.0, 0.5e-4, 1e-4, 2e-4, 5.0]
     found = judge([0.0] * 5, audit_gap=gap)
     assert found.first_rejected == 3
     assert judge([0.0] * 5, audit_gap=[0.0] * 5).first_rejected is None

@@ -268,7 +268,7 @@ def play(name, request, baseline, holdback=16, rate=None):
             if action == Action.STOP:
                 final = draft[: at + 1]
                 break
-            rejected = next((i for i in range(at + 1) if request["audit_gap"][i] > 1e-3), at + 1)
+            rejected = next((i for i in range(at + 1) if request["audit_gap"][i] > 1e-4), at + 1)
             cut = rejected
             if policy.recovery_cut == "tolerant":
                 seen_so_far = (np.array(request[c][: at + 1]) for c in ("llr", "audit_logprob"))
