@@ -559,11 +559,12 @@ class Session:
         rows = np.arange(active)
         logits = self.logits[:active]
         positions = self.lengths[:active].copy()
-        scores = token_scores(
-            logits, self._on_device(self.seeds[:active]), self._on_device(positions), self.decoding
-        )
-        chosen = scores.argmax(dim=1)
-        table = extract_signals(logits, chosen, self._previous_entropy()).table
+        chosen = None  # greedy: the argmax falls out of the signals
+        if self.decoding.do_sample:
+            seeds = self._on_device(self.seeds[:active])
+            scores = token_scores(logits, seeds, self._on_device(positions), self.decoding)
+            chosen = scores.argmax(dim=1)
+        table, _, chosen = extract_signals(logits, chosen, self._previous_entropy())
         signals = table.cpu().numpy()
         tokens = chosen.cpu().numpy()
         self.signals[rows, positions] = signals

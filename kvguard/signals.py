@@ -26,14 +26,18 @@ class Signals(NamedTuple):
         table: (rows, 28) float32 on the logits' device, columns `SIGNAL_NAMES`; NaN where a signal
             is undefined (``entropy_delta`` of the first token, alternatives without any mass).
         finite: (rows,) bool; False where the logits hold NaN or +Inf, or nothing above -Inf.
+        chosen: (rows,) int64, the tokens whose log-probability and rank the table holds.
     """
 
     table: torch.Tensor
     finite: torch.Tensor
+    chosen: torch.Tensor
 
 
 def extract_signals(
-    logits: torch.Tensor, chosen: torch.Tensor, previous_entropy: torch.Tensor | None = None
+    logits: torch.Tensor,
+    chosen: torch.Tensor | None = None,
+    previous_entropy: torch.Tensor | None = None,
 ) -> Signals:
     """Compute all signals of one decoding step from raw logits.
 
@@ -43,7 +47,8 @@ def extract_signals(
 
     Args:
         logits: (rows, vocabulary), before any processor, any float type; computed in float32.
-        chosen: (rows,) integer, the token that was taken.
+        chosen: (rows,) integer, the token that was taken; None: the argmax, found on the way (of
+            tied tokens the first, as `torch.argmax` has it).
         previous_entropy: (rows,) entropy of each row's previous token, NaN where there is none;
             None: no row has one.
 
@@ -53,10 +58,10 @@ def extract_signals(
     Raises:
         ValueError: the shapes do not fit, or the vocabulary has fewer than 20 entries.
     """
-    if logits.ndim != 2 or chosen.shape != logits.shape[:1]:
+    if logits.ndim != 2 or (chosen is not None and chosen.shape != logits.shape[:1]):
         raise ValueError(
             f"logits must be (rows, vocabulary) and chosen (rows,), got {tuple(logits.shape)} "
-            f"and {tuple(chosen.shape)}"
+            f"and {None if chosen is None else tuple(chosen.shape)}"
         )
     vocabulary = logits.shape[1]
     if vocabulary < TOP_LOGPROBS:
@@ -69,16 +74,23 @@ def extract_signals(
     mass = shifted.exp()
     mass.scatter_(1, top_ids[:, :1], 0.0)  # the alternatives only; the top token has mass 1
     alternatives = mass.sum(dim=1)
-    # 0 * -inf is NaN: a forbidden token has no mass, so its logit must not count.
-    weighted = torch.linalg.vecdot(mass, shifted.clamp_(min=-1e4))
+    weighted = torch.linalg.vecdot(mass, shifted)
+    if logits.device.type != "cpu" or bool(weighted.isnan().any()):
+        # 0 * -inf is NaN: a forbidden token has no mass, so its logit must not count.
+        weighted = torch.linalg.vecdot(mass, shifted.clamp_(min=-1e4))
     total = alternatives + 1.0
     log_total = total.log()
     entropy = log_total - weighted / total
     alternatives_entropy = alternatives.log() - weighted / alternatives
     top_logprobs = top - peak - log_total[:, None]
-    chosen_logit = logits.gather(1, chosen[:, None])
-    chosen_logprob = (chosen_logit - peak).squeeze(1) - log_total
-    rank = _rank(logits, top, chosen_logit)
+    if chosen is None:
+        chosen = _argmax(logits, top, top_ids)
+        rank = torch.zeros_like(entropy)
+        chosen_logprob = -log_total
+    else:
+        chosen_logit = logits.gather(1, chosen[:, None])
+        rank = _rank(logits, top, chosen_logit)
+        chosen_logprob = (chosen_logit - peak).squeeze(1) - log_total
     undefined = torch.full_like(entropy, float("nan"))
     delta = undefined if previous_entropy is None else entropy - previous_entropy.to(entropy)
     columns = {
@@ -93,7 +105,8 @@ def extract_signals(
     }
     leading = [columns[name] for name in SIGNAL_NAMES[: len(columns)]]
     table = torch.cat([torch.stack(leading, dim=1), top_logprobs], dim=1)
-    return Signals(table, torch.isfinite(entropy) & torch.isfinite(peak.squeeze(1)))
+    finite = torch.isfinite(entropy) & torch.isfinite(peak.squeeze(1))
+    return Signals(table, finite, chosen)
 
 
 def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +136,15 @@ def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
         columns = torch.cat([columns, tail], dim=1)
     values, within = logits.gather(1, columns).topk(count, dim=1)
     return values, columns.gather(1, within)
+
+
+def _argmax(logits: torch.Tensor, top: torch.Tensor, top_ids: torch.Tensor) -> torch.Tensor:
+    """(rows,) the first of each row's largest entries, from the largest ones already found."""
+    tied = top == top[:, :1]
+    if logits.device.type != "cpu" or bool(tied[:, -1].any()):  # perhaps more ties than were kept
+        return logits.argmax(dim=1)
+    beyond = logits.shape[1] - 1  # of a row of NaN, where nothing equals anything
+    return torch.where(tied, top_ids, beyond).amin(dim=1)
 
 
 def _rank(logits: torch.Tensor, top: torch.Tensor, chosen_logit: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import kvpress
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 from kvguard import catalogue
 from kvguard.config import Press
 from kvguard.engine import Completion, Request, Session, generate, prefill, prefill_prefix
-from kvguard.models import LoadedModel, ModelError
+from kvguard.models import LoadedModel, ModelError, load_model
 from kvguard.presses import PressError, build_press, fresh, phases
 from kvguard.sampling import Decoding
 from kvguard.signals import extract_signals
@@ -253,17 +254,40 @@ def test_without_a_press_equals_generate(tiny_llama: PreTrainedModel) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in PREFILL if name != "ObservedAttentionPress"])
-def test_real_model_equals_generate(smollm2: LoadedModel, name: str) -> None:
-    model = smollm2.model
-    press = spec(name, model.config.num_hidden_layers)
+def real_requests(smollm2: LoadedModel, new_tokens: int = 8) -> list[Request]:
+    """Three questions of different length; two rows decode them, so the third is a refill."""
     text = "A farmer has 12 hens. Each hen lays 2 eggs a day. How many eggs does he collect in "
-    endings = ["one week?", "the month of May, if one hen in four lays no eggs on Sundays?"]
-    requests = [
-        Request(ending, smollm2.tokenizer(text + ending).input_ids, seed=7, max_new_tokens=8 + i)
+    endings = ["May?", "one week?", "a year, if one hen in four lays no eggs on Sundays?"]
+    return [
+        Request(
+            ending,
+            smollm2.tokenizer(text + ending).input_ids,
+            seed=7,
+            max_new_tokens=new_tokens + i,
+        )
         for i, ending in enumerate(endings)
     ]
+
+
+REAL = [
+    *((name, "prefill") for name in PREFILL if name != "ObservedAttentionPress"),
+    *((name, "decode") for name in DECODE),
+]
+
+
+@pytest.mark.parametrize(("name", "phase"), REAL)
+def test_real_model_equals_generate(smollm2: LoadedModel, name: str, phase: str) -> None:
+    model = smollm2.model
+    press = spec(name, model.config.num_hidden_layers, phase)
+    requests = real_requests(smollm2)
     assert_exact(model, requests, lambda: build_press(press, "0.500"), 2)
+
+
+def test_observed_attention_on_the_real_model(smollm2_folder: Path) -> None:
+    eager = load_model(smollm2_folder, dtype="float32", device="cpu", attention="eager")
+    press = spec("ObservedAttentionPress", eager.model.config.num_hidden_layers)
+    requests = real_requests(eager)
+    assert_exact(eager.model, requests, lambda: build_press(press, "0.500"), 2)
 
 
 def test_every_supported_press_is_in_the_matrix() -> None:

@@ -63,6 +63,21 @@ def test_the_entropy_delta_is_undefined_where_there_is_no_previous_token() -> No
     assert torch.isnan(alone).all()
 
 
+@given(
+    seed=st.integers(0, 1000),
+    vocabulary=st.sampled_from([40, 12_345]),
+    decimals=st.sampled_from([-1, 0, 3]),
+)
+@settings(max_examples=30)
+def test_without_a_chosen_token_it_is_the_argmax(seed: int, vocabulary: int, decimals: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, vocabulary, generator=generator).round(decimals=decimals)
+    greedy = extract_signals(logits)
+    assert torch.equal(greedy.chosen, logits.argmax(dim=1))
+    given_ = extract_signals(logits, logits.argmax(dim=1))
+    torch.testing.assert_close(greedy.table, given_.table, equal_nan=True)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_logits_are_seen_in_their_row_only(bad: float) -> None:
     logits = torch.randn(3, 600)
