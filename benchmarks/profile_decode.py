@@ -17,7 +17,7 @@ entries, so 64 steps hold one growth. Categories of a profiled step, which add u
 - ``choice_and_signals``: all of `choose`, operators and Python;
 - ``overhead``: the step's seconds less all of these: Python, the dispatcher, the profiler itself.
 
-Writes results/bench/profile.json: per batch size the shares, the step without and with the profiler
+Writes results/bench/profile_decode.json: per batch size the shares, the step without and with the profiler
 in milliseconds, and the operators that take most.
 """
 
@@ -40,7 +40,7 @@ from kvguard.presses import build_press
 from kvguard.prompts import load_task
 from kvguard.sampling import Decoding
 
-TARGET = Path("results/bench/profile.json")
+TARGET = Path("results/bench/profile_decode.json")
 BATCHES = (1, 32)
 CHOICE, PASS = "kvguard::choose", "kvguard::advance"
 WARM_UP = 5

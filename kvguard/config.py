@@ -225,6 +225,9 @@ class Press(Section):
     kwargs: dict[str, Any] = {}
     phase: Literal["prefill", "decode", "both"] = "prefill"
     ratios: list[Ratio] = Field(min_length=1)
+    live_ratios: list[Ratio] | None = Field(
+        default=None, description="ratios of the live experiment; null: all, []: none"
+    )
     attention: Attention | None = Field(
         default=None, description="overrides the model's for this press; null: the model's"
     )
@@ -254,6 +257,9 @@ class Press(Section):
             raise ValueError(
                 f"ratios: 0 is the baseline, which always runs; list others, got {self.ratios}"
             )
+        for ratio in self.live_ratios or []:
+            if ratio not in self.ratios:
+                raise ValueError(f"live_ratios: the ratios are {self.ratios}, got {ratio!r}")
         for ratio in self.ratios:
             try:
                 catalogue.check_ratio(self.press_class, self.kwargs, float(ratio))
@@ -385,7 +391,7 @@ class Live(Section):
     policies: list[str] = ["none", "guard_rewind", "verify_all", "always_safe"]
     operating_point: Literal["conservative", "balanced", "aggressive"] = "balanced"
     conditions: list[tuple[Name, Ratio]] = Field(
-        default=[], description="(press, ratio) pairs; empty: all of the config's"
+        default=[], description="(press, ratio) pairs; empty: each press's live_ratios"
     )
     shard_size: Count = 24
     refresh_tokens: Count = 32
@@ -487,6 +493,15 @@ class Config(Section):
         """All (press, ratio) pairs, the baseline first."""
         pairs = [(press.name, ratio) for press in self.presses for ratio in press.ratios]
         return [(BASELINE, BASELINE_RATIO), *pairs]
+
+    @property
+    def live_conditions(self) -> list[tuple[str, str]]:
+        """(press, ratio) pairs of the live experiment."""
+        return self.live.conditions or [
+            (press.name, ratio)
+            for press in self.presses
+            for ratio in (press.ratios if press.live_ratios is None else press.live_ratios)
+        ]
 
     @property
     def num_shards(self) -> int:

@@ -270,7 +270,7 @@ def _check_live(config: Config, results: Path) -> Problems:
         return
     test = set(_columns(path, *schema.SPLITS).filter(pl.col("split") == "test")["prompt_id"])
     for model in config.models:
-        for press, ratio in config.live.conditions or config.conditions[1:]:
+        for press, ratio in config.live_conditions:
             for policy in config.live.policies:
                 folder = results / "live" / model.name / press / ratio / policy
                 files = sorted(folder.glob("*.parquet"))

@@ -97,7 +97,7 @@ def every_trace(pattern):
 
 def live_conditions():
     """(press, ratio) pairs of the live experiment: those listed, or all but the baseline."""
-    return experiment.live.conditions or experiment.conditions[1:]
+    return experiment.live_conditions
 
 
 def every_live_run(pattern):

@@ -1,15 +1,18 @@
 """One shard, from prompts to tables: keys, audit, failures, and independence of the batch."""
 
+import contextlib
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kvguard.config import Config, Press, load_config
+from kvguard.config import BASELINE, Config, Press, load_config
 from kvguard.experiment import RunResult, ShardError, run_shard
 from kvguard.models import LoadedModel
-from kvguard.prompts import Example, Prompt, format_prompt, make_prompt_id
+from kvguard.presses import build_press
+from kvguard.prompts import Example, Prompt, format_prompt, load_task, make_prompt_id
 from kvguard.schema import TOKENS, TRACES, check
 
 EXAMPLES = [Example(question="What is 1 + 1?", answer="One and one is two.\n#### 2")]
@@ -154,3 +157,34 @@ def test_automatic_batch_size_runs(tiny: LoadedModel) -> None:
     columns = ["prompt_id", "position", "token_id"]
     automatic = shard(tiny, press(), batch_size="auto").tokens
     assert automatic.select(columns).equals(shard(tiny, press()).tokens.select(columns))
+
+
+def test_the_default_experiment_equals_generate(smollm2: LoadedModel) -> None:
+    """Every (press, ratio) of config.yaml, on its own prompts, alone and in a batch."""
+    experiment = configured(max_new_tokens=10, batch_size=24)
+    prompts, examples = load_task(experiment.task, experiment.seed)
+    for name, ratio in experiment.conditions:
+        press_ = None if name == BASELINE else experiment.press(name)
+        answers = []
+        for some in (prompts[:2], prompts[:1]):
+            tokens = run_shard(
+                smollm2, some, examples, press=press_, ratio=ratio, shard=0, experiment=experiment
+            ).tokens
+            rows = tokens.filter(pl.col("prompt_id") == prompts[0].prompt_id)
+            answers.append(rows["token_id"].to_list())
+        ids = torch.tensor([format_prompt(smollm2.tokenizer, prompts[0].question, examples)])
+        built = None if press_ is None else build_press(press_, ratio)
+        with (
+            torch.inference_mode(),
+            contextlib.nullcontext() if built is None else built(smollm2.model),
+        ):
+            output = smollm2.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=10,
+                do_sample=False,
+                eos_token_id=list(smollm2.end_token_ids),
+                pad_token_id=0,
+            )
+        expected = output[0, ids.shape[1] :].tolist()
+        assert answers == [expected, expected], (name, ratio)
