@@ -17,8 +17,8 @@ entries, so 64 steps hold one growth. Categories of a profiled step, which add u
 - ``choice_and_signals``: all of `choose`, operators and Python;
 - ``overhead``: the step's seconds less all of these: Python, the dispatcher, the profiler itself.
 
-Writes results/bench/profile_decode.json: per batch size the shares, the step without and with the profiler
-in milliseconds, and the operators that take most.
+Writes results/bench/profile_decode.json: per batch size the shares, the step without and with the
+profiler in milliseconds, and the operators that take most.
 """
 
 import argparse
