@@ -365,6 +365,9 @@ class Controller(Section):
     """The grid that calibration searches, and what the three operating points ask for."""
 
     safe_ratio: Ratio = BASELINE_RATIO
+    check_every_tokens: Count = Field(
+        default=8, description="tokens of a row between two looks of the guard at it"
+    )
     holdback_tokens: int = Field(default=16, ge=0)
     tau_low: list[Probability] = [0.05, 0.1, 0.2, 0.3, 0.4]
     tau_high: list[Probability] = [0.1, 0.2, 0.3, 0.5, 0.7, 0.9]

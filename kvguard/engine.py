@@ -29,6 +29,9 @@ from kvguard.slots import ATTENTION_NAME, Slots
 LM_HEAD_ROWS = 128
 """Positions whose logits are computed at once in a teacher-forced pass."""
 
+DEFERRED_ROWS = 16
+"""Logits that a small batch collects before it computes their signals, all at once."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -389,12 +392,10 @@ class Step(NamedTuple):
     Attributes:
         positions: (rows,) index of the token among the generated ones.
         tokens: (rows,) the token.
-        signals: (rows, 28) float32.
     """
 
     positions: NDArray[np.int64]
     tokens: NDArray[np.int64]
-    signals: NDArray[np.float32]
 
 
 class Observer(Protocol):
@@ -433,7 +434,8 @@ class Session:
     unless a guard starts its requests in SAFE.
 
     ``generate`` drives it; an `Observer` may rewind, stop or relax rows between two steps.
-    Arrays have one entry a row; rows ``0 .. active - 1`` are in use.
+    Arrays have one entry a row; rows ``0 .. active - 1`` are in use. ``signals`` is (rows, tokens,
+    28); those of a small batch's newest tokens are missing until `settle_signals`.
     """
 
     def __init__(
@@ -467,9 +469,11 @@ class Session:
         self.prompt_lengths: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.limits: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.seeds: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
-        self.logits = torch.zeros(
-            (rows, model.config.vocab_size), dtype=model.dtype, device=model.device
-        )
+        shape = (rows, model.config.vocab_size)
+        self.logits = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self._deferred: list[Step] = []  # whose signals are missing; their logits, end to end:
+        shape = (DEFERRED_ROWS if 2 * rows <= DEFERRED_ROWS else 0, model.config.vocab_size)
+        self._deferred_logits = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
     @property
     def active(self) -> int:
@@ -553,7 +557,11 @@ class Session:
 
     @torch.inference_mode()
     def choose(self) -> Step:
-        """Take the next token of every active row from its logits, with its signals."""
+        """Take the next token of every active row from its logits.
+
+        Its signals are computed now, or, in a small batch, together with those of later steps: most
+        of what they cost there is the price of the calls. `settle_signals` completes them.
+        """
         started = time.perf_counter()
         active = self.active
         rows = np.arange(active)
@@ -564,23 +572,57 @@ class Session:
             seeds = self._on_device(self.seeds[:active])
             scores = token_scores(logits, seeds, self._on_device(positions), self.decoding)
             chosen = scores.argmax(dim=1)
-        table, _, chosen = extract_signals(logits, chosen, self._previous_entropy())
-        signals = table.cpu().numpy()
-        tokens = chosen.cpu().numpy()
-        self.signals[rows, positions] = signals
+        if len(self._deferred_logits):
+            peak, best = logits.max(dim=1)
+            tokens = (best if chosen is None else chosen).cpu().numpy()
+            finite = peak.isfinite().cpu().numpy()
+            step = Step(positions, tokens)
+            self._defer_signals(logits, step)
+        else:
+            table, _, chosen = extract_signals(logits, chosen, self._previous_entropy())
+            signals = table.cpu().numpy()
+            tokens = chosen.cpu().numpy()
+            finite = np.isfinite(signals[:, 0])
+            self.signals[rows, positions] = signals
+            step = Step(positions, tokens)
         self.history[rows, positions] = tokens
         self.lengths[:active] += 1
         ends = np.isin(tokens, self.decoding.end_token_ids)
         full = self.lengths[:active] >= self.limits[:active]
-        broken = ~np.isfinite(signals[:, 0])
-        for row in np.flatnonzero(ends | full | broken):
+        for row in np.flatnonzero(ends | full | ~finite):
             self.rows[row].stop_reason = "eos" if ends[row] else "length"
-            if broken[row]:
+            if not finite[row]:
                 where = f"token {positions[row]}"
                 error = f"FloatingPointError: non-finite logits at {where}"
                 self.rows[row].completion.error = error
         self._charge(started)
-        return Step(positions, tokens, signals)
+        return step
+
+    def _defer_signals(self, logits: torch.Tensor, step: Step) -> None:
+        """Keep a step's logits until there are enough to compute their signals at once."""
+        held = sum(len(earlier.tokens) for earlier in self._deferred)
+        if held + len(logits) > DEFERRED_ROWS:
+            self.settle_signals()
+            held = 0
+        self._deferred_logits[held : held + len(logits)] = logits
+        self._deferred.append(step)
+
+    @torch.inference_mode()
+    def settle_signals(self) -> None:
+        """Compute the signals of every token that has none yet."""
+        if not self._deferred:
+            return
+        rows = np.concatenate([np.arange(len(step.tokens)) for step in self._deferred])
+        positions = np.concatenate([step.positions for step in self._deferred])
+        chosen = np.concatenate([step.tokens for step in self._deferred])
+        self._deferred.clear()
+        table = extract_signals(self._deferred_logits[: len(rows)], self._on_device(chosen)).table
+        signals = table.cpu().numpy()
+        entropy, delta = SIGNAL_INDEX["entropy"], SIGNAL_INDEX["entropy_delta"]
+        self.signals[rows, positions] = signals
+        before = np.maximum(positions - 1, 0)
+        previous = np.where(positions > 0, self.signals[rows, before, entropy], np.nan)
+        self.signals[rows, positions, delta] = signals[:, entropy] - previous
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -646,6 +688,7 @@ class Session:
             ready: cache of exactly prompt and kept tokens, and the logits after them.
             signals: (kept, 28) that replace the kept tokens' stored signals.
         """
+        self.settle_signals()
         dropped = int(self.lengths[row]) - kept
         self.rows[row].completion.wasted_tokens += dropped
         self.slots.insert(row, ready.cache, ready.masked)
@@ -679,6 +722,7 @@ class Session:
     @torch.inference_mode()
     def finish(self, row: int) -> Completion:
         """Take a row out of the batch; the last row moves into its place."""
+        self.settle_signals()
         state = self.rows[row]
         completion = state.completion
         count = int(self.lengths[row])

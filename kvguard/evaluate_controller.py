@@ -37,7 +37,7 @@ from kvguard.compare_policies import CONDITION, estimates
 from kvguard.controller import NEVER, Mode, Settings, first_alarm, stack_settings
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, loop_onsets
-from kvguard.policies import Action, Observation, Policy, is_alarm, make_policy
+from kvguard.policies import Action, Observation, Policy, is_alarm, look_at, make_policy
 from kvguard.prompts import extract_answer
 from kvguard.schema import TRACE_KEYS
 
@@ -75,9 +75,10 @@ class Requests(NamedTuple):
 class Replay(NamedTuple):
     """A policy's first intervention in each of N requests."""
 
-    position: IntArray  # (N,) 0-based token at which it comes; NEVER where there is none
+    position: IntArray  # (N,) 0-based token that it is about; NEVER where there is none
     action: NDArray[np.int8]  # (N,) Action; CONTINUE where there is none
-    released: IntArray  # (N,) tokens that had been generated when the mode was last NORMAL
+    draft: IntArray  # (N,) tokens there when it is carried out; all of them where there is none
+    released: IntArray  # (N,) tokens there when a look last found the mode NORMAL
 
 
 def load_requests(
@@ -196,7 +197,7 @@ def tied_requests(requests: Requests) -> pl.DataFrame:
     return requests.table.filter(pl.Series(tied)).select(TRACE_KEYS)
 
 
-def replay(policy: Policy, requests: Requests) -> Replay:
+def replay(policy: Policy, requests: Requests, check_every_tokens: int = 1) -> Replay:
     """Run a policy over traces, token by token, until it first intervenes in each.
 
     What it does afterwards is not recorded: the trace no longer says what it would see.
@@ -204,28 +205,33 @@ def replay(policy: Policy, requests: Requests) -> Replay:
     Args:
         policy: built for as many rows as there are requests.
         requests: the traces.
+        check_every_tokens: of a policy that needs hazards, see policies.look_at; others look at
+            every token.
     """
     count, steps = requests.token_ids.shape
+    every = check_every_tokens if policy.needs_hazard else 1
     position = np.full(count, NEVER, np.int32)
     action = np.full(count, Action.CONTINUE, np.int8)
+    draft = requests.lengths.copy()
     released = np.zeros(count, np.int32)
     for row, seed in enumerate(requests.table["seed"].to_list()):
         policy.reset(row, seed)
     for at in range(steps):
         going = np.arange(np.count_nonzero(requests.lengths > at))  # longest first
         decision = policy.step(_observe(requests, policy, going, at))
-        ended = requests.lengths[going] == at + 1
+        look = np.minimum(look_at(policy, at + 1, every), requests.lengths[going])
+        ended = requests.lengths[going] == look  # by the time that the action is carried out
         actions = np.where(ended & ~np.isin(decision.actions, _AFTER_END), 0, decision.actions)
         new = (actions != Action.CONTINUE) & (position[going] == NEVER)
-        position[going[new]], action[going[new]] = at, actions[new]
-        normal = (decision.modes == Mode.NORMAL) & (position[going] == NEVER)
+        position[going[new]], action[going[new]], draft[going[new]] = at, actions[new], look[new]
+        normal = (decision.modes == Mode.NORMAL) & (position[going] == NEVER) & (look == at + 1)
         released[going[normal]] = at + 1
-        quiet = going[ended & (position[going] == NEVER)]
+        quiet = going[(requests.lengths[going] == at + 1) & (position[going] == NEVER)]
         actions = policy.finish(_observe(requests, policy, quiet, at)).actions
         new = np.isin(actions, _AFTER_END)
         position[quiet[new]], action[quiet[new]] = at, actions[new]
         released[quiet[new]] = np.minimum(released[quiet[new]], at)
-    return Replay(position, action, released)
+    return Replay(position, action, draft, released)
 
 
 _AFTER_END = (Action.REWIND, Action.RECOMPUTE, Action.RESTART)
@@ -242,7 +248,7 @@ def _observe(requests: Requests, policy: Policy, rows: NDArray[np.intp], at: int
         requests.token_ids[rows, at],
         requests.signals[requests.offsets[rows] + at],
         requests.hazard[rows, at] if policy.needs_hazard else None,
-        history[:, : at + 1],
+        history[:, : at + 1] if policy.needs_history else None,
     )
 
 
@@ -313,6 +319,7 @@ def simulate_policies(
     controller: config.OperatingPoint | None = None,
     random_rate: float | None = None,
     safe_ratio: str = config.BASELINE_RATIO,
+    check_every_tokens: int = 1,
     holdback_tokens: int = 16,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> pl.DataFrame:
@@ -332,6 +339,7 @@ def simulate_policies(
         controller: the guard's setting; the ``guard_*`` policies need it.
         random_rate: the rate of ``random``; None takes the controller's own rate in each condition.
         safe_ratio: of the guard; above "0.000" what follows a recovery is unknown.
+        check_every_tokens: of the ``guard_*`` policies, see policies.look_at.
         holdback_tokens: a token is released when it is that old; a rewind behind it counts as
             unrecoverable.
         decode: token ids to text, for requests that a policy stopped; None: their answer is null.
@@ -353,7 +361,9 @@ def simulate_policies(
             alarm_rate=rate,
         )
         exact = safe_ratio == config.BASELINE_RATIO
-        ending = _ending(policy, requests, exact, detection.divergence_window_tokens)
+        replayed = replay(policy, requests, check_every_tokens)
+        window = detection.divergence_window_tokens
+        ending = _ending(policy, requests, replayed, exact, window)
         runs = _runs(policy, requests, ending, holdback_tokens)
         runs = _judge_stopped(runs, requests, prompts, detection, decode)
         runs = pl.concat([runs, failed.with_columns(policy=pl.lit(name))], how="diagonal")
@@ -379,12 +389,14 @@ class Ending(NamedTuple):
 
 
 def _ending(
-    policy: Policy, requests: Requests, safe_is_uncompressed: bool, harm_window_tokens: int
+    policy: Policy,
+    requests: Requests,
+    replayed: Replay,
+    safe_is_uncompressed: bool,
+    harm_window_tokens: int,
 ) -> Ending:
     """Where the final tokens of each request come from: the module's four cases."""
-    position, action, released = replay(policy, requests)
-    acted = position != NEVER
-    draft = np.where(acted, position + 1, requests.lengths).astype(np.int64)
+    action, draft = replayed.action, replayed.draft.astype(np.int64)
     rewinds, restarts = action == Action.REWIND, action == Action.RESTART
     # A request that has ended keeps every token anyway: recomputing its cache means nothing.
     recomputes = (action == Action.RECOMPUTE) & (draft < requests.lengths)
@@ -409,8 +421,8 @@ def _ending(
         source = np.where(recovers, -1, source)
     return Ending(
         draft,
-        acted & is_alarm(action),
-        released,
+        is_alarm(action),
+        replayed.released,
         source,
         stopped,
         recovers,
@@ -547,6 +559,7 @@ def simulate_settings(
     requests: Requests,
     settings: Settings,
     *,
+    check_every_tokens: int = 1,
     bootstrap_samples: int = 500,
     seed: int = 0,
 ) -> pl.DataFrame:
@@ -558,6 +571,7 @@ def simulate_settings(
     Args:
         requests: the traces.
         settings: (G,).
+        check_every_tokens: tokens of a request between two looks, see policies.look_at.
         bootstrap_samples: resamples of prompts.
         seed: of the resampling.
 
@@ -576,7 +590,7 @@ def simulate_settings(
     compressed = table.filter(pl.col("press") != config.BASELINE)
     for key, part in compressed.group_by(CONDITION, maintain_order=True):
         rows = part.filter("usable")["row"].to_numpy()
-        values = _setting_values(requests, settings, rows)
+        values = _setting_values(requests, settings, rows, check_every_tokens)
         prompts = requests.table["prompt_id"].gather(rows)
         frames.append(
             names.with_columns(
@@ -594,13 +608,14 @@ def simulate_settings(
 
 
 def _setting_values(
-    requests: Requests, settings: Settings, rows: NDArray[np.integer[Any]]
+    requests: Requests, settings: Settings, rows: NDArray[np.integer[Any]], check_every_tokens: int
 ) -> dict[str, FloatArray]:
     """(G, n) measures of ``guard_rewind`` for some rows, NaN where undefined."""
     lengths, base = requests.lengths[rows], requests.baseline[rows]
     alarm = first_alarm(requests.hazard[rows], lengths, settings)  # (G, n)
     alarmed = alarm != NEVER
-    draft = np.where(alarmed, alarm + 1, lengths)
+    look = -(-(alarm + 1) // check_every_tokens) * check_every_tokens  # as policies.look_at
+    draft = np.where(alarmed, np.minimum(look, lengths), lengths)
     kept = np.minimum(requests.first_rejected[rows], draft)
     memory = trace_memory(requests.table).rows(rows)
     prompts = requests.table["prompt_tokens"].to_numpy()[rows]
@@ -625,8 +640,8 @@ def _setting_values(
     )
     fails = requests.table["catastrophe"].cast(pl.Float64).to_numpy()[rows]
     onset = requests.table["onset"].cast(pl.Float64).to_numpy()[rows]
-    lead = np.where(alarmed & (fails == 1), onset - alarm, np.nan)
-    by_onset = np.where(alarmed, onset - alarm >= 0, False)
+    lead = np.where(alarmed & (fails == 1), onset - (draft - 1), np.nan)
+    by_onset = np.where(alarmed, onset - (draft - 1) >= 0, False)
     return {
         "alarmed": alarmed.astype(np.float64),
         "cfr": failed,
@@ -647,6 +662,7 @@ def simulate_controller(
     requests: Requests,
     operating_points: Mapping[str, config.OperatingPoint],
     *,
+    check_every_tokens: int = 1,
     bootstrap_samples: int = 500,
     seed: int = 0,
 ) -> pl.DataFrame:
@@ -655,6 +671,7 @@ def simulate_controller(
     frame = simulate_settings(
         requests,
         stack_settings(operating_points.values()),
+        check_every_tokens=check_every_tokens,
         bootstrap_samples=bootstrap_samples,
         seed=seed,
     )

@@ -42,10 +42,18 @@ from kvguard.engine import (
     synchronize,
 )
 from kvguard.features import FeatureState
-from kvguard.policies import Action, Decision, Observation, Policy, is_alarm, make_policy
+from kvguard.policies import (
+    Action,
+    Decision,
+    Observation,
+    Policy,
+    is_alarm,
+    look_at,
+    make_policy,
+)
 from kvguard.presses import fresh, phases, with_ratio
 from kvguard.sampling import Decoding
-from kvguard.schema import FEATURE_VERSION
+from kvguard.schema import FEATURE_NAMES, FEATURE_VERSION
 from kvguard.signals import SIGNAL_INDEX
 
 if TYPE_CHECKING:
@@ -152,7 +160,10 @@ class Watch:
             it, at prefill and while decoding; `PressError` for a press that has no ratio to set.
         margin_nats: a drafted token this close to the best one counts as a tie, not a rejection.
         tolerance: where a tolerant policy cuts.
-        holdback_tokens: a token is released once this many have followed it.
+        check_every_tokens: a policy that needs hazards looks at its rows every so many tokens, and
+            at their last one; it then sees all tokens since, one by one. See `policies.look_at`.
+        holdback_tokens: a token is released once this many have followed it, when its row is looked
+            at.
         released: called with a request's key and tokens that will never be taken back unless an
             alarm reaches behind them (`RowReport.unrecoverable` counts those).
         stopping: called after every token with a request's key, its generated tokens and the raw
@@ -169,6 +180,7 @@ class Watch:
         safe_ratio: float = 0.0,
         margin_nats: float = 1e-4,
         tolerance: Tolerance | None = None,
+        check_every_tokens: int = 1,
         holdback_tokens: int = 16,
         released: Callable[[str, list[int]], None] | None = None,
         stopping: Stopping | None = None,
@@ -182,6 +194,7 @@ class Watch:
         if policy.starts_safe:
             session.admission_press = self.safe_press
         self.margin_nats, self.tolerance = margin_nats, tolerance or Tolerance()
+        self.check_every_tokens = check_every_tokens if policy.needs_hazard else 1
         self.holdback_tokens, self.released, self.stopping = holdback_tokens, released, stopping
         self.reports: dict[str, RowReport] = {}
         rows = session.slots.rows
@@ -191,6 +204,7 @@ class Watch:
             else None
         )
         self.modes: NDArray[np.int8] = np.zeros(rows, np.int8)
+        self.seen: NDArray[np.int64] = np.zeros(rows, np.int64)  # tokens that the policy has seen
         self.streamed: NDArray[np.int64] = np.zeros(rows, np.int64)
 
     # --- the engine's calls ---
@@ -202,7 +216,7 @@ class Watch:
         if self.features is not None:
             self.features.reset(row, self.ratio, int(session.limits[row]))
         self.modes[row] = self.policy.modes[row]
-        self.streamed[row] = 0
+        self.seen[row] = self.streamed[row] = 0
         report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])
         self.reports[request.key] = report
 
@@ -214,43 +228,49 @@ class Watch:
         if self.features is not None:
             self.features.move(source, target)
         self.modes[target] = self.modes[source]
+        self.seen[target] = self.seen[source]
         self.streamed[target] = self.streamed[source]
 
     @torch.inference_mode()
     def observe(self, session: Session, step: Step) -> None:
-        """Let the policy look at every row's new token and carry out what it decides."""
+        """Let the policy look at the rows whose turn it is and carry out what it decides."""
         started = time.perf_counter()
-        broken = np.array([row.completion.error is not None for row in session.rows], dtype=bool)
+        broken = _where(np.array([row.completion.error is not None for row in session.rows]))
         if self.stopping is not None:
-            for row in _where(~broken):
+            for row in range(session.active):
                 key = session.rows[row].completion.request.key
-                if self.stopping(key, session.tokens(row), session.logits[row : row + 1]):
+                if row not in broken and self.stopping(
+                    key, session.tokens(row), session.logits[row : row + 1]
+                ):
                     session.stop(row)
-        actions: list[tuple[int, Action, int]] = []
-        if not broken.all():
-            observation = self._observation(session, step, ~broken)
-            decision = self.policy.step(observation)
-            ended = np.array([session.rows[row].ended for row in observation.rows], dtype=bool)
-            quiet = ended & (decision.actions == Action.CONTINUE)
-            if quiet.any():
-                decision = _overlay(decision, quiet, self.policy.finish(_rows(observation, quiet)))
-            for i in _where(decision.modes != self.modes[observation.rows]):
-                self._set_mode(
-                    session, int(observation.rows[i]), decision.modes[i], observation.positions[i]
-                )
-            for i in _where(decision.actions != Action.CONTINUE):
-                action = Action(decision.actions[i])
-                actions.append((int(observation.rows[i]), action, int(decision.amount[i])))
+        looked = self._due(session)
+        looked[broken] = False
+        rows = np.flatnonzero(looked)
+        actions = self._look(session, rows) if len(rows) else []
         share = (time.perf_counter() - started) / session.active
         for state in session.rows:
             state.completion.decode_seconds += share
-        for row in _where(broken):
+        for row in broken:
             self._mend(session, row, int(step.positions[row]))
         for row, action, amount in actions:
             self._act(session, row, action, amount)
+        done = [*broken, *rows]
+        self.seen[done] = session.lengths[done]
         if self.released is not None:
-            for row in range(session.active):
-                self._release(session, row)
+            settled = np.flatnonzero(self.modes[: session.active] == Mode.SAFE)
+            for row in sorted({*done, *settled}):
+                self._release(session, int(row))
+
+    def _due(self, session: Session) -> NDArray[np.bool_]:
+        """(active,) whose turn it is to be looked at."""
+        lengths = session.lengths[: session.active]
+        ended = np.array([row.ended for row in session.rows], dtype=bool)
+        due: NDArray[np.bool_] = ended | (
+            look_at(self.policy, lengths, self.check_every_tokens) == lengths
+        )
+        if self.policy.needs_hazard and self.policy.safe_after == "stay":
+            due &= self.modes[: session.active] != Mode.SAFE
+        return due
 
     def _set_mode(self, session: Session, row: int, mode: int, position: int) -> None:
         self.modes[row] = mode
@@ -258,36 +278,77 @@ class Watch:
 
     # --- between the policy and the engine ---
 
-    def _observation(self, session: Session, step: Step, sound: NDArray[np.bool_]) -> Observation:
-        """What the rows with finite logits have just produced."""
-        rows = np.flatnonzero(sound)
-        hazard = None
-        if self.features is not None:
-            hazard = np.full(len(rows), np.nan, np.float32)
-            if self.policy.safe_after == "stay":
-                watched = np.flatnonzero(self.modes[rows] != Mode.SAFE)
-            else:
-                watched = np.arange(len(rows))
-            if len(watched):
-                hazard[watched] = self._hazard(session, step, rows[watched])
+    def _look(self, session: Session, rows: NDArray[np.intp]) -> list[tuple[int, Action, int]]:
+        """Show the policy every token of these rows that it has not seen, until it acts.
+
+        Returns:
+            Row, action and `Decision.amount` wherever the policy acts.
+        """
+        session.settle_signals()
+        seen, counts = self.seen[rows], session.lengths[rows] - self.seen[rows]
+        hazard = self._hazard(session, rows, seen, counts)
+        going = np.ones(len(rows), np.bool_)
+        actions: list[tuple[int, Action, int]] = []
+        for ahead in range(int(counts.max())):
+            index = np.flatnonzero(going & (counts > ahead))
+            if not len(index):
+                break
+            observation = self._observation(session, rows[index], seen[index] + ahead)
+            if hazard is not None:
+                observation = observation._replace(hazard=hazard[index, ahead])
+            decision = self.policy.step(observation)
+            last = [counts[i] == ahead + 1 and session.rows[rows[i]].ended for i in index]
+            quiet = np.array(last) & (decision.actions == Action.CONTINUE)
+            if quiet.any():
+                decision = _overlay(decision, quiet, self.policy.finish(_rows(observation, quiet)))
+            for i in _where(decision.modes != self.modes[observation.rows]):
+                row, position = int(observation.rows[i]), observation.positions[i]
+                self._set_mode(session, row, decision.modes[i], position)
+            for i in _where(decision.actions != Action.CONTINUE):
+                action = Action(decision.actions[i])
+                actions.append((int(observation.rows[i]), action, int(decision.amount[i])))
+                going[index[i]] = False
+        return actions
+
+    def _observation(
+        self, session: Session, rows: NDArray[np.intp], positions: NDArray[np.int64]
+    ) -> Observation:
+        """One token of each of some rows."""
         return Observation(
             rows=rows,
-            positions=step.positions[rows].astype(np.int32),
-            token_ids=step.tokens[rows].astype(np.int32),
-            signals=step.signals[rows],
-            hazard=hazard,
-            history=session.history[rows],
+            positions=positions.astype(np.int32),
+            token_ids=session.history[rows, positions],
+            signals=session.signals[rows, positions],
+            hazard=None,
+            history=session.history[rows] if self.policy.needs_history else None,
         )
 
-    def _hazard(self, session: Session, step: Step, rows: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Hazards of these rows; NaN, which neither alarms nor calms, when the predictor fails."""
-        assert self.features is not None
+    def _hazard(
+        self,
+        session: Session,
+        rows: NDArray[np.intp],
+        seen: NDArray[np.int64],
+        counts: NDArray[np.int64],
+    ) -> NDArray[np.float32] | None:
+        """(rows, most tokens) hazards; None if the policy needs none.
+
+        NaN, which neither alarms nor calms, stands where there is no such token and where the
+        predictor fails.
+        """
+        if self.features is None:
+            return None
         assert self.predictor is not None
-        features = self.features.step(
-            rows, step.signals[rows], step.tokens[rows], step.positions[rows]
-        )
+        hazard = np.full((len(rows), int(counts.max())), np.nan, np.float32)
+        present = np.arange(hazard.shape[1]) < counts[:, None]
+        features = np.empty((*hazard.shape, len(FEATURE_NAMES)), np.float32)
+        for ahead in range(hazard.shape[1]):
+            index = np.flatnonzero(present[:, ahead])
+            row, at = rows[index], seen[index] + ahead
+            features[index, ahead] = self.features.step(
+                row, session.signals[row, at], session.history[row, at], at
+            )
         try:
-            return np.asarray(self.predictor.predict(features), np.float32)
+            hazard[present] = self.predictor.predict(features[present])
         except Exception as error:  # any predictor may be plugged in; the requests must go on
             logger.exception("the predictor failed; these tokens have no hazard")
             note = f"predictor failed: {type(error).__name__}: {error}"
@@ -295,7 +356,7 @@ class Watch:
                 notes = self._report(session, int(row)).notes
                 if note not in notes:
                     notes.append(note)
-            return np.full(len(rows), np.nan, np.float32)
+        return hazard
 
     def _report(self, session: Session, row: int) -> RowReport:
         return self.reports[session.rows[row].completion.request.key]
@@ -555,6 +616,9 @@ class KVGuard:
         after_alarm: "stay" at the safe ratio, or "resume" compression after calm tokens.
         safe_ratio: fraction of entries that SAFE removes; 0 is the uncompressed model.
         margin_nats: a token this close to the uncompressed model's best counts as a tie.
+        check_every_tokens: the predictor is asked every so many tokens of a row, and at its end,
+            about all of them at once, which costs a small batch a fraction of asking each time. An
+            alarm is acted upon that much later at most; what an exact rewind returns is the same.
         holdback_tokens: streaming releases a token once this many have followed it.
         batch_size: rows decoded together; None takes as many as memory allows.
         seed: of sampling; None draws one from torch's global generator at each call.
@@ -585,6 +649,7 @@ class KVGuard:
         safe_ratio: float = 0.0,
         margin_nats: float = 1e-4,
         tolerance: Tolerance | None = None,
+        check_every_tokens: int = 8,
         holdback_tokens: int = 16,
         batch_size: int | None = None,
         seed: int | None = None,
@@ -594,6 +659,8 @@ class KVGuard:
         phases(press)  # refuses a press by name, before any token is generated
         if not 0 <= safe_ratio < 1:
             raise GuardError(f"safe_ratio lies in [0, 1), got {safe_ratio}")
+        if check_every_tokens < 1:
+            raise GuardError(f"check_every_tokens is at least 1, got {check_every_tokens}")
         self.press = press
         self.predictor, self.certificate = _load_predictor(predictor)
         self.operating_point = _operating_point(
@@ -610,7 +677,8 @@ class KVGuard:
         self._prompts_seen: set[int] = set()
         self.policy_name = _policy_name(recovery, after_alarm)
         self.safe_ratio, self.margin_nats, self.tolerance = safe_ratio, margin_nats, tolerance
-        self.holdback_tokens, self.batch_size, self.seed = holdback_tokens, batch_size, seed
+        self.check_every_tokens, self.holdback_tokens = check_every_tokens, holdback_tokens
+        self.batch_size, self.seed = batch_size, seed
         self.streamer = streamer
         self.report: list[RowReport] = []
         self.completions: list[Completion] = []
@@ -724,6 +792,7 @@ class KVGuard:
             safe_ratio=self.safe_ratio,
             margin_nats=self.margin_nats,
             tolerance=self.tolerance,
+            check_every_tokens=self.check_every_tokens,
             holdback_tokens=self.holdback_tokens,
             released=None if self.streamer is None else self._stream,
             stopping=stopping,

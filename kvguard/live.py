@@ -87,6 +87,7 @@ def run_policy_shard(
         tolerance=Tolerance(
             window_tokens=detection.divergence_window_tokens, window_llr=detection.divergence_llr
         ),
+        check_every_tokens=experiment.controller.check_every_tokens,
         holdback_tokens=experiment.controller.holdback_tokens,
         released=lambda _key, _tokens: None,  # counts what a streaming user would have seen
     )

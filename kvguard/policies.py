@@ -4,11 +4,11 @@ A policy watches the tokens that a batch has just produced and says, per row, wh
 knows nothing of models and caches: the live guard carries the actions out, the offline simulation
 works out what they would have cost. Rows are slots of the batch.
 
-The calling order, live and offline alike: ``reset`` when a request enters a slot, ``move`` when it
-changes its slot; ``step`` with every token it generates, the last one too; ``finish`` for a request
-that has ended (by an end token or by length) and for which ``step`` has just answered CONTINUE. A
-request that has ended may go on after REWIND or RESTART; RECOMPUTE changes nothing then, and every
-other action is ignored.
+The calling order, live and offline alike (`look_at` says when): ``reset`` when a request enters a
+slot, ``move`` when it changes its slot; ``step`` with every token it generates, the last one too;
+``finish`` for a request that has ended (by an end token or by length) and for which ``step`` has
+just answered CONTINUE. A request that has ended may go on after REWIND or RESTART; RECOMPUTE changes
+nothing then, and every other action is ignored.
 
 Sources are cited by arXiv number. A rival is here to be measured under the guard's conditions (any
 press, single requests, token by token), so each docstring says what of the original is left out.
@@ -80,7 +80,8 @@ class Observation(NamedTuple):
     token_ids: IntArray  # (n,)
     signals: FloatArray  # (n, 28) in the order of schema.SIGNALS
     hazard: FloatArray | None  # (n,) NaN: no evidence; None: the policy does not need it
-    history: IntArray  # (n, T) the answer's tokens so far, this one included; padded with -1
+    history: IntArray | None
+    """(n, T) the answer's tokens so far, this one included, padded with -1; None: not needed."""
 
 
 class Decision(NamedTuple):
@@ -102,6 +103,10 @@ class Policy:
     """Requests are prefilled at the safe ratio."""
     needs_hazard: bool = False
     """`Observation.hazard` must be given."""
+    needs_history: bool = False
+    """`Observation.history` must be given."""
+    looks_first: bool = False
+    """The first token is looked at as soon as it is there, see `look_at`."""
     recovery_cut: Literal["exact", "tolerant"] = "exact"
     """Where REWIND cuts: the first rejected token, or the first sign of harm."""
     safe_after: Literal["stay", "resume"] = "stay"
@@ -150,6 +155,25 @@ class Policy:
         if amount is None:
             amount = np.zeros(len(rows), np.int32)
         return Decision(actions, amount, self.modes[rows])
+
+
+def look_at(policy: Policy, tokens: ArrayLike, every: int) -> NDArray[np.int64]:
+    """When a policy sees a token: how many tokens the row has by then, if it goes on.
+
+    Rows are looked at when the number of their tokens is a multiple of ``every``, and when they
+    end. What a policy does about a token happens at that look.
+
+    Args:
+        policy: one with `looks_first` is shown the first token at once.
+        tokens: any shape; the token's number, counted from 1.
+        every: tokens between two looks, at least 1.
+
+    >>> look_at(Policy("none", 1), [1, 8, 9], every=8)
+    array([ 8,  8, 16])
+    """
+    tokens = np.asarray(tokens, np.int64)
+    look = -(-tokens // every) * every
+    return np.where((tokens <= 1) & policy.looks_first, tokens, look)
 
 
 class AlwaysSafe(Policy):
@@ -213,7 +237,7 @@ class Guard(Policy):
         self.action = action
         self.recovery_cut = recovery_cut
         self.safe_after = safe_after
-        self.gate = gate
+        self.gate = self.looks_first = gate
         self.state = initial_state(rows)
         self.modes = self.state.mode  # one array: the controller's mode is the policy's
         self.compressed = np.ones(rows, np.bool_)
@@ -419,6 +443,7 @@ class RepetitionRuns:
     def tail(self, observation: Observation) -> IntArray:
         """(n,) tokens of the repetitive tail that this token completes; 0 where there is none."""
         rows, history = observation.rows, observation.history
+        assert history is not None
         back = observation.positions[:, None] - self.periods  # (n, P)
         before = np.take_along_axis(history, np.maximum(back, 0), axis=1)
         same = (back >= 0) & (before == observation.token_ids[:, None])
@@ -437,6 +462,7 @@ class NgramStop(OneAlarm):
     """
 
     action = Action.STOP
+    needs_history = True
 
     def __init__(self, name: str, rows: int, runs: RepetitionRuns) -> None:
         super().__init__(name, rows)
@@ -463,6 +489,8 @@ class LoopGuard(Policy):
     the press left it, and the tokens stay in the answer. After a prune the detector starts afresh,
     so that a loop that forms again is pruned again. No tokens of the loop are taken back.
     """
+
+    needs_history = True
 
     def __init__(self, name: str, rows: int, runs: RepetitionRuns) -> None:
         super().__init__(name, rows)

@@ -55,12 +55,17 @@ def simulate_model(
         detection=experiment.detection,
         controller=operating_points[experiment.live.operating_point],
         safe_ratio=experiment.controller.safe_ratio,
+        check_every_tokens=experiment.controller.check_every_tokens,
         holdback_tokens=experiment.controller.holdback_tokens,
         decode=decode,
     )
     samples, seed = experiment.predictor.bootstrap_samples, experiment.seed
     grid = simulate_settings(
-        requests, settings_grid(experiment.controller), bootstrap_samples=samples, seed=seed
+        requests,
+        settings_grid(experiment.controller),
+        check_every_tokens=experiment.controller.check_every_tokens,
+        bootstrap_samples=samples,
+        seed=seed,
     )
     summary = summarize_runs(
         runs,
@@ -72,7 +77,11 @@ def simulate_model(
     return {
         "simulation": runs,
         "operating_points": simulate_controller(
-            requests, operating_points, bootstrap_samples=samples, seed=seed
+            requests,
+            operating_points,
+            check_every_tokens=experiment.controller.check_every_tokens,
+            bootstrap_samples=samples,
+            seed=seed,
         ),
         "pareto": pareto(grid, summary),
         "simulability": simulability(runs),

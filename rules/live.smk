@@ -28,6 +28,7 @@ rule run_live:
         live=policy_settings(),
         safe={
             "ratio": experiment.controller.safe_ratio,
+            "check_every_tokens": experiment.controller.check_every_tokens,
             "holdback_tokens": experiment.controller.holdback_tokens,
         },
         seed=experiment.seed,

@@ -44,8 +44,15 @@ SAMPLING = Decoding(NEW_TOKENS, (2,), do_sample=True, temperature=1.2, top_p=0.9
 class Scripted(Policy):
     """Takes given actions at given positions of given requests; knows them by their seed."""
 
-    def __init__(self, rows: int, script: dict[int, dict[int, Action]], at_end: bool = False):
+    def __init__(
+        self,
+        rows: int,
+        script: dict[int, dict[int, Action]],
+        at_end: bool = False,
+        needs_hazard: bool = False,
+    ):
         super().__init__("scripted", rows)
+        self.needs_hazard = needs_hazard
         self.script, self.at_end = script, at_end
         self.seeds = np.zeros(rows, np.int64)
         self.row_state.append(self.seeds)
@@ -138,9 +145,10 @@ def test_the_theorem_holds_for_compression_while_decoding(
     rows=st.integers(1, 9),
     sample=st.booleans(),
     phase=st.sampled_from(["prefill", "both"]),
+    every=st.sampled_from([1, 3, 8]),
 )
 def test_the_theorem_at_any_step_any_number_of_times(
-    alarms: list[list[int]], rows: int, sample: bool, phase: str
+    alarms: list[list[int]], rows: int, sample: bool, phase: str, every: int
 ) -> None:
     model = make_tiny_model("llama")
     decoding = SAMPLING if sample else GREEDY
@@ -154,9 +162,11 @@ def test_the_theorem_at_any_step_any_number_of_times(
         model,
         requests,
         press,
-        lambda count: Scripted(count, script, at_end=True),
+        lambda count: Scripted(count, script, at_end=True, needs_hazard=every > 1),
         rows=rows,
         decoding=decoding,
+        predictor=Threshold(0),
+        check_every_tokens=every,
     )
     expected = uncompressed(model, requests, decoding)
     assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
@@ -394,13 +404,14 @@ def test_generate_accepts_the_guard(tiny_llama: PreTrainedModel) -> None:
     )
     whole = [Request(r.key, r.prompt_ids, r.seed) for r in requests]
     expected = uncompressed(tiny_llama, whole)
+    draft = run(tiny_llama, whole, kvpress.KnormPress(0.6), 4, decoding=GREEDY)
     for i in range(4):
         tail = output.sequences[i, left_padded(requests)["input_ids"].shape[1] :].tolist()
         answer = expected[str(i)]
         assert tail[: len(answer)] == answer
         assert all(token == 0 for token in tail[len(answer) :])
-        if len(answer) > 10:
-            assert guard.report[i].alarm_steps == [10]  # hazardous from 8: ALERT at 9, SAFE at 10
+        if len(answer) > 10:  # hazardous from 8: ALERT at 9, SAFE at 10; looked at after 8 and 16
+            assert guard.report[i].alarm_steps == [min(16, len(draft[str(i)].token_ids))]
             assert [mode for _, mode in guard.report[i].modes] == ["NORMAL", "ALERT", "SAFE"]
             assert guard.report[i].modes[1:] == [(8, "ALERT"), (9, "SAFE")]
 
@@ -732,7 +743,7 @@ def test_every_recovery_is_reachable(tiny_llama: PreTrainedModel, recovery: Any)
         kvpress.KnormPress(0.6), predictor=Threshold(5), operating_point=POINT, recovery=recovery
     )
     done = guard.run(tiny_llama, requests, ENDLESS)
-    assert all(report.alarm_steps == [7] for report in guard.report)
+    assert all(report.alarm_steps == [8] for report in guard.report)  # risky from 5, 2 tokens
     if recovery == "restart":
         expected = uncompressed(tiny_llama, requests, ENDLESS)
         assert [c.token_ids for c in done] == [expected[r.key] for r in requests]
