@@ -1,4 +1,4 @@
-"""docs/findings.md: what the predictor knows before the onset, in sentences made from tables.
+"""docs/findings.md: what predictor and guard are worth, in sentences made from tables.
 
 Every number comes from a table of a run, and every claim ("above chance", "not told from chance")
 from the interval beside it, so the text changes with the run.
@@ -25,6 +25,8 @@ TABLES = (
     "leave_one_out",
     "transfer",
     "certificate",
+    "policies",
+    "simulation_reasons",
 )
 
 PREDICTORS = {
@@ -47,6 +49,8 @@ each run they hold for all groups at once with 95 %, elsewhere each holds on its
 "Above chance" means that the interval lies above the value that a predictor without knowledge has;
 where it does not exclude that value, the text says "not told from chance", which is not the same as
 "no better". How the metrics are defined: `kvguard/evaluate_predictor.py`.
+
+The last table of each run says what the policies did: `kvguard/policies.py` describes them.
 """
 
 
@@ -79,6 +83,7 @@ def _section(folder: Path) -> str:
             _made_of(tables),
             _controls(tables),
             "### What is certified\n\n" + _quote(certificate.text),
+            _guarded(tables, described),
         ]
     )
 
@@ -265,6 +270,55 @@ def _controls(tables: Mapping[str, pl.DataFrame]) -> str:
     )
 
 
+def _guarded(tables: Mapping[str, pl.DataFrame], described: Mapping[str, Any]) -> str:
+    """Every policy that ran live, beside the simulation of the same requests."""
+    runs = tables["policies"]
+    live = runs.filter(source="live")
+    keys = ["model", "press", "ratio", "policy"]
+    offline = {
+        tuple(row[key] for key in keys): row for row in runs.filter(source="simulation").to_dicts()
+    }
+    lines = []
+    for row in live.to_dicts():
+        beside = offline.get(tuple(row[key] for key in keys), {})
+        known = beside.get("known") == 1 and beside.get("excess_cfr") is not None
+        lines.append(
+            [
+                f"{row['press']} {row['ratio']}",
+                row["policy"],
+                *(_measured(row, name) for name in ("alarmed", "excess_cfr", "excess_error")),
+                _measured(beside, "excess_cfr") if known else "unknown",
+                f"{row['kv_bytes_mean'] / 2**20:.1f}",
+                *(f"{row[name]:.0f}" for name in ("prefilled_tokens", "wasted_tokens")),
+            ]
+        )
+    every = described["controller"]["check_every_tokens"]
+    requests = live["requests"].max() or 0
+    text = (
+        f"### What the guard does, beside its rivals\n\nPolicies on {requests} test prompts a "
+        "condition, through the engine; the guard looks at a request every "
+        f"{every} token{'s' if every > 1 else ''}. Alarmed is a share of requests. Excess CFR is "
+        "the catastrophic failure rate above the uncompressed model's on the same prompts, excess "
+        "error its accuracy above the policy's; lower is better. Costs are means a request: KV "
+        "memory in MiB, tokens prefilled (prompt, verification, recovery), tokens generated and "
+        "dropped.\n\n"
+    )
+    head = ["condition", "policy", "alarmed", "excess CFR", "excess error", "excess CFR, simulated"]
+    text += _table([*head, "KV MiB", "prefilled", "wasted"], lines)
+    counts = tables["simulation_reasons"].group_by("reason").agg(pl.col("requests").sum())
+    found = {str(row["reason"]): int(row["requests"]) for row in counts.to_dicts()}
+    same, unknown = found.pop("same", 0), found.pop("outcome unknown offline", 0)
+    unknown += found.pop("not simulated", 0)
+    text += (
+        f"\n\nOf the live requests whose outcome the simulation knows, {same} of "
+        f"{same + sum(found.values())} had the simulated alarm step and final tokens; of {unknown} "
+        "more it knows no outcome (a cache that no trace holds)."
+    )
+    for reason, count in sorted(found.items()):
+        text += f" {count}: {reason}."
+    return text
+
+
 # --- words ---------------------------------------------------------------------------------------
 
 
@@ -290,6 +344,13 @@ def _span(
         return f"{value} [too few prompts]"
     ends = [_text(row[end], percent=percent, digits=digits) for end in (low, high)]
     return f"{value} [{ends[0]}, {ends[1]}]"
+
+
+def _measured(row: Mapping[str, Any], name: str) -> str:
+    renamed = {"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
+    if renamed["low"] is None and row[name] is not None:
+        return f"{row[name]:.2f}"  # every prompt has the same value
+    return _bracket(renamed)
 
 
 def _bracket(row: Mapping[str, Any]) -> str:

@@ -7,8 +7,8 @@ works out what they would have cost. Rows are slots of the batch.
 The calling order, live and offline alike (`look_at` says when): ``reset`` when a request enters a
 slot, ``move`` when it changes its slot; ``step`` with every token it generates, the last one too;
 ``finish`` for a request that has ended (by an end token or by length) and for which ``step`` has
-just answered CONTINUE. A request that has ended may go on after REWIND or RESTART; RECOMPUTE changes
-nothing then, and every other action is ignored.
+just answered CONTINUE. A request that has ended may go on after REWIND or RESTART; RECOMPUTE
+changes nothing then, and every other action is ignored.
 
 Sources are cited by arXiv number. A rival is here to be measured under the guard's conditions (any
 press, single requests, token by token), so each docstring says what of the original is left out.

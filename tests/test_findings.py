@@ -53,6 +53,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for name, table in (tables | made.tables).items():
         schema.write_table(table, folder / "tables" / f"{name}.parquet")
+    schema.write_table(_policies(), folder / "tables" / "policies.parquet")
+    reasons = pl.DataFrame({"reason": ["same", "not simulated"], "requests": [38, 2]})
+    schema.write_table(reasons, folder / "tables" / "simulation_reasons.parquet")
     save_certificate(made.certificate, folder / "models" / "certificate.json")
     described = {
         "name": "planted",
@@ -62,9 +65,35 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "task": {"name": "none", "num_prompts": 80},
         "presses": [{"name": "snapkv", "ratios": ["0.500", "0.750"]}],
         "generation": {"max_new_tokens": 60},
+        "controller": {"check_every_tokens": 8},
     }
     (folder / "config.json").write_text(json.dumps(described))
     return folder
+
+
+def _policies() -> pl.DataFrame:
+    """A guard live and simulated, and a rival whose outcome the simulation does not know."""
+    costs = {"kv_bytes_mean": 3.0 * 2**20, "prefilled_tokens": 40.0, "wasted_tokens": 7.0}
+    one = {"model": "m", "press": "snapkv", "ratio": "0.500", "requests": 20, **costs}
+    one |= {"alarmed": 0.4, "alarmed_low": 0.2, "alarmed_high": 0.6}
+    one |= {"excess_error": 0.0, "excess_error_low": None, "excess_error_high": None}
+    spans = [("live", "guard_rewind", 0.1, 1.0), ("simulation", "guard_rewind", 0.2, 1.0)]
+    spans += [("live", "loopguard", 0.3, 1.0), ("simulation", "loopguard", 0.4, 0.5)]
+    return pl.DataFrame(
+        one
+        | {"source": source, "policy": policy, "known": known}
+        | {"excess_cfr": cfr, "excess_cfr_low": cfr - 0.1, "excess_cfr_high": cfr + 0.1}
+        for source, policy, cfr, known in spans
+    )
+
+
+def test_policies_stand_beside_their_simulation(results: Path, tmp_path: Path) -> None:
+    write_findings([results], tmp_path / "findings.md")
+    text = (tmp_path / "findings.md").read_text()
+    guard = "| guard_rewind | 0.40 [0.20, 0.60] | 0.10 [0.00, 0.20] | 0.00 | 0.20 [0.10, 0.30] |"
+    assert f"| snapkv 0.500 {guard} 3.0 | 40 | 7 |" in text
+    assert "| loopguard | 0.40 [0.20, 0.60] | 0.30 [0.20, 0.40] | 0.00 | unknown |" in text
+    assert "38 of 38 had the simulated alarm step and final tokens; of 2 more" in text
 
 
 def _line(text: str, start: str) -> str:
