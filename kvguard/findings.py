@@ -292,8 +292,8 @@ def _guarded(tables: Mapping[str, pl.DataFrame], described: Mapping[str, Any]) -
                 *(f"{row[name]:.0f}" for name in ("prefilled_tokens", "wasted_tokens")),
             ]
         )
-    every = described["controller"]["check_every_tokens"]
-    requests = live["requests"].max() or 0
+    every = described["controller"].get("check_every_tokens", 1)
+    requests = max(live["requests"].to_list(), default=0)
     text = (
         f"### What the guard does, beside its rivals\n\nPolicies on {requests} test prompts a "
         "condition, through the engine; the guard looks at a request every "
