@@ -296,8 +296,9 @@ def _guarded(tables: Mapping[str, pl.DataFrame], described: Mapping[str, Any]) -
     requests = max(live["requests"].to_list(), default=0)
     text = (
         f"### What the guard does, beside its rivals\n\nPolicies on {requests} test prompts a "
-        "condition, through the engine; the guard looks at a request every "
-        f"{every} token{'s' if every > 1 else ''}. Alarmed is a share of requests. Excess CFR is "
+        "condition, through the engine; the guard looks at a request "
+        f"{f'every {every} tokens' if every > 1 else 'at every token'}. Alarmed is a share of "
+        "requests. Excess CFR is "
         "the catastrophic failure rate above the uncompressed model's on the same prompts, excess "
         "error its accuracy above the policy's; lower is better. Costs are means a request: KV "
         "memory in MiB, tokens prefilled (prompt, verification, recovery), tokens generated and "

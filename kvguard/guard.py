@@ -619,7 +619,8 @@ class KVGuard:
         check_every_tokens: the predictor is asked every so many tokens of a row, and at its end,
             about all of them at once, which costs a small batch a fraction of asking each time. An
             alarm is acted upon that much later at most; what an exact rewind returns is the same.
-        holdback_tokens: streaming releases a token once this many have followed it.
+        holdback_tokens: streaming releases a token once this many have followed it, at the next
+            look: with the default, tokens come eight at a time.
         batch_size: rows decoded together; None takes as many as memory allows.
         seed: of sampling; None draws one from torch's global generator at each call.
         condition: press and ratio of the certificate, e.g. ("snapkv", "0.750"), whose alarm rate on
