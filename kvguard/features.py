@@ -13,6 +13,7 @@ cast to float32 at the end.
   none is left the feature is null in tables and NaN in arrays.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,7 @@ _PAST = ROLLING_TOKENS - 1
 _LANES = 3 * len(ROLLED)  # value, square, 1 where defined
 _NGRAM_PAST = NGRAM_TOKENS - 1
 _LAGS = NGRAM_WINDOW_TOKENS - NGRAM_TOKENS  # how far back an earlier n-gram may end
+_HASH_TAIL, _HASH_HEAD = -7046029254386353131, -4658895280553007687  # odd: they mix all bits
 _ABSENT = -1  # stands for an n-gram that would begin before the first token
 _DERIVED = schema.FEATURE_NAMES[len(_SIGNALS) :]
 _BLOCK_ROWS = 8192  # kernels work on pieces that stay in a core's cache
@@ -210,6 +212,7 @@ def _ngrams(
 def _repeated_in(token_ids: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(n,) whether the n-gram that ends here stands earlier in its trace, within the window."""
     _, tails, heads = _ngrams(token_ids, position)
+    short = ((tails * _HASH_TAIL + heads * _HASH_HEAD) >> 32).astype(np.int32)
     before = np.full(_LAGS, _ABSENT)
     return _repeated(
         tails,
@@ -217,6 +220,9 @@ def _repeated_in(token_ids: NDArray[np.int64], position: NDArray[np.int64]) -> N
         sliding_window_view(np.concatenate([before, tails[:-1]]), _LAGS),
         sliding_window_view(np.concatenate([before, heads[:-1]]), _LAGS),
         position - _NGRAM_PAST,
+        # Half as wide, and alike for few different n-grams: the search reads these.
+        sliding_window_view(np.concatenate([before.astype(np.int32), short[:-1]]), _LAGS)
+        == short[:, None],
     )
 
 
@@ -226,6 +232,7 @@ def _repeated(
     earlier_tails: NDArray[np.int64],
     earlier_heads: NDArray[np.int64],
     reach: NDArray[np.int64] | None = None,
+    same: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
     """(n,) whether an n-gram is among the `_LAGS` earlier ones.
 
@@ -233,12 +240,15 @@ def _repeated(
         tails, heads: (n,) the n-gram in two pairs.
         earlier_tails, earlier_heads: (n, 124) those before it, `_ABSENT` where there is none.
         reach: (n,) how many of the last ones belong to the same trace; None: all that are there.
+        same: (n, 124) True at least where both pairs are equal; None: found from the tails.
     """
-    same = earlier_tails == tails[:, None]
-    repeated: NDArray[np.bool_] = same.any(axis=1)
+    if same is None:
+        same = np.asarray(earlier_tails == tails[:, None])
+    repeated = np.asarray(same.any(axis=1))
     rows = np.flatnonzero(repeated)
-    if len(rows):  # the tail alone is seen far less often than not: look at the rest only there
+    if len(rows):  # few candidates are left: look at the rest only there
         whole = same[rows] & (earlier_heads[rows] == heads[rows, None])
+        whole &= earlier_tails[rows] == tails[rows, None]
         if reach is not None:
             whole &= np.arange(_LAGS, 0, -1) <= reach[rows, None]
         repeated[rows] = whole.any(axis=1)
@@ -384,7 +394,7 @@ def build_features(
     """Compute the features of many token files into one file, a piece at a time.
 
     Memory holds a few pieces of ``chunk_rows`` rows (or of one trace, if that is longer), whatever
-    the sizes of the files. One piece is read and one written while a third is computed.
+    the sizes of the files. One piece is read and one written while two are computed.
 
     Args:
         token_paths: Parquet files of `schema.TOKENS`, each trace's rows together and in order.
@@ -411,19 +421,22 @@ def build_features(
             use_dictionary=list(schema.TRACE_KEYS),
             write_statistics=list(schema.TOKEN_KEYS),
         ) as writer,
-        ThreadPoolExecutor(2) as pool,
+        ThreadPoolExecutor(3) as pool,
     ):
+
+        def compute(piece: pl.DataFrame) -> pa.Table:
+            return _to_arrow(compute_features(piece, traces))
+
         pieces = _pieces(token_paths, chunk_rows)
         reading = pool.submit(next, pieces, None)
-        writing: Future[None] | None = None
+        computing: deque[Future[pa.Table]] = deque()
         while (piece := reading.result()) is not None:
             reading = pool.submit(next, pieces, None)
-            table = _to_arrow(compute_features(piece, traces))
-            if writing is not None:
-                writing.result()
-            writing = pool.submit(writer.write_table, table)
-        if writing is not None:
-            writing.result()
+            computing.append(pool.submit(compute, piece))
+            if len(computing) == 2:
+                writer.write_table(computing.popleft().result())
+        while computing:
+            writer.write_table(computing.popleft().result())
 
 
 def _to_arrow(frame: pl.DataFrame) -> pa.Table:
