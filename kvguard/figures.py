@@ -984,6 +984,7 @@ def plot_pareto(
     harm = ("excess_cfr", "excess_cfr_low", "excess_cfr_high")
     settings = ("tau_low", "tau_high", "k", "j")
     _need(pareto, ["model", "press", "ratio", "policy", *settings, cost, *harm], "pareto")
+    ran = set(pareto.select("model", "press", "ratio").iter_rows())
     pareto = pareto.drop_nulls(["excess_cfr", cost]).filter(pl.col("press") != BASELINE)
     _need(pareto, [], "pareto")
     pareto = pareto.with_columns(pl.col(cost) * _UNITS[unit])
@@ -1002,7 +1003,8 @@ def plot_pareto(
                 (pl.col("model") == model) & (pl.col("press") == press) & (pl.col("ratio") == ratio)
             )
             if here.is_empty():
-                axes.text(0.5, 0.5, "unknown", transform=axes.transAxes, ha="center", color=GREY)
+                word = "unknown" if (model, press, ratio) in ran else "not run"
+                axes.text(0.5, 0.5, word, transform=axes.transAxes, ha="center", color=GREY)
             colour = styles[press].colour
             tried = here.filter(pl.col("tau_low").is_not_null())
             x, y = tried[cost].to_numpy(), tried["excess_cfr"].to_numpy()
