@@ -614,7 +614,7 @@ def _setting_values(
     lengths, base = requests.lengths[rows], requests.baseline[rows]
     alarm = first_alarm(requests.hazard[rows], lengths, settings)  # (G, n)
     alarmed = alarm != NEVER
-    look = -(-(alarm + 1) // check_every_tokens) * check_every_tokens  # as policies.look_at
+    look = look_at(Policy("guard_rewind", 0), alarm + 1, check_every_tokens)
     draft = np.where(alarmed, np.minimum(look, lengths), lengths)
     kept = np.minimum(requests.first_rejected[rows], draft)
     memory = trace_memory(requests.table).rows(rows)
