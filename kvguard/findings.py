@@ -98,7 +98,7 @@ def _title(described: Mapping[str, Any]) -> str:
         f"## Run `{described['name']}`\n\n"
         f"Model {models}; {task['num_prompts']} prompts of {task['name']}; presses {presses}; "
         f"at most {described['generation']['max_new_tokens']} new tokens; seed "
-        f"{described['seed']}. Made by `snakemake --cores 2` on this run's configuration, tables "
+        f"{described['seed']}. Made by Snakemake on this run's configuration, tables "
         f"in `{described['results_dir']}/tables/`."
     )
 

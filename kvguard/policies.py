@@ -14,6 +14,7 @@ Sources are cited by arXiv number. A rival is here to be measured under the guar
 press, single requests, token by token), so each docstring says what of the original is left out.
 """
 
+from abc import ABC, abstractmethod
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
@@ -182,14 +183,14 @@ class AlwaysSafe(Policy):
     starts_safe = True
 
 
-class OneAlarm(Policy):
+class OneAlarm(Policy, ABC):
     """Base of the policies that act once a request, then leave it in SAFE."""
 
     action: Action
 
+    @abstractmethod
     def fires(self, observation: Observation) -> BoolArray:
         """(n,) where the trigger sees its sign in this token, whatever the row's mode."""
-        raise NotImplementedError
 
     def step(self, observation: Observation) -> Decision:
         """Advance the trigger, and act where it fires for the first time."""

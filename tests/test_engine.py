@@ -210,7 +210,7 @@ def assert_exact(
 ) -> None:
     """Tokens equal, signals within 1e-4 plus ``relative`` times their size, of every request."""
     done = run(model, requests, make(), rows, share=share)
-    compared = 0
+    excused = 0
     for request in requests:
         known = (expected or {}).get(request.key) or reference(model, request, make(), [2])
         tokens, logits, tied = known
@@ -227,11 +227,11 @@ def assert_exact(
             np.testing.assert_allclose(
                 found.signals, np.array(expected_signals), atol=1e-4, rtol=relative
             )
-            compared += 1
         except AssertionError:
             if not tied:
                 raise
-    assert compared > len(requests) / 2
+            excused += 1
+    assert excused <= 1
 
 
 _expected: dict[tuple[str, str], dict[str, Reference]] = {}
