@@ -30,7 +30,7 @@ LM_HEAD_ROWS = 128
 """Positions whose logits are computed at once in a teacher-forced pass."""
 
 DEFERRED_ROWS = 16
-"""Logits that a small batch collects before it computes their signals, all at once."""
+"""Rows of logits that a small batch keeps before it computes their signals, all at once."""
 
 
 @dataclass(frozen=True)
@@ -469,16 +469,22 @@ class Session:
         self.prompt_lengths: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.limits: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.seeds: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
-        shape = (rows, model.config.vocab_size)
-        self.logits = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self._deferred: list[Step] = []  # whose signals are missing; their logits, end to end:
-        shape = (DEFERRED_ROWS if 2 * rows <= DEFERRED_ROWS else 0, model.config.vocab_size)
-        self._deferred_logits = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        # A small batch keeps the logits of several steps, each on a page of its own, and computes
+        # their signals together.
+        shape = (max(1, DEFERRED_ROWS // max(1, rows)), rows, model.config.vocab_size)
+        self._pages = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self._page = 0
+        self._deferred: list[tuple[int, Step]] = []  # pages whose tokens have no signals yet
 
     @property
     def active(self) -> int:
         """Rows in use."""
         return self.slots.active
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """(rows, vocabulary) raw logits of each row's next token, then of the one just chosen."""
+        return self._pages[self._page]
 
     @property
     def free(self) -> int:
@@ -572,12 +578,12 @@ class Session:
             seeds = self._on_device(self.seeds[:active])
             scores = token_scores(logits, seeds, self._on_device(positions), self.decoding)
             chosen = scores.argmax(dim=1)
-        if len(self._deferred_logits):
+        if len(self._pages) > 1:
             peak, best = logits.max(dim=1)
             tokens = (best if chosen is None else chosen).cpu().numpy()
             finite = peak.isfinite().cpu().numpy()
             step = Step(positions, tokens)
-            self._defer_signals(logits, step)
+            self._deferred.append((self._page, step))
         else:
             table, _, chosen = extract_signals(logits, chosen, self._previous_entropy())
             signals = table.cpu().numpy()
@@ -587,37 +593,46 @@ class Session:
             step = Step(positions, tokens)
         self.history[rows, positions] = tokens
         self.lengths[:active] += 1
-        ends = np.isin(tokens, self.decoding.end_token_ids)
         full = self.lengths[:active] >= self.limits[:active]
-        for row in np.flatnonzero(ends | full | ~finite):
-            self.rows[row].stop_reason = "eos" if ends[row] else "length"
+        ends = [token in self.decoding.end_token_ids for token in tokens.tolist()]
+        for row, state in enumerate(self.rows):
+            if ends[row] or full[row] or not finite[row]:
+                state.stop_reason = "eos" if ends[row] else "length"
             if not finite[row]:
                 where = f"token {positions[row]}"
-                error = f"FloatingPointError: non-finite logits at {where}"
-                self.rows[row].completion.error = error
+                state.completion.error = f"FloatingPointError: non-finite logits at {where}"
         self._charge(started)
         return step
 
-    def _defer_signals(self, logits: torch.Tensor, step: Step) -> None:
-        """Keep a step's logits until there are enough to compute their signals at once."""
-        held = sum(len(earlier.tokens) for earlier in self._deferred)
-        if held + len(logits) > DEFERRED_ROWS:
+    def _turn_page(self) -> None:
+        """Let the next logits go where none are waiting for their signals."""
+        if len(self._deferred) == len(self._pages):
             self.settle_signals()
-            held = 0
-        self._deferred_logits[held : held + len(logits)] = logits
-        self._deferred.append(step)
+        self._page = len(self._deferred) % len(self._pages)
+
+    def _deferred_logits(self) -> torch.Tensor:
+        """(rows, vocabulary) of all tokens that have no signals yet, in the order of `_deferred`.
+
+        The pages themselves, without a copy, where they are consecutive and full.
+        """
+        pages = [page for page, _ in self._deferred]
+        full = all(len(step.tokens) == self.slots.rows for _, step in self._deferred)
+        if full and pages == list(range(pages[0], pages[0] + len(pages))):
+            return self._pages[pages[0] : pages[-1] + 1].flatten(0, 1)
+        return torch.cat([self._pages[page, : len(step.tokens)] for page, step in self._deferred])
 
     @torch.inference_mode()
     def settle_signals(self) -> None:
         """Compute the signals of every token that has none yet."""
         if not self._deferred:
             return
-        rows = np.concatenate([np.arange(len(step.tokens)) for step in self._deferred])
-        positions = np.concatenate([step.positions for step in self._deferred])
-        chosen = np.concatenate([step.tokens for step in self._deferred])
-        self._deferred.clear()
-        table = extract_signals(self._deferred_logits[: len(rows)], self._on_device(chosen)).table
+        steps = [step for _, step in self._deferred]
+        rows = np.concatenate([np.arange(len(step.tokens)) for step in steps])
+        positions = np.concatenate([step.positions for step in steps])
+        chosen = np.concatenate([step.tokens for step in steps])
+        table = extract_signals(self._deferred_logits(), self._on_device(chosen)).table
         signals = table.cpu().numpy()
+        self._deferred.clear()
         entropy, delta = SIGNAL_INDEX["entropy"], SIGNAL_INDEX["entropy_delta"]
         self.signals[rows, positions] = signals
         before = np.maximum(positions - 1, 0)
@@ -630,6 +645,7 @@ class Session:
         active = self.active
         if active == 0:
             return
+        self._turn_page()
         if all(row.held is not None for row in self.rows):  # nothing to compute
             for number, row in enumerate(self.rows):
                 self._release_held(number, row)

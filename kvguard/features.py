@@ -270,11 +270,13 @@ class FeatureState:
         self._ratio = np.empty(rows, dtype=np.float32)
         self._ratio[:] = ratio
         self._position = np.zeros(rows, dtype=np.int64)
+        # What came before, newest last; `_ABSENT` and 0 stand for tokens that there are not.
         self._lanes = np.zeros((_PAST, rows, _LANES))
-        self._recent = np.full((3, rows), _ABSENT)  # last token, last pair, the pair before it
-        self._tails = np.full((rows, _LAGS), _ABSENT)  # ring: the n-gram of position p at p % 124
+        self._last = np.full(rows, _ABSENT)  # token
+        self._pairs = np.full((rows, 2), _ABSENT)
+        self._tails = np.full((rows, _LAGS), _ABSENT)
         self._heads = np.full((rows, _LAGS), _ABSENT)
-        self._repeats = np.zeros(rows, dtype=np.uint32)  # bit i: the token i steps back repeated
+        self._flags = np.zeros((rows, REPETITION_TOKENS - 1), dtype=np.bool_)
 
     def step(
         self,
@@ -283,16 +285,26 @@ class FeatureState:
         token_ids: NDArray[np.integer[Any]],
         positions: NDArray[np.integer[Any]],
     ) -> NDArray[np.float32]:
-        """Take one more token of each of some rows and return its features.
+        """Take one more token of each of some rows: `advance` by one."""
+        return self.advance(rows, signals[:, None], token_ids[:, None], positions)[:, 0]
+
+    def advance(
+        self,
+        rows: NDArray[np.integer[Any]],
+        signals: NDArray[np.float32],
+        token_ids: NDArray[np.integer[Any]],
+        positions: NDArray[np.integer[Any]],
+    ) -> NDArray[np.float32]:
+        """Take the next t tokens of each of some rows and return their features.
 
         Args:
             rows: (n,) rows of the batch, each at most once.
-            signals: (n, 28) in the order of `schema.SIGNALS`, NaN where undefined.
-            token_ids: (n,) the tokens.
+            signals: (n, t, 28) in the order of `schema.SIGNALS`, NaN where undefined.
+            token_ids: (n, t) the tokens.
             positions: (n,) how many tokens each row had before.
 
         Returns:
-            (n, 40) in the order of `schema.FEATURE_NAMES`.
+            (n, t, 40) in the order of `schema.FEATURE_NAMES`.
 
         Raises:
             ValueError: a position does not follow the row's last one.
@@ -300,39 +312,53 @@ class FeatureState:
         expected = self._position[rows]
         if (expected != positions).any():
             raise ValueError(f"positions must be {expected.tolist()}, got {positions.tolist()}")
-        features = np.empty((len(rows), len(schema.FEATURE_NAMES)), dtype=np.float32)
-        features[:, :_FLAG] = signals
+        count = token_ids.shape[1]
+        features = np.empty((len(rows), count, len(schema.FEATURE_NAMES)), dtype=np.float32)
+        features[..., :_FLAG] = signals
 
-        lanes = np.empty((ROLLING_TOKENS, len(rows), _LANES))
-        lanes[:-1] = self._lanes[:, rows]
-        lanes[-1] = _rolling_lanes(signals[:, _ROLLED_COLUMNS])
-        self._lanes[:, rows] = lanes[1:]
-        features[:, _STATISTICS] = _rolling_statistics(lanes)[0]
+        new_lanes = _rolling_lanes(signals[..., _ROLLED_COLUMNS]).swapaxes(0, 1)
+        lanes = np.concatenate([self._lanes[:, rows], new_lanes])
+        self._lanes[:, rows] = lanes[count:]
+        features[..., _STATISTICS] = _rolling_statistics(lanes).swapaxes(0, 1)
 
-        last, pairs, heads = self._recent[:, rows]
-        tails = last << 32 | token_ids
-        repeated = _repeated(tails, heads, self._tails[rows], self._heads[rows])
-        slots = expected % _LAGS
-        self._tails[rows, slots] = np.where(heads >= 0, tails, _ABSENT)
-        self._heads[rows, slots] = heads
-        self._recent[:, rows] = token_ids, tails, pairs
-        repeats = self._repeats[rows] << np.uint32(1) | repeated
-        self._repeats[rows] = repeats
+        before = np.column_stack([self._last[rows], token_ids[:, :-1]])
+        pairs = np.concatenate([self._pairs[rows], before << 32 | token_ids], axis=1)
+        self._last[rows], self._pairs[rows] = token_ids[:, -1], pairs[:, count:]
+        heads, tails = pairs[:, :count], pairs[:, 2:]
+        repeated = self._repeated(rows, np.where(heads >= 0, tails, _ABSENT), heads)
+        flags = np.concatenate([self._flags[rows], repeated], axis=1)
+        self._flags[rows] = flags[:, count:]
 
-        features[:, _FLAG] = repeated
-        features[:, _SUM] = np.bitwise_count(repeats)
-        features[:, _POSITION] = expected / self._limit[rows]
-        features[:, _RATIO] = self._ratio[rows]
-        self._position[rows] = expected + 1
+        features[..., _FLAG] = repeated
+        features[..., _SUM] = sliding_window_view(flags, REPETITION_TOKENS, axis=1).sum(axis=2)
+        at = expected[:, None] + np.arange(count)
+        features[..., _POSITION] = at / self._limit[rows, None]
+        features[..., _RATIO] = self._ratio[rows, None]
+        self._position[rows] = expected + count
         return features
+
+    def _repeated(
+        self,
+        rows: NDArray[np.integer[Any]],
+        tails: NDArray[np.int64],
+        heads: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """(n, t) whether the n-grams that end at new tokens stand earlier; they are remembered."""
+        tails = np.concatenate([self._tails[rows], tails], axis=1)  # (n, 124 + t)
+        heads = np.concatenate([self._heads[rows], heads], axis=1)
+        new = slice(_LAGS, None)
+        self._tails[rows], self._heads[rows] = tails[:, -_LAGS:], heads[:, -_LAGS:]
+        same = sliding_window_view(tails[:, :-1], _LAGS, axis=1) == tails[:, new, None]
+        same &= tails[:, new, None] != _ABSENT
+        if same.any():  # two pairs rarely agree in one and differ in the other
+            same &= sliding_window_view(heads[:, :-1], _LAGS, axis=1) == heads[:, new, None]
+        return np.asarray(same.any(axis=2))
 
     def move(self, source: int, target: int) -> None:
         """Let the request in row ``source`` go on in row ``target``, whose past is lost."""
-        for state in (self._limit, self._ratio, self._position, self._tails, self._heads):
+        for state in (self._limit, self._ratio, self._position, *self._tokens_seen()):
             state[target] = state[source]
-        self._repeats[target] = self._repeats[source]
         self._lanes[:, target] = self._lanes[:, source]
-        self._recent[:, target] = self._recent[:, source]
 
     def reset(self, row: int, ratio: float, max_new_tokens: int) -> None:
         """Forget a row's past: a new request begins there."""
@@ -340,10 +366,12 @@ class FeatureState:
         self._ratio[row] = ratio
         self._position[row] = 0
         self._lanes[:, row] = 0
-        self._recent[:, row] = _ABSENT
-        self._tails[row] = _ABSENT
-        self._heads[row] = _ABSENT
-        self._repeats[row] = 0
+        for state in self._tokens_seen():
+            state[row] = _ABSENT
+        self._flags[row] = False
+
+    def _tokens_seen(self) -> tuple[NDArray[Any], ...]:
+        return self._last, self._pairs, self._tails, self._heads, self._flags
 
     def replace(
         self,
@@ -372,16 +400,16 @@ class FeatureState:
             return
         lanes = _rolling_lanes(signals[-_PAST:, _ROLLED_COLUMNS])
         self._lanes[_PAST - len(lanes) :, row] = lanes
-        # The last 32 flags look back 127 tokens each; what lies further back is forgotten anyway.
+        # The last 31 flags look back 127 tokens each; what lies further back is forgotten anyway.
         kept = np.asarray(token_ids, dtype=np.int64)[-(REPETITION_TOKENS + NGRAM_WINDOW_TOKENS) :]
         position = np.arange(len(kept))
         pairs, tails, heads = _ngrams(kept, position)
-        self._recent[: min(3, 1 + length), row] = np.concatenate([kept[-1:], pairs[-1:-3:-1]])
-        slots = np.arange(length - len(kept), length)[-_LAGS:] % _LAGS
-        self._tails[row, slots] = tails[-_LAGS:]
-        self._heads[row, slots] = heads[-_LAGS:]
-        flags = _repeated_in(kept, position)[: -REPETITION_TOKENS - 1 : -1]
-        self._repeats[row] = int(flags @ (1 << np.arange(len(flags))))
+        self._last[row] = kept[-1]
+        self._pairs[row, -min(2, length) :] = pairs[-2:]
+        for state, values in ((self._tails, tails), (self._heads, heads)):
+            state[row, -min(_LAGS, length) :] = values[-_LAGS:]
+        flags = _repeated_in(kept, position)[1 - REPETITION_TOKENS :]
+        self._flags[row, len(self._flags[row]) - len(flags) :] = flags
 
 
 def build_features(

@@ -151,8 +151,8 @@ def test_the_past_of_one_trace_does_not_reach_into_the_next():
     slots=st.integers(1, 4),
     seed=st.integers(0, 2**32),
 )
-def test_token_by_token_equals_the_whole_table_bit_for_bit(traces, slots, seed):
-    """Slots are refilled, steps take random rows in random order, and rows are rewound."""
+def test_a_few_tokens_at_a_time_equal_the_whole_table_bit_for_bit(traces, slots, seed):
+    """Slots are refilled, random rows advance by one token or several, and rows are rewound."""
     rng = np.random.default_rng(seed)
     expected = whole(traces)
     state = FeatureState(slots, max_new_tokens=1, ratio=0.0)
@@ -179,16 +179,18 @@ def test_token_by_token_equals_the_whole_table_bit_for_bit(traces, slots, seed):
             if not len(rows):
                 break
             now = [(traces[running[row][0]], running[row][1]) for row in rows]
-            features = state.step(
+            left = min(len(trace.token_ids) - t for trace, t in now)
+            several = min(left, int(rng.choice([1, 2, 8, 200])))
+            features = state.advance(
                 rows,
-                np.stack([trace.signals[t] for trace, t in now]),
-                np.array([trace.token_ids[t] for trace, t in now]),
+                np.stack([trace.signals[t : t + several] for trace, t in now]),
+                np.stack([trace.token_ids[t : t + several] for trace, t in now]),
                 np.array([t for _, t in now]),
             )
             for row, one in zip(rows, features, strict=True):
                 number, t = running[row]
-                assert_same_bits(one[None], expected[number][t : t + 1])
-                running[row][1] += 1
+                assert_same_bits(one, expected[number][t : t + several])
+                running[row][1] += several
         if rng.random() < 0.3 and running:  # rewind one row
             slot = int(rng.choice(list(running)))
             running[slot][1] = int(rng.integers(0, running[slot][1] + 1))
