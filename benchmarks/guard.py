@@ -12,6 +12,9 @@ Writes results/bench/guard.json:
   step (``p50_us``, ``p99_us``), the unguarded step (``step_us``), ``share_p50`` and ``share_p99``
   of it, goals 0.01 and 0.03, and the longest single step's work (``look_us``, median over looks);
 - ``overhead_every_token``: the same where the guard looks at every token;
+- ``parts``: per batch size, mean microseconds a step of signals, features, predictor, controller,
+  choosing beyond the argmax (history, end tokens) and the rest of watching, in a session of its
+  own with a clock around each;
 - ``verify_over_prefill``: seconds of one verify-and-rewind over seconds of one plain prefill of the
   same tokens, measured alternately, medians; goal 1.3.
 """
@@ -21,11 +24,13 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from generation import PRESS, load_embedded, load_experiment
 
+from kvguard import engine
 from kvguard.config import Controller, OperatingPoint
 from kvguard.engine import Session, prefill
 from kvguard.experiment import Prepared, prepare_requests
@@ -35,12 +40,15 @@ from kvguard.policies import make_policy
 from kvguard.presses import build_press
 from kvguard.prompts import load_task
 from kvguard.sampling import Decoding
+from kvguard.signals import extract_signals
 from kvguard.train import load_predictor, rules_predictor
 
 TARGET = Path("results/bench/guard.json")
 NEVER = OperatingPoint(tau_low=0.999998, tau_high=0.999999, k=1000, j=1)
 STEPS = 168
 WARM_UP = 8
+SESSIONS = {1: 5, 32: 3}
+"""Sessions timed per batch size: the 99th percentile wants more looks than one has."""
 
 
 def start(
@@ -59,35 +67,111 @@ def start(
     return session, watch
 
 
-def overhead(
-    model: LoadedModel, ready: Prepared, rows: int, predictor: HazardModel, every: int
-) -> dict[str, float]:
-    """Guard work of a step against the step without it."""
-    session, watch = start(model, ready, rows, predictor, every)
-    guard, bare = [], []
+class Timing(NamedTuple):
+    """Seconds of each step of one session."""
+
+    guard: list[float]
+    bare: list[float]
+    choose: list[float]  # of them, in `Session.choose` beyond the argmax
+
+
+def time_steps(session: Session, watch: Watch) -> Timing:
+    """Decode to the end, guard work and model's pass in turn; the argmax counts as the model's."""
+    timing = Timing([], [], [])
+    rows = session.active
     for _ in range(STEPS):
         began = time.perf_counter()
         session.logits[:rows].float().argmax(dim=1).cpu()
         argmax = time.perf_counter() - began
         began = time.perf_counter()
         step = session.choose()
+        chosen = time.perf_counter()
         watch.observe(session, step)
-        guard.append(time.perf_counter() - began - argmax)
-        began = time.perf_counter()
+        ended = time.perf_counter()
         session.advance()
-        bare.append(time.perf_counter() - began + argmax)
-    step_seconds = statistics.median(bare[WARM_UP:])
-    spent = np.array(guard[WARM_UP:]).reshape(-1, every)  # a row per look
-    p50, p99 = np.percentile(spent.mean(axis=1), [50, 99])
+        timing.bare.append(time.perf_counter() - ended + argmax)
+        timing.guard.append(ended - began - argmax)
+        timing.choose.append(chosen - began - argmax)
+    return timing
+
+
+def overhead(
+    model: LoadedModel, ready: Prepared, rows: int, predictor: HazardModel, every: int
+) -> dict[str, float]:
+    """Guard work of a step against the step without it."""
+    spent, bare = [], []
+    for _ in range(SESSIONS[rows]):
+        timing = time_steps(*start(model, ready, rows, predictor, every))
+        spent.append(np.array(timing.guard[WARM_UP:]).reshape(-1, every))  # a row per look
+        bare += timing.bare[WARM_UP:]
+    step_seconds = statistics.median(bare)
+    looks = np.concatenate(spent)
+    p50, p99 = np.percentile(looks.mean(axis=1), [50, 99])
     return {
         "check_every_tokens": every,
-        "look_us": float(np.median(spent.max(axis=1))) * 1e6,
+        "look_us": float(np.median(looks.max(axis=1))) * 1e6,
         "p50_us": p50 * 1e6,
         "p99_us": p99 * 1e6,
         "step_us": step_seconds * 1e6,
         "share_p50": p50 / step_seconds,
         "share_p99": p99 / step_seconds,
     }
+
+
+class Clock:
+    """Adds up the seconds that functions take, by a name for each."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def around(self, owner: object, function: str, part: str) -> None:
+        """Replace an attribute by one that is timed."""
+        original = getattr(owner, function)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                taken = time.perf_counter() - began
+                self.seconds[part] = self.seconds.get(part, 0.0) + taken
+
+        setattr(owner, function, timed)
+
+
+class Plugged:
+    """A predictor as a plain object, whose method can be replaced."""
+
+    def __init__(self, predictor: HazardModel) -> None:
+        self.feature_version = predictor.feature_version
+        self.predict = predictor.predict
+
+
+def parts(
+    model: LoadedModel, ready: Prepared, rows: int, predictor: HazardModel, every: int
+) -> dict[str, float]:
+    """Where the guard's time goes, mean microseconds a step."""
+    clock, plugged = Clock(), Plugged(predictor)
+    clock.around(plugged, "predict", "predictor_us")
+    extract = extract_signals
+    deferred = rows * 2 <= engine.DEFERRED_ROWS  # signals of several steps at once, when looked at
+    try:
+        session, watch = start(model, ready, rows, plugged, every)
+        if deferred:
+            clock.around(session, "settle_signals", "signals_us")
+        else:
+            clock.around(engine, "extract_signals", "signals_us")
+        clock.around(watch.features, "advance", "features_us")
+        clock.around(watch.policy, "rests", "controller_us")
+        clock.around(watch.policy, "step", "controller_us")
+        timing = time_steps(session, watch)
+    finally:
+        setattr(engine, "extract_signals", extract)  # noqa: B010
+    found = {part: seconds / STEPS * 1e6 for part, seconds in clock.seconds.items()}
+    total, choosing = sum(timing.guard) / STEPS * 1e6, sum(timing.choose) / STEPS * 1e6
+    found["choosing_us"] = choosing if deferred else choosing - found["signals_us"]
+    found["watching_us"] = total - sum(found.values())
+    return found
 
 
 def verify_over_prefill(
@@ -139,6 +223,8 @@ def main() -> None:
     }
     for name, every in (("overhead", Controller().check_every_tokens), ("overhead_every_token", 1)):
         result[name] = {str(n): overhead(model, ready, n, predictor, every) for n in (1, 32)}
+    every = Controller().check_every_tokens
+    result["parts"] = {str(n): parts(model, ready, n, predictor, every) for n in (1, 32)}
     result |= verify_over_prefill(model, ready, predictor)
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(json.dumps(result, indent=2) + "\n")

@@ -157,6 +157,23 @@ def step(
     )
 
 
+def at_rest(
+    state: ControllerState, hazard: NDArray[np.float32], settings: config.OperatingPoint
+) -> NDArray[np.bool_]:
+    """(n,) where `step` over several tokens would stay in NORMAL and end with both counters at 0.
+
+    The usual case of a quiet request, told from one comparison instead of a step for each token.
+
+    Args:
+        state: (n,) before the tokens.
+        hazard: (n, t); NaN is no evidence.
+        settings: one setting.
+    """
+    tau_low = np.float32(settings.tau_low)
+    calm, risky = (hazard <= tau_low).any(axis=1), (hazard > tau_low).any(axis=1)
+    return np.asarray((state.mode == Mode.NORMAL) & calm & ~risky)
+
+
 def first_alarm(hazard: NDArray[np.float32], lengths: ArrayLike, settings: Settings) -> IntArray:
     """Where each request first enters SAFE, for many settings at once.
 

@@ -471,8 +471,10 @@ class Session:
         self.seeds: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         # A small batch keeps the logits of several steps, each on a page of its own, and computes
         # their signals together.
-        shape = (max(1, DEFERRED_ROWS // max(1, rows)), rows, model.config.vocab_size)
-        self._pages = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        pages = max(1, DEFERRED_ROWS // max(1, rows))
+        self._pages = torch.zeros(
+            (pages, rows, model.config.vocab_size), dtype=model.dtype, device=model.device
+        )
         self._page = 0
         self._deferred: list[tuple[int, Step]] = []  # pages whose tokens have no signals yet
 
@@ -608,7 +610,7 @@ class Session:
         """Let the next logits go where none are waiting for their signals."""
         if len(self._deferred) == len(self._pages):
             self.settle_signals()
-        self._page = len(self._deferred) % len(self._pages)
+        self._page = (self._page + 1) % len(self._pages) if self._deferred else 0
 
     def _deferred_logits(self) -> torch.Tensor:
         """(rows, vocabulary) of all tokens that have no signals yet, in the order of `_deferred`.

@@ -356,7 +356,8 @@ class FeatureState:
 
     def move(self, source: int, target: int) -> None:
         """Let the request in row ``source`` go on in row ``target``, whose past is lost."""
-        for state in (self._limit, self._ratio, self._position, *self._tokens_seen()):
+        states: tuple[NDArray[Any], ...] = (self._limit, self._ratio, self._position)
+        for state in states + self._tokens_seen():
             state[target] = state[source]
         self._lanes[:, target] = self._lanes[:, source]
 

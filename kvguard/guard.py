@@ -206,6 +206,7 @@ class Watch:
         self.modes: NDArray[np.int8] = np.zeros(rows, np.int8)
         self.seen: NDArray[np.int64] = np.zeros(rows, np.int64)  # tokens that the policy has seen
         self.streamed: NDArray[np.int64] = np.zeros(rows, np.int64)
+        self._idle_steps = 0  # how many steps no row is due in, unless it ends
 
     # --- the engine's calls ---
 
@@ -219,6 +220,7 @@ class Watch:
         self.seen[row] = self.streamed[row] = 0
         report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])
         self.reports[request.key] = report
+        self._idle_steps = 0
 
     def moved(self, session: Session, source: int, target: int) -> None:
         """Follow the engine: the request in ``source`` is now in ``target``."""
@@ -234,6 +236,9 @@ class Watch:
     @torch.inference_mode()
     def observe(self, session: Session, step: Step) -> None:
         """Let the policy look at the rows whose turn it is and carry out what it decides."""
+        if self._idle_steps and not any(row.ended for row in session.rows):
+            self._idle_steps -= 1
+            return
         started = time.perf_counter()
         broken = _where(np.array([row.completion.error is not None for row in session.rows]))
         if self.stopping is not None:
@@ -260,6 +265,10 @@ class Watch:
             settled = np.flatnonzero(self.modes[: session.active] == Mode.SAFE)
             for row in sorted({*done, *settled}):
                 self._release(session, int(row))
+        elif self.stopping is None:
+            lengths = session.lengths[: session.active]
+            looks = look_at(self.policy, lengths + 1, self.check_every_tokens)
+            self._idle_steps = int((looks - lengths).min()) - 1
 
     def _due(self, session: Session) -> NDArray[np.bool_]:
         """(active,) whose turn it is to be looked at."""
@@ -287,7 +296,11 @@ class Watch:
         session.settle_signals()
         seen, counts = self.seen[rows], session.lengths[rows] - self.seen[rows]
         hazard = self._hazard(session, rows, seen, counts)
+        ended = np.array([session.rows[row].ended for row in rows])
         going = np.ones(len(rows), np.bool_)
+        if hazard is not None:
+            going = ended.copy()  # those are asked to finish, too
+            going[~ended] = ~self.policy.rests(rows[~ended], hazard[~ended])
         actions: list[tuple[int, Action, int]] = []
         for ahead in range(int(counts.max())):
             index = np.flatnonzero(going & (counts > ahead))
@@ -297,8 +310,8 @@ class Watch:
             if hazard is not None:
                 observation = observation._replace(hazard=hazard[index, ahead])
             decision = self.policy.step(observation)
-            last = [counts[i] == ahead + 1 and session.rows[rows[i]].ended for i in index]
-            quiet = np.array(last) & (decision.actions == Action.CONTINUE)
+            last = ended[index] & (counts[index] == ahead + 1)
+            quiet = last & (decision.actions == Action.CONTINUE)
             if quiet.any():
                 decision = _overlay(decision, quiet, self.policy.finish(_rows(observation, quiet)))
             for i in _where(decision.modes != self.modes[observation.rows]):
@@ -341,11 +354,11 @@ class Watch:
         hazard = np.full((len(rows), int(counts.max())), np.nan, np.float32)
         present = np.arange(hazard.shape[1]) < counts[:, None]
         features = np.empty((*hazard.shape, len(FEATURE_NAMES)), np.float32)
-        for ahead in range(hazard.shape[1]):
-            index = np.flatnonzero(present[:, ahead])
-            row, at = rows[index], seen[index] + ahead
-            features[index, ahead] = self.features.step(
-                row, session.signals[row, at], session.history[row, at], at
+        for count in np.unique(counts):
+            index = np.flatnonzero(counts == count)
+            row, at = rows[index, None], seen[index, None] + np.arange(count)
+            features[index, :count] = self.features.advance(
+                rows[index], session.signals[row, at], session.history[row, at], seen[index]
             )
         try:
             hazard[present] = self.predictor.predict(features[present])

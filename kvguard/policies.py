@@ -7,8 +7,9 @@ works out what they would have cost. Rows are slots of the batch.
 The calling order, live and offline alike (`look_at` says when): ``reset`` when a request enters a
 slot, ``move`` when it changes its slot; ``step`` with every token it generates, the last one too;
 ``finish`` for a request that has ended (by an end token or by length) and for which ``step`` has
-just answered CONTINUE. A request that has ended may go on after REWIND or RESTART; RECOMPUTE
-changes nothing then, and every other action is ignored.
+just answered CONTINUE. Rows that ``rests`` names need no ``step`` for those tokens. A request that
+has ended may go on after REWIND or RESTART; RECOMPUTE changes nothing then, and every other action
+is ignored.
 
 Sources are cited by arXiv number. A rival is here to be measured under the guard's conditions (any
 press, single requests, token by token), so each docstring says what of the original is left out.
@@ -25,6 +26,7 @@ from kvguard import config
 from kvguard.controller import (
     ControllerState,
     Mode,
+    at_rest,
     initial_state,
     set_state_rows,
     state_rows,
@@ -141,6 +143,14 @@ class Policy:
         """Look at rows that have ended, at their last token, and decide."""
         return self._decide(observation, Action.CONTINUE)
 
+    def rests(self, rows: NDArray[np.intp], hazard: FloatArray) -> BoolArray:
+        """Which rows (n,) have taken their next tokens' hazards (n, t) without acting.
+
+        NaN stands behind a row's last token. Those rows are as `step` would have left them; the
+        others have taken nothing, and are to be shown each token.
+        """
+        return np.zeros(len(rows), np.bool_)
+
     def _decide(
         self,
         observation: Observation,
@@ -253,6 +263,12 @@ class Guard(Policy):
         """Enter SAFE with its counters at 0, without an action."""
         set_state_rows(self.state, np.array([row]), initial_state(1, Mode.SAFE))
         self.compressed[row] = False
+
+    def rests(self, rows: NDArray[np.intp], hazard: FloatArray) -> BoolArray:
+        """Rows that stay in NORMAL."""
+        rest = at_rest(state_rows(self.state, rows), hazard, self.controller)
+        set_state_rows(self.state, rows[rest], initial_state(int(rest.sum())))
+        return rest
 
     def step(self, observation: Observation) -> Decision:
         """Advance the controller of each row by the token's hazard.

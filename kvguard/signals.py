@@ -4,6 +4,7 @@ One pass over the vocabulary finds the largest logits, one computes the exponent
 else is read off those. Nothing is copied to the host but the finished (rows, 28) table.
 """
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,11 @@ SIGNAL_INDEX = {name: column for column, name in enumerate(SIGNAL_NAMES)}
 
 _CHUNK = 256
 """Vocabulary entries per chunk when searching the largest logits."""
+
+_BLOCK_ENTRIES = 1 << 19
+"""Logits that a CPU works on at once: what it makes of them stays in its caches."""
+
+_workspace = threading.local()
 
 
 class Signals(NamedTuple):
@@ -34,6 +40,7 @@ class Signals(NamedTuple):
     chosen: torch.Tensor
 
 
+@torch.no_grad()
 def extract_signals(
     logits: torch.Tensor,
     chosen: torch.Tensor | None = None,
@@ -69,15 +76,9 @@ def extract_signals(
     logits = logits.float()
     top, top_ids = largest(logits, TOP_LOGPROBS)  # (rows, 20), descending
     peak = top[:, :1]
-    shifted = logits - peak  # (rows, vocabulary), <= 0
-    mean_shifted = shifted.mean(dim=1)
-    mass = shifted.exp()
-    mass.scatter_(1, top_ids[:, :1], 0.0)  # the alternatives only; the top token has mass 1
-    alternatives = mass.sum(dim=1)
-    weighted = torch.linalg.vecdot(mass, shifted)
-    if logits.device.type != "cpu" or bool(weighted.isnan().any()):
-        # 0 * -inf is NaN: a forbidden token has no mass, so its logit must not count.
-        weighted = torch.linalg.vecdot(mass, shifted.clamp_(min=-1e4))
+    mean_shifted, alternatives, weighted = _masses(logits, peak, top_ids[:, :1])
+    if logits.device.type == "cpu" and bool(weighted.isnan().any()):
+        mean_shifted, alternatives, weighted = _masses(logits, peak, top_ids[:, :1], floor=True)
     total = alternatives + 1.0
     log_total = total.log()
     entropy = log_total - weighted / total
@@ -109,6 +110,55 @@ def extract_signals(
     return Signals(table, finite, chosen)
 
 
+def _masses(
+    logits: torch.Tensor, peak: torch.Tensor, peak_ids: torch.Tensor, *, floor: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sums over the vocabulary, with y = logit - peak, so that the top token has mass 1.
+
+    On a CPU a few rows are worked on at a time, in memory that stays: fresh pages would cost more
+    than the arithmetic.
+
+    Args:
+        logits: (rows, vocabulary) float32.
+        peak: (rows, 1) the largest.
+        peak_ids: (rows, 1) where it is.
+        floor: a forbidden token (-inf) has no mass, but 0 times -inf is NaN: bound y where it is
+            weighted. Elsewhere than on a CPU always done, so that the host need not ask.
+
+    Returns:
+        Mean of y over the vocabulary; sums of exp(y) and of y exp(y) over the alternatives to the
+        top token; (rows,) each.
+    """
+    rows, vocabulary = logits.shape
+    on_host = logits.device.type == "cpu"
+    block = min(rows, max(1, _BLOCK_ENTRIES // vocabulary)) if on_host else rows
+    held = _scratch(block, vocabulary) if on_host else logits.new_empty(2, rows, vocabulary)
+    sums = logits.new_empty(3, rows)
+    for start in range(0, rows, max(block, 1)):
+        part = slice(start, min(start + block, rows))
+        shifted, mass = held[:, : part.stop - part.start]
+        torch.sub(logits[part], peak[part], out=shifted)
+        torch.mean(shifted, dim=1, out=sums[0, part])
+        torch.exp(shifted, out=mass)
+        mass.scatter_(1, peak_ids[part], 0.0)
+        torch.sum(mass, dim=1, out=sums[1, part])
+        if floor or not on_host:
+            shifted.clamp_(min=-1e4)
+        torch.sum(shifted.mul_(mass), dim=1, out=sums[2, part])
+    mean, alternatives, weighted = sums
+    return mean, alternatives, weighted
+
+
+def _scratch(rows: int, vocabulary: int) -> torch.Tensor:
+    """Uninitialised (2, rows, vocabulary) memory of this thread."""
+    wanted = 2 * rows * vocabulary
+    held: torch.Tensor | None = getattr(_workspace, "held", None)
+    if held is None or len(held) < wanted:
+        with torch.inference_mode(False):  # of use in and out of that mode
+            held = _workspace.held = torch.empty(wanted)
+    return held[:wanted].view(2, rows, vocabulary)
+
+
 def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` largest entries of each row, exactly, in descending order.
 
@@ -129,13 +179,14 @@ def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
         return values, indices
     body = logits[:, : chunks * _CHUNK].view(rows, chunks, _CHUNK)
     best = body.amax(dim=2).topk(count, dim=1).indices  # (rows, count) chunk numbers
-    columns = best[:, :, None] * _CHUNK + torch.arange(_CHUNK)
-    columns = columns.view(rows, count * _CHUNK)
+    found = body[torch.arange(rows)[:, None], best].view(rows, count * _CHUNK)
     if chunks * _CHUNK < vocabulary:
-        tail = torch.arange(chunks * _CHUNK, vocabulary).expand(rows, -1)
-        columns = torch.cat([columns, tail], dim=1)
-    values, within = logits.gather(1, columns).topk(count, dim=1)
-    return values, columns.gather(1, within)
+        found = torch.cat([found, logits[:, chunks * _CHUNK :]], dim=1)
+    values, within = found.topk(count, dim=1)
+    chunk = within.div(_CHUNK, rounding_mode="floor")
+    first = best.gather(1, chunk.clamp(max=count - 1)) * _CHUNK  # of the chunk it was found in
+    in_tail = chunks * _CHUNK - count * _CHUNK  # what stands behind the chunks comes after them
+    return values, within + torch.where(chunk < count, first - chunk * _CHUNK, in_tail)
 
 
 def _argmax(logits: torch.Tensor, top: torch.Tensor, top_ids: torch.Tensor) -> torch.Tensor:

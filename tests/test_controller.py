@@ -11,6 +11,7 @@ from kvguard.controller import (
     NEVER,
     ControllerConfig,
     Mode,
+    at_rest,
     first_alarm,
     initial_state,
     settings_grid,
@@ -74,6 +75,26 @@ def first_safe(values, setting):
 @given(hazards, controllers())
 def test_step_follows_the_transition_table(values, setting):
     assert modes_by_step(values, setting) == modes_by_table(values, setting)
+
+
+@given(hazards, st.lists(st.sampled_from(LEVELS), min_size=1, max_size=9), controllers())
+def test_at_rest_is_what_steps_would_find(before, values, setting):
+    """Never where a step would have moved, always after evidence of calm alone."""
+    state = initial_state(1)
+    for value in before:
+        state = step(state, np.array([value], np.float32), setting)
+    rest = at_rest(state, np.array([values], np.float32), setting)[0]
+    modes = modes_by_step([*before, *values], setting)[-len(values) - (1 if before else 0) :]
+    stayed = set(modes) == {"NORMAL"}
+    for value in values:
+        state = step(state, np.array([value], np.float32), setting)
+    fresh = stayed and state.risky[0] == 0 and state.calm[0] == 0
+    if rest:
+        assert fresh
+    low = np.float32(setting.tau_low)
+    seen = [np.float32(value) for value in values if value == value]
+    if stayed and seen and max(seen) <= low:
+        assert rest
 
 
 def test_a_worked_example():
