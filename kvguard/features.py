@@ -79,7 +79,8 @@ def compute_features(tokens: pl.DataFrame, traces: pl.DataFrame) -> pl.DataFrame
             known or smaller than its number of tokens.
     """
     tokens, offsets = schema.order_by_trace(tokens.select(_TOKEN_COLUMNS))
-    derived = _derived_columns(tokens, offsets, traces)
+    keys = tokens[offsets[:-1]].select(schema.TRACE_KEYS)
+    derived = _derived_columns(tokens, offsets, keys, traces)
     frame = tokens.select(
         *schema.TOKEN_KEYS, *(pl.col(name).cast(pl.Float32) for name in _SIGNALS)
     ).hstack(
@@ -95,10 +96,16 @@ _TOKEN_COLUMNS = (*schema.TOKEN_KEYS, "token_id", *_SIGNALS)
 
 
 def _derived_columns(
-    tokens: pl.DataFrame, offsets: NDArray[np.int64], traces: pl.DataFrame
+    tokens: pl.DataFrame, offsets: NDArray[np.int64], keys: pl.DataFrame, traces: pl.DataFrame
 ) -> NDArray[np.float32]:
-    """(12, rows) the features that are not signals, of tokens in trace order."""
-    keys = tokens[offsets[:-1]].select(schema.TRACE_KEYS)
+    """(12, rows) the features that are not signals, of tokens in trace order.
+
+    Args:
+        tokens: ``position``, ``token_id`` and the signals `ROLLED`.
+        offsets: (traces + 1,) where each trace begins.
+        keys: `schema.TRACE_KEYS` of each of them.
+        traces: as `compute_features`.
+    """
     limits = keys.join(
         traces.select(*schema.TRACE_KEYS, "max_new_tokens"),
         on=schema.TRACE_KEYS,
@@ -118,7 +125,7 @@ def _derived_columns(
     for first, last in _blocks(offsets):
         rows = slice(int(offsets[first]), int(offsets[last]))
         _derive_block(
-            np.stack([column[rows] for column in rolled], axis=-1),
+            np.stack([column[rows] for column in rolled]),
             token_ids[rows],
             lengths[first:last],
             derived[:, rows],
@@ -148,20 +155,25 @@ def _derive_block(
     """Fill ``derived`` (12, n) but for position and ratio, for whole traces end to end.
 
     Args:
-        rolled: (n, 4) the signals `ROLLED`, NaN where undefined.
+        rolled: (4, n) the signals `ROLLED`, NaN where undefined.
         token_ids: (n,).
         lengths: (traces,) their numbers of tokens; none is 0.
         derived: (12, n), filled in place.
     """
+    first = np.cumsum(lengths) - lengths
+    statistics = derived[_STATISTICS.start - _FLAG : _STATISTICS.stop - _FLAG]
+    # Column by column in memory, and as if all rows were one trace; then what reached too far back.
+    lanes = _rolling_lanes(rolled.T)
+    statistics[:, _PAST:] = _rolling_statistics(lanes).T
+    ahead = np.arange(_PAST)[:, None]
+    inside = ahead < lengths
+    at = np.where(inside, first + ahead, 0)
+    early = np.zeros((2 * _PAST, len(lengths), _LANES))
+    early[_PAST:] = lanes[at]
+    statistics[:, at[inside]] = _rolling_statistics(early)[inside].T
+
     rows = np.arange(len(token_ids))
-    start = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    # Undefined rows before each trace stand for the tokens that it does not have.
-    at = rows + _PAST * (np.repeat(np.arange(len(lengths)), lengths) + 1)
-    lanes = np.zeros((len(rows) + _PAST * len(lengths), _LANES))
-    lanes[at] = _rolling_lanes(rolled)
-    derived[_STATISTICS.start - _FLAG : _STATISTICS.stop - _FLAG] = _rolling_statistics(lanes)[
-        at - _PAST
-    ].T
+    start = np.repeat(first, lengths)
     repeated = _repeated_in(token_ids, rows - start)
     total = np.concatenate([[0], np.cumsum(repeated)])
     derived[0] = repeated
@@ -189,7 +201,7 @@ def _rolling_statistics(lanes: NDArray[np.float64]) -> NDArray[np.float64]:
     count = np.where(count > 0, count, np.nan)
     mean = sums[..., :signals] / count
     variance = sums[..., signals : 2 * signals] / count - mean * mean
-    statistics = np.empty((*mean.shape[:-1], 2 * signals))
+    statistics = np.empty_like(mean, shape=(*mean.shape[:-1], 2 * signals))  # in its memory order
     statistics[..., 0::2] = mean
     statistics[..., 1::2] = np.sqrt(np.maximum(variance, 0))
     return statistics
@@ -212,7 +224,19 @@ def _ngrams(
 def _repeated_in(token_ids: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(n,) whether the n-gram that ends here stands earlier in its trace, within the window."""
     _, tails, heads = _ngrams(token_ids, position)
-    short = ((tails * _HASH_TAIL + heads * _HASH_HEAD) >> 32).astype(np.int32)
+    mixed = tails * _HASH_TAIL + heads * _HASH_HEAD
+    # Sorted by hash and row, an n-gram comes right after its last occurrence.
+    row_bits = len(mixed).bit_length()
+    order = np.sort(mixed << row_bits | np.arange(len(mixed)))
+    follows = np.flatnonzero((order[1:] ^ order[:-1]) >> row_bits == 0)
+    row = order[1:][follows] & ((1 << row_bits) - 1)
+    last = order[:-1][follows] & ((1 << row_bits) - 1)
+    if (tails[row] == tails[last]).all() and (heads[row] == heads[last]).all():
+        repeated = np.zeros(len(mixed), dtype=np.bool_)
+        repeated[row] = row - last <= np.minimum(position[row] - _NGRAM_PAST, _LAGS)
+        return repeated
+    # Different n-grams with one hash: very rare, so that the search may take its time.
+    short = (mixed >> 32).astype(np.int32)
     before = np.full(_LAGS, _ABSENT)
     return _repeated(
         tails,
