@@ -447,7 +447,7 @@ def build_features(
     """Compute the features of many token files into one file, a piece at a time.
 
     Memory holds a few pieces of ``chunk_rows`` rows (or of one trace, if that is longer), whatever
-    the sizes of the files. One piece is read and one written while two are computed.
+    the sizes of the files. One piece is read and one computed while one is written.
 
     Args:
         token_paths: Parquet files of `schema.TOKENS`, each trace's rows together and in order.
@@ -463,53 +463,81 @@ def build_features(
         pl.read_parquet(Path(path), columns=columns, hive_partitioning=False)
         for path in trace_paths
     )
-    empty = _to_arrow(pl.DataFrame(schema=schema.FEATURES))
     with (
         schema.atomic_path(target) as temporary,
         pq.ParquetWriter(
             temporary,
-            empty.schema,
+            _FEATURES,
             compression="zstd",
             compression_level=1,
             use_dictionary=list(schema.TRACE_KEYS),
             write_statistics=list(schema.TOKEN_KEYS),
+            store_schema=False,  # the keys are plain text to whoever reads them
         ) as writer,
-        ThreadPoolExecutor(3) as pool,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as computer,
     ):
-
-        def compute(piece: pl.DataFrame) -> pa.Table:
-            return _to_arrow(compute_features(piece, traces))
-
         pieces = _pieces(token_paths, chunk_rows)
-        reading = pool.submit(next, pieces, None)
+        reading = reader.submit(next, pieces, None)
         computing: deque[Future[pa.Table]] = deque()
         while (piece := reading.result()) is not None:
-            reading = pool.submit(next, pieces, None)
-            computing.append(pool.submit(compute, piece))
+            reading = reader.submit(next, pieces, None)
+            computing.append(computer.submit(_compute_piece, piece, traces))
             if len(computing) == 2:
                 writer.write_table(computing.popleft().result())
         while computing:
             writer.write_table(computing.popleft().result())
 
 
-def _to_arrow(frame: pl.DataFrame) -> pa.Table:
-    return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+# Text keys repeat for hundreds of rows: they stay codes from file to file.
+_KEY_FIELDS = [
+    *((name, pa.dictionary(pa.int32(), pa.string())) for name in schema.TRACE_KEYS),
+    ("position", pa.int32()),
+]
+_PIECE = pa.schema(
+    [*_KEY_FIELDS, ("token_id", pa.int32()), *((name, pa.float32()) for name in _SIGNALS)]
+)
+_FEATURES = pa.schema([*_KEY_FIELDS, *((name, pa.float32()) for name in schema.FEATURE_NAMES)])
 
 
-def _pieces(paths: Sequence[str | Path], chunk_rows: int) -> Iterator[pl.DataFrame]:
-    """Token rows of many files in order, in pieces of about ``chunk_rows``, cut between traces."""
-    held: list[pl.DataFrame] = []
+def _compute_piece(piece: pa.Table, traces: pl.DataFrame) -> pa.Table:
+    """`compute_features` from `_PIECE` to `_FEATURES`; what does not change is not copied."""
+    text = {name: piece[name].combine_chunks() for name in schema.TRACE_KEYS}
+    codes = {name: pl.Series(column.indices) for name, column in text.items()}
+    numbers = pl.DataFrame(piece.select(["position", "token_id", *ROLLED]))
+    offsets = schema.trace_offsets(numbers.select("position").with_columns(**codes))
+    if offsets is None:
+        named = pl.DataFrame(piece).with_columns(pl.col(schema.TRACE_KEYS).cast(pl.String))
+        return _compute_piece(schema.order_by_trace(named)[0].to_arrow().cast(_PIECE), traces)
+    # A name for each trace, and again as codes: those of the file may count many other traces.
+    names = {name: column.take(offsets[:-1]).cast(pa.string()) for name, column in text.items()}
+    trace = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    derived = _derived_columns(numbers, offsets, pl.DataFrame(names), traces)
+    return pa.table(
+        [
+            *(column.dictionary_encode().take(trace) for column in names.values()),
+            piece["position"],
+            *(piece[name] for name in _SIGNALS),
+            *(pa.array(column, from_pandas=True) for column in derived),
+        ],
+        schema=_FEATURES,
+    )
+
+
+def _pieces(paths: Sequence[str | Path], chunk_rows: int) -> Iterator[pa.Table]:
+    """`_PIECE` rows of many files in order, in pieces of about ``chunk_rows``, between traces."""
+    held: list[pa.Table] = []
     for path in paths:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(chunk_rows, columns=list(_TOKEN_COLUMNS)):
-                held.append(pl.DataFrame(batch))
-                if sum(rows.height for rows in held) < chunk_rows:
+        with pq.ParquetFile(path, read_dictionary=list(schema.TRACE_KEYS)) as file:
+            for batch in file.iter_batches(chunk_rows, columns=_PIECE.names, use_threads=False):
+                held.append(pa.table(batch).select(_PIECE.names).cast(_PIECE))
+                if sum(rows.num_rows for rows in held) < chunk_rows:
                     continue
-                rows = pl.concat(held)
-                starts = (rows["position"] == 0).arg_true()
-                cut = starts[-1] if len(starts) else 0
+                rows = pa.concat_tables(held)
+                starts = np.flatnonzero(rows["position"].to_numpy() == 0)
+                cut = int(starts[-1]) if len(starts) else 0
                 if cut:
                     yield rows[:cut]
                 held = [rows[cut:]]
     if held:
-        yield pl.concat(held)
+        yield pa.concat_tables(held)

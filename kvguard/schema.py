@@ -244,10 +244,10 @@ def order_by_trace(tokens: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64
     Raises:
         ValueError: a trace's positions do not count 0, 1, 2, ...; names the trace.
     """
-    offsets = _trace_offsets(tokens)
+    offsets = trace_offsets(tokens)
     if offsets is None:
         tokens = tokens.sort(TOKEN_KEYS)
-        offsets = _trace_offsets(tokens)
+        offsets = trace_offsets(tokens)
     if offsets is None:
         gap = tokens.filter(
             pl.col("position") != pl.int_range(pl.len(), dtype=pl.Int32).over(TRACE_KEYS)
@@ -256,8 +256,11 @@ def order_by_trace(tokens: pl.DataFrame) -> tuple[pl.DataFrame, NDArray[np.int64
     return tokens, offsets
 
 
-def _trace_offsets(tokens: pl.DataFrame) -> NDArray[np.int64] | None:
-    """Offsets of the traces, or None where rows are out of order."""
+def trace_offsets(tokens: pl.DataFrame) -> NDArray[np.int64] | None:
+    """Offsets as `order_by_trace`, or None where rows are out of order.
+
+    The keys may be of any type: codes that are equal where the names are will do.
+    """
     changed = pl.any_horizontal(
         pl.col(name).ne_missing(pl.col(name).shift()) for name in TRACE_KEYS
     )
