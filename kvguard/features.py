@@ -83,12 +83,7 @@ def compute_features(tokens: pl.DataFrame, traces: pl.DataFrame) -> pl.DataFrame
     derived = _derived_columns(tokens, offsets, keys, traces)
     frame = tokens.select(
         *schema.TOKEN_KEYS, *(pl.col(name).cast(pl.Float32) for name in _SIGNALS)
-    ).hstack(
-        [
-            pl.Series(name, column, nan_to_null=True)
-            for name, column in zip(_DERIVED, derived, strict=True)
-        ]
-    )
+    ).hstack(derived)
     return schema.check(frame, schema.FEATURES, "features")
 
 
@@ -97,8 +92,8 @@ _TOKEN_COLUMNS = (*schema.TOKEN_KEYS, "token_id", *_SIGNALS)
 
 def _derived_columns(
     tokens: pl.DataFrame, offsets: NDArray[np.int64], keys: pl.DataFrame, traces: pl.DataFrame
-) -> NDArray[np.float32]:
-    """(12, rows) the features that are not signals, of tokens in trace order.
+) -> list[pl.Series]:
+    """The 12 features that are not signals, of tokens in trace order.
 
     Args:
         tokens: ``position``, ``token_id`` and the signals `ROLLED`.
@@ -133,7 +128,10 @@ def _derived_columns(
     position = tokens["position"].to_numpy()
     derived[_POSITION - _FLAG] = position / np.repeat(limits["max_new_tokens"].to_numpy(), lengths)
     derived[_RATIO - _FLAG] = np.repeat(keys["ratio"].cast(pl.Float64).to_numpy(), lengths)
-    return derived
+    return [
+        pl.Series(name, column, nan_to_null=True)
+        for name, column in zip(_DERIVED, derived, strict=True)
+    ]
 
 
 def _blocks(offsets: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -469,7 +467,7 @@ def build_features(
             temporary,
             _FEATURES,
             compression="zstd",
-            compression_level=1,
+            compression_level=-1,  # of random digits, 1 saves a tenth and costs half as much again
             use_dictionary=list(schema.TRACE_KEYS),
             write_statistics=list(schema.TOKEN_KEYS),
             store_schema=False,  # the keys are plain text to whoever reads them
@@ -489,7 +487,8 @@ def build_features(
             writer.write_table(computing.popleft().result())
 
 
-# Text keys repeat for hundreds of rows: they stay codes from file to file.
+# Text keys repeat for hundreds of rows: they stay codes from file to file. Arrays cross between
+# NumPy and Arrow by way of Polars: Arrow's own conversions import pandas, a quarter of a second.
 _KEY_FIELDS = [
     *((name, pa.dictionary(pa.int32(), pa.string())) for name in schema.TRACE_KEYS),
     ("position", pa.int32()),
@@ -510,15 +509,16 @@ def _compute_piece(piece: pa.Table, traces: pl.DataFrame) -> pa.Table:
         named = pl.DataFrame(piece).with_columns(pl.col(schema.TRACE_KEYS).cast(pl.String))
         return _compute_piece(schema.order_by_trace(named)[0].to_arrow().cast(_PIECE), traces)
     # A name for each trace, and again as codes: those of the file may count many other traces.
-    names = {name: column.take(offsets[:-1]).cast(pa.string()) for name, column in text.items()}
-    trace = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    starts = pl.Series(offsets[:-1]).to_arrow()
+    names = {name: column.take(starts).cast(pa.string()) for name, column in text.items()}
+    trace = pl.Series(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))).to_arrow()
     derived = _derived_columns(numbers, offsets, pl.DataFrame(names), traces)
-    return pa.table(
+    return pa.Table.from_arrays(
         [
             *(column.dictionary_encode().take(trace) for column in names.values()),
             piece["position"],
             *(piece[name] for name in _SIGNALS),
-            *(pa.array(column, from_pandas=True) for column in derived),
+            *(column.to_arrow() for column in derived),
         ],
         schema=_FEATURES,
     )
@@ -530,12 +530,12 @@ def _pieces(paths: Sequence[str | Path], chunk_rows: int) -> Iterator[pa.Table]:
     for path in paths:
         with pq.ParquetFile(path, read_dictionary=list(schema.TRACE_KEYS)) as file:
             for batch in file.iter_batches(chunk_rows, columns=_PIECE.names, use_threads=False):
-                held.append(pa.table(batch).select(_PIECE.names).cast(_PIECE))
+                held.append(pa.Table.from_batches([batch]).select(_PIECE.names).cast(_PIECE))
                 if sum(rows.num_rows for rows in held) < chunk_rows:
                     continue
                 rows = pa.concat_tables(held)
-                starts = np.flatnonzero(rows["position"].to_numpy() == 0)
-                cut = int(starts[-1]) if len(starts) else 0
+                starts = (pl.Series(rows["position"]) == 0).arg_true()
+                cut = starts[-1] if len(starts) else 0
                 if cut:
                     yield rows[:cut]
                 held = [rows[cut:]]

@@ -127,6 +127,15 @@ def test_a_token_said_without_end_fills_the_repetition_sum():
     ]
 
 
+def test_ngrams_of_one_hash_are_told_apart(monkeypatch):
+    traces = [make_trace(seed, 300, vocabulary) for seed, vocabulary in enumerate((3, 5, 5000))]
+    expected = whole(traces)
+    monkeypatch.setattr("kvguard.features._HASH_TAIL", 0)
+    monkeypatch.setattr("kvguard.features._HASH_HEAD", 0)
+    for features, same in zip(whole(traces), expected, strict=True):
+        assert_same_bits(features, same)
+
+
 def test_a_constant_signal_has_no_deviation_and_the_first_token_no_delta():
     trace = make_trace(0, 20, 9)
     trace.signals[:, SIGNALS.index("entropy")] = 0.1
@@ -254,6 +263,22 @@ def test_rows_out_of_order_are_put_in_order():
         compute_features(shuffled, run.traces),
         compute_features(run.tokens, run.traces).sort(schema.TOKEN_KEYS),
     )
+
+
+def test_files_out_of_order_are_put_in_order_or_refused(tmp_path):
+    run = make_run(6, seed=7)
+    files = write_run(run, tmp_path)
+    target, shuffled = tmp_path / "features.parquet", tmp_path / "shuffled.parquet"
+    run.tokens.sample(fraction=1, shuffle=True, seed=1).write_parquet(shuffled)
+    build_features([shuffled], files.traces, target)
+    assert_frame_equal(
+        schema.read_table(target, schema.FEATURES),
+        compute_features(run.tokens, run.traces).sort(schema.TOKEN_KEYS),
+    )
+    prompt_id = run.tokens["prompt_id"][1]
+    run.tokens[[0, *range(2, run.tokens.height)]].write_parquet(shuffled)
+    with pytest.raises(ValueError, match=f"must count 0, 1, 2, .*'{prompt_id}'"):
+        build_features([shuffled], files.traces, target)
 
 
 def test_a_table_of_another_run_is_refused_and_nothing_is_written(tmp_path):
