@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvguard.models import check_architecture, position_limit
 from kvguard.presses import Phases, PressError, fresh, phases, reads_attention_weights
 from kvguard.sampling import Decoding, token_scores
-from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals
+from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, peaks
 from kvguard.slots import ATTENTION_NAME, Slots
 
 LM_HEAD_ROWS = 128
@@ -563,7 +563,6 @@ class Session:
         completion.prefill_seconds = time.perf_counter() - started
         return None
 
-    @torch.inference_mode()
     def choose(self) -> Step:
         """Take the next token of every active row from its logits.
 
@@ -579,15 +578,15 @@ class Session:
         if self.decoding.do_sample:
             seeds = self._on_device(self.seeds[:active])
             scores = token_scores(logits, seeds, self._on_device(positions), self.decoding)
-            chosen = scores.argmax(dim=1)
+            chosen = peaks(scores)[1]
         if len(self._pages) > 1:
-            peak, best = logits.max(dim=1)
+            peak, best = peaks(logits)
             tokens = (best if chosen is None else chosen).cpu().numpy()
-            finite = peak.isfinite().cpu().numpy()
+            finite = np.isfinite(peak.float().cpu().numpy())
             step = Step(positions, tokens)
             self._deferred.append((self._page, step))
         else:
-            table, _, chosen = extract_signals(logits, chosen, self._previous_entropy())
+            table, chosen = extract_signals(logits, chosen, self._previous_entropy())
             signals = table.cpu().numpy()
             tokens = chosen.cpu().numpy()
             finite = np.isfinite(signals[:, 0])

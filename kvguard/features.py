@@ -343,16 +343,18 @@ class FeatureState:
         self._lanes[:, rows] = lanes[count:]
         features[..., _STATISTICS] = _rolling_statistics(lanes).swapaxes(0, 1)
 
-        before = np.column_stack([self._last[rows], token_ids[:, :-1]])
-        pairs = np.concatenate([self._pairs[rows], before << 32 | token_ids], axis=1)
-        self._last[rows], self._pairs[rows] = token_ids[:, -1], pairs[:, count:]
+        tokens = np.concatenate([self._last[rows, None], token_ids], axis=1)
+        pairs = np.concatenate([self._pairs[rows], tokens[:, :-1] << 32 | tokens[:, 1:]], axis=1)
+        self._last[rows], self._pairs[rows] = tokens[:, -1], pairs[:, count:]
         heads, tails = pairs[:, :count], pairs[:, 2:]
         repeated = self._repeated(rows, np.where(heads >= 0, tails, _ABSENT), heads)
         flags = np.concatenate([self._flags[rows], repeated], axis=1)
         self._flags[rows] = flags[:, count:]
 
         features[..., _FLAG] = repeated
-        features[..., _SUM] = sliding_window_view(flags, REPETITION_TOKENS, axis=1).sum(axis=2)
+        total = flags.cumsum(axis=1)
+        features[..., _SUM] = total[:, REPETITION_TOKENS - 1 :]
+        features[:, 1:, _SUM] -= total[:, : count - 1]
         at = expected[:, None] + np.arange(count)
         features[..., _POSITION] = at / self._limit[rows, None]
         features[..., _RATIO] = self._ratio[rows, None]

@@ -71,6 +71,9 @@ RULES_POINTS = {
 """Thresholds of ``predictor="rules"``, which has no certificate."""
 
 
+NEVER_DUE = np.iinfo(np.int64).max
+"""`Watch.due_at` of a row that is not looked at any more."""
+
 RECOVERABLE = (AssertionError, IndexError, RuntimeError, ValueError)
 """What a recovery or a press may raise, out of memory included, at the cost of its own row only."""
 
@@ -206,6 +209,7 @@ class Watch:
         self.modes: NDArray[np.int8] = np.zeros(rows, np.int8)
         self.seen: NDArray[np.int64] = np.zeros(rows, np.int64)  # tokens that the policy has seen
         self.streamed: NDArray[np.int64] = np.zeros(rows, np.int64)
+        self.due_at: NDArray[np.int64] = np.zeros(rows, np.int64)  # tokens at the next look
         self._idle_steps = 0  # how many steps no row is due in, unless it ends
 
     # --- the engine's calls ---
@@ -220,6 +224,7 @@ class Watch:
         self.seen[row] = self.streamed[row] = 0
         report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])
         self.reports[request.key] = report
+        self._schedule(session, [row])
         self._idle_steps = 0
 
     def moved(self, session: Session, source: int, target: int) -> None:
@@ -231,16 +236,20 @@ class Watch:
             self.features.move(source, target)
         self.modes[target] = self.modes[source]
         self.seen[target] = self.seen[source]
+        self.due_at[target] = self.due_at[source]
         self.streamed[target] = self.streamed[source]
 
-    @torch.inference_mode()
     def observe(self, session: Session, step: Step) -> None:
         """Let the policy look at the rows whose turn it is and carry out what it decides."""
         if self._idle_steps and not any(row.ended for row in session.rows):
             self._idle_steps -= 1
-            return
+        else:
+            self._observe(session, step)
+
+    @torch.inference_mode()
+    def _observe(self, session: Session, step: Step) -> None:
         started = time.perf_counter()
-        broken = _where(np.array([row.completion.error is not None for row in session.rows]))
+        broken = [i for i, row in enumerate(session.rows) if row.completion.error is not None]
         if self.stopping is not None:
             for row in range(session.active):
                 key = session.rows[row].completion.request.key
@@ -248,9 +257,11 @@ class Watch:
                     key, session.tokens(row), session.logits[row : row + 1]
                 ):
                     session.stop(row)
-        looked = self._due(session)
-        looked[broken] = False
-        rows = np.flatnonzero(looked)
+        lengths, due_at = session.lengths[: session.active], self.due_at[: session.active]
+        ended = np.array([row.ended for row in session.rows])
+        due = (lengths >= due_at) | (ended & (due_at != NEVER_DUE))
+        due[broken] = False
+        rows = np.flatnonzero(due)
         actions = self._look(session, rows) if len(rows) else []
         share = (time.perf_counter() - started) / session.active
         for state in session.rows:
@@ -259,27 +270,22 @@ class Watch:
             self._mend(session, row, int(step.positions[row]))
         for row, action, amount in actions:
             self._act(session, row, action, amount)
-        done = [*broken, *rows]
+        done = [*broken, *rows.tolist()]
         self.seen[done] = session.lengths[done]
+        self._schedule(session, done)
         if self.released is not None:
             settled = np.flatnonzero(self.modes[: session.active] == Mode.SAFE)
             for row in sorted({*done, *settled}):
                 self._release(session, int(row))
         elif self.stopping is None:
-            lengths = session.lengths[: session.active]
-            looks = look_at(self.policy, lengths + 1, self.check_every_tokens)
-            self._idle_steps = int((looks - lengths).min()) - 1
+            self._idle_steps = int((due_at - lengths).min()) - 1
 
-    def _due(self, session: Session) -> NDArray[np.bool_]:
-        """(active,) whose turn it is to be looked at."""
-        lengths = session.lengths[: session.active]
-        ended = np.array([row.ended for row in session.rows], dtype=bool)
-        due: NDArray[np.bool_] = ended | (
-            look_at(self.policy, lengths, self.check_every_tokens) == lengths
-        )
+    def _schedule(self, session: Session, rows: list[int]) -> None:
+        """When these rows are looked at next; those that the policy leaves in SAFE never."""
+        due = look_at(self.policy, session.lengths[rows] + 1, self.check_every_tokens)
         if self.policy.needs_hazard and self.policy.safe_after == "stay":
-            due &= self.modes[: session.active] != Mode.SAFE
-        return due
+            due[self.modes[rows] == Mode.SAFE] = NEVER_DUE
+        self.due_at[rows] = due
 
     def _set_mode(self, session: Session, row: int, mode: int, position: int) -> None:
         self.modes[row] = mode
@@ -351,15 +357,16 @@ class Watch:
         if self.features is None:
             return None
         assert self.predictor is not None
-        hazard = np.full((len(rows), int(counts.max())), np.nan, np.float32)
-        present = np.arange(hazard.shape[1]) < counts[:, None]
+        longest = int(counts.max())
+        hazard = np.full((len(rows), longest), np.nan, np.float32)
         features = np.empty((*hazard.shape, len(FEATURE_NAMES)), np.float32)
-        for count in np.unique(counts):
+        for count in set(counts.tolist()):  # mostly one: rows in step with each other
             index = np.flatnonzero(counts == count)
-            row, at = rows[index, None], seen[index, None] + np.arange(count)
+            row, at = rows[index], seen[index, None] + np.arange(count)
             features[index, :count] = self.features.advance(
-                rows[index], session.signals[row, at], session.history[row, at], seen[index]
+                row, session.signals[row[:, None], at], session.history[row[:, None], at], at[:, 0]
             )
+        present = np.arange(longest) < counts[:, None]
         try:
             hazard[present] = self.predictor.predict(features[present])
         except Exception as error:  # any predictor may be plugged in; the requests must go on

@@ -7,6 +7,7 @@ else is read off those. Nothing is copied to the host but the finished (rows, 28
 import threading
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kvguard.schema import SIGNALS, TOP_LOGPROBS
@@ -31,13 +32,16 @@ class Signals(NamedTuple):
     Attributes:
         table: (rows, 28) float32 on the logits' device, columns `SIGNAL_NAMES`; NaN where a signal
             is undefined (``entropy_delta`` of the first token, alternatives without any mass).
-        finite: (rows,) bool; False where the logits hold NaN or +Inf, or nothing above -Inf.
         chosen: (rows,) int64, the tokens whose log-probability and rank the table holds.
     """
 
     table: torch.Tensor
-    finite: torch.Tensor
     chosen: torch.Tensor
+
+    @property
+    def finite(self) -> torch.Tensor:
+        """(rows,) bool; False where the logits hold NaN or +Inf, or nothing above -Inf."""
+        return self.table[:, SIGNAL_INDEX["entropy"]].isfinite()
 
 
 @torch.no_grad()
@@ -60,7 +64,7 @@ def extract_signals(
             None: no row has one.
 
     Returns:
-        The table and, per row, whether its logits were finite.
+        The table, and the tokens that were taken.
 
     Raises:
         ValueError: the shapes do not fit, or the vocabulary has fewer than 20 entries.
@@ -77,12 +81,12 @@ def extract_signals(
     top, top_ids = largest(logits, TOP_LOGPROBS)  # (rows, 20), descending
     peak = top[:, :1]
     mean_shifted, alternatives, weighted = _masses(logits, peak, top_ids[:, :1])
-    if logits.device.type == "cpu" and bool(weighted.isnan().any()):
+    if logits.device.type == "cpu" and np.isnan(weighted.numpy()).any():
         mean_shifted, alternatives, weighted = _masses(logits, peak, top_ids[:, :1], floor=True)
     total = alternatives + 1.0
     log_total = total.log()
     entropy = log_total - weighted / total
-    alternatives_entropy = alternatives.log() - weighted / alternatives
+    alternatives_entropy = alternatives.log() - weighted / alternatives  # NaN without any mass
     top_logprobs = top - peak - log_total[:, None]
     if chosen is None:
         chosen = _argmax(logits, top, top_ids)
@@ -92,22 +96,23 @@ def extract_signals(
         chosen_logit = logits.gather(1, chosen[:, None])
         rank = _rank(logits, top, chosen_logit)
         chosen_logprob = (chosen_logit - peak).squeeze(1) - log_total
-    undefined = torch.full_like(entropy, float("nan"))
-    delta = undefined if previous_entropy is None else entropy - previous_entropy.to(entropy)
+    if previous_entropy is None:
+        delta = torch.full_like(entropy, float("nan"))
+    else:
+        delta = entropy - previous_entropy.to(entropy)
+    top5 = top_logprobs[:, :5].exp()
     columns = {
         "entropy": entropy,
-        "alternatives_entropy": torch.where(alternatives > 0, alternatives_entropy, undefined),
-        "top1_probability": top_logprobs[:, 0].exp(),
-        "top5_probability": top_logprobs[:, :5].exp().sum(dim=1),
+        "alternatives_entropy": alternatives_entropy,
+        "top1_probability": top5[:, 0],
+        "top5_probability": top5.sum(dim=1),
         "mean_logprob": mean_shifted - log_total,
         "entropy_delta": delta,
         "chosen_logprob": chosen_logprob,
         "chosen_rank": rank,
     }
     leading = [columns[name] for name in SIGNAL_NAMES[: len(columns)]]
-    table = torch.cat([torch.stack(leading, dim=1), top_logprobs], dim=1)
-    finite = torch.isfinite(entropy) & torch.isfinite(peak.squeeze(1))
-    return Signals(table, finite, chosen)
+    return Signals(torch.cat([torch.stack(leading, dim=1), top_logprobs], dim=1), chosen)
 
 
 def _masses(
@@ -133,19 +138,20 @@ def _masses(
     on_host = logits.device.type == "cpu"
     block = min(rows, max(1, _BLOCK_ENTRIES // vocabulary)) if on_host else rows
     held = _scratch(block, vocabulary) if on_host else logits.new_empty(2, rows, vocabulary)
-    sums = logits.new_empty(3, rows)
+    sums = []
     for start in range(0, rows, max(block, 1)):
         part = slice(start, min(start + block, rows))
         shifted, mass = held[:, : part.stop - part.start]
         torch.sub(logits[part], peak[part], out=shifted)
-        torch.mean(shifted, dim=1, out=sums[0, part])
+        mean = shifted.mean(dim=1)
         torch.exp(shifted, out=mass)
         mass.scatter_(1, peak_ids[part], 0.0)
-        torch.sum(mass, dim=1, out=sums[1, part])
         if floor or not on_host:
             shifted.clamp_(min=-1e4)
-        torch.sum(shifted.mul_(mass), dim=1, out=sums[2, part])
-    mean, alternatives, weighted = sums
+        sums.append((mean, mass.sum(dim=1), shifted.mul_(mass).sum(dim=1)))
+    if len(sums) == 1:
+        return sums[0]
+    mean, alternatives, weighted = (torch.cat(parts) for parts in zip(*sums, strict=True))
     return mean, alternatives, weighted
 
 
@@ -184,16 +190,37 @@ def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
         found = torch.cat([found, logits[:, chunks * _CHUNK :]], dim=1)
     values, within = found.topk(count, dim=1)
     chunk = within.div(_CHUNK, rounding_mode="floor")
-    first = best.gather(1, chunk.clamp(max=count - 1)) * _CHUNK  # of the chunk it was found in
-    in_tail = chunks * _CHUNK - count * _CHUNK  # what stands behind the chunks comes after them
-    return values, within + torch.where(chunk < count, first - chunk * _CHUNK, in_tail)
+    if chunks * _CHUNK == vocabulary:
+        return values, within + (best.gather(1, chunk) - chunk) * _CHUNK
+    shift = (best.gather(1, chunk.clamp(max=count - 1)) - chunk) * _CHUNK
+    tail = (chunks - count) * _CHUNK  # what stands behind the chunks comes after those found
+    return values, within + torch.where(chunk < count, shift, tail)
+
+
+def peaks(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest value of each row and where it stands first, NaN above all: `torch.max`, but faster.
+
+    On a CPU NumPy's argmax takes a tenth of the time.
+
+    Args:
+        logits: (rows, vocabulary).
+
+    Returns:
+        Values and vocabulary indices, (rows,) each.
+    """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        host = logits.numpy()
+        best = host.argmax(axis=1)
+        return torch.from_numpy(host[np.arange(len(host)), best]), torch.from_numpy(best)
+    found = logits.max(dim=1)
+    return found.values, found.indices
 
 
 def _argmax(logits: torch.Tensor, top: torch.Tensor, top_ids: torch.Tensor) -> torch.Tensor:
     """(rows,) the first of each row's largest entries, from the largest ones already found."""
     tied = top == top[:, :1]
     if logits.device.type != "cpu" or bool(tied[:, -1].any()):  # perhaps more ties than were kept
-        return logits.argmax(dim=1)
+        return peaks(logits)[1]
     beyond = logits.shape[1] - 1  # of a row of NaN, where nothing equals anything
     return torch.where(tied, top_ids, beyond).amin(dim=1)
 
@@ -204,6 +231,6 @@ def _rank(logits: torch.Tensor, top: torch.Tensor, chosen_logit: torch.Tensor) -
     On a CPU the stored ones usually tell; elsewhere asking would make the host wait for the device.
     """
     rank = (top > chosen_logit).sum(dim=1)
-    if logits.device.type != "cpu" or bool((rank == top.shape[1]).any()):
+    if logits.device.type != "cpu" or (rank.numpy() == top.shape[1]).any():
         rank = (logits > chosen_logit).sum(dim=1)
     return rank.float()

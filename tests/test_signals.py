@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, largest
+from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, largest, peaks
 
 
 def plain(logits: np.ndarray, chosen: int) -> dict[str, float]:
@@ -76,6 +76,16 @@ def test_without_a_chosen_token_it_is_the_argmax(seed: int, vocabulary: int, dec
     assert torch.equal(greedy.chosen, logits.argmax(dim=1))
     given_ = extract_signals(logits, logits.argmax(dim=1))
     torch.testing.assert_close(greedy.table, given_.table, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peaks_are_torchs(dtype: torch.dtype) -> None:
+    logits = torch.randn(6, 700).round(decimals=1).to(dtype)  # ties
+    logits[1, 500], logits[2, 3], logits[3] = float("nan"), float("inf"), float("-inf")
+    for part in (logits, logits[:, ::2]):
+        values, indices = peaks(part)
+        assert torch.equal(indices, part.argmax(dim=1))
+        torch.testing.assert_close(values, part.amax(dim=1), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
