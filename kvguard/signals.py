@@ -139,7 +139,7 @@ def _masses(
     block = min(rows, max(1, _BLOCK_ENTRIES // vocabulary)) if on_host else rows
     held = _scratch(block, vocabulary) if on_host else logits.new_empty(2, rows, vocabulary)
     sums = []
-    for start in range(0, rows, max(block, 1)):
+    for start in range(0, max(rows, 1), max(block, 1)):
         part = slice(start, min(start + block, rows))
         shifted, mass = held[:, : part.stop - part.start]
         torch.sub(logits[part], peak[part], out=shifted)
@@ -161,7 +161,7 @@ def _scratch(rows: int, vocabulary: int) -> torch.Tensor:
     held: torch.Tensor | None = getattr(_workspace, "held", None)
     if held is None or len(held) < wanted:
         with torch.inference_mode(False):  # of use in and out of that mode
-            held = _workspace.held = torch.empty(wanted)
+            held = _workspace.held = torch.empty(wanted, dtype=torch.float32)
     return held[:wanted].view(2, rows, vocabulary)
 
 

@@ -71,6 +71,33 @@ def acted(actions):
 CALM, WORRY, DANGER = 0.1, 0.3, 0.9
 
 
+@given(
+    looks=st.lists(
+        st.lists(st.sampled_from([0.1, 0.1, 0.1, 0.3, 0.9, np.nan]), min_size=1, max_size=8),
+        max_size=8,
+    ),
+    name=st.sampled_from(["guard_rewind", "guard_rewind_resume", "guard_gate"]),
+)
+def test_rows_at_rest_are_as_steps_would_leave_them(looks, name):
+    point = config.OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=3)
+    asked, shown = build(name, controller=point), build(name, controller=point)
+    position, row = 0, np.array([0])
+    for hazards in looks:
+        quiet = shown.modes[0] == Mode.NORMAL and set(hazards) == {CALM}
+        rests = asked.rests(row, np.array([hazards], np.float32))[0]
+        assert rests or not quiet
+        for ahead, hazard in enumerate(hazards):
+            seen = observe([0], position + ahead, [range(100)], [hazard])
+            expected = shown.step(seen)
+            if rests:
+                assert expected.actions[0] == Action.CONTINUE
+            else:
+                assert asked.step(seen).actions[0] == expected.actions[0]
+        position += len(hazards)
+        for one, other in zip(asked.row_state, shown.row_state, strict=True):
+            assert np.array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("name", "action"),
     [

@@ -107,6 +107,19 @@ def test_forbidden_tokens_have_no_mass() -> None:
     torch.testing.assert_close(kept[columns], alone[columns])
 
 
+def test_a_row_alone_and_among_many_and_none_at_all() -> None:
+    # 30 rows of 50,000 are several blocks of a CPU's work.
+    logits = torch.randn(30, 50_000, generator=torch.Generator().manual_seed(0)) * 4
+    chosen = torch.arange(30)
+    table = extract_signals(logits, chosen).table
+    for row in (0, 9, 10, 29):
+        alone = extract_signals(logits[row : row + 1], chosen[row : row + 1]).table
+        torch.testing.assert_close(table[row : row + 1], alone, equal_nan=True)
+    with torch.inference_mode():  # in and out of that mode, in the same scratch memory
+        torch.testing.assert_close(extract_signals(logits, chosen).table, table, equal_nan=True)
+    assert extract_signals(logits[:0], chosen[:0]).table.shape == (0, len(SIGNAL_NAMES))
+
+
 def test_certainty_has_no_alternatives() -> None:
     logits = torch.full((1, 40), -1e6)
     logits[0, 5] = 0.0
