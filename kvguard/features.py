@@ -253,26 +253,23 @@ def _repeated(
     heads: NDArray[np.int64],
     earlier_tails: NDArray[np.int64],
     earlier_heads: NDArray[np.int64],
-    reach: NDArray[np.int64] | None = None,
-    same: NDArray[np.bool_] | None = None,
+    reach: NDArray[np.int64],
+    same: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
     """(n,) whether an n-gram is among the `_LAGS` earlier ones.
 
     Args:
         tails, heads: (n,) the n-gram in two pairs.
         earlier_tails, earlier_heads: (n, 124) those before it, `_ABSENT` where there is none.
-        reach: (n,) how many of the last ones belong to the same trace; None: all that are there.
-        same: (n, 124) True at least where both pairs are equal; None: found from the tails.
+        reach: (n,) how many of the last ones belong to the same trace.
+        same: (n, 124) True at least where both pairs are equal.
     """
-    if same is None:
-        same = np.asarray(earlier_tails == tails[:, None])
     repeated = np.asarray(same.any(axis=1))
     rows = np.flatnonzero(repeated)
     if len(rows):  # few candidates are left: look at the rest only there
         whole = same[rows] & (earlier_heads[rows] == heads[rows, None])
         whole &= earlier_tails[rows] == tails[rows, None]
-        if reach is not None:
-            whole &= np.arange(_LAGS, 0, -1) <= reach[rows, None]
+        whole &= np.arange(_LAGS, 0, -1) <= reach[rows, None]
         repeated[rows] = whole.any(axis=1)
     return repeated
 
