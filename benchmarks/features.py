@@ -105,7 +105,7 @@ def kernel_seconds(folder: Path) -> tuple[int, float]:
 
 
 def step_seconds(rows: int, steps: int = 2000) -> dict[str, float]:
-    """Time of one `FeatureState.step` of a batch of ``rows``."""
+    """Time of one `FeatureState.advance` by one token of a batch of ``rows``."""
     rng = np.random.default_rng(0)
     state = FeatureState(rows, max_new_tokens=steps, ratio=0.5)
     signals = rng.normal(size=(steps, rows, len(schema.SIGNALS))).astype(np.float32)
@@ -115,7 +115,7 @@ def step_seconds(rows: int, steps: int = 2000) -> dict[str, float]:
     for step in range(steps):
         positions = np.full(rows, step)
         started = time.perf_counter()
-        state.step(every, signals[step], token_ids[step], positions)
+        state.advance(every, signals[step][:, None], token_ids[step][:, None], positions)
         seconds[step] = time.perf_counter() - started
     return {"p50": float(np.median(seconds)), "p99": float(np.quantile(seconds, 0.99))}
 

@@ -297,16 +297,6 @@ class FeatureState:
         self._heads = np.full((rows, _LAGS), _ABSENT)
         self._flags = np.zeros((rows, REPETITION_TOKENS - 1), dtype=np.bool_)
 
-    def step(
-        self,
-        rows: NDArray[np.integer[Any]],
-        signals: NDArray[np.float32],
-        token_ids: NDArray[np.integer[Any]],
-        positions: NDArray[np.integer[Any]],
-    ) -> NDArray[np.float32]:
-        """Take one more token of each of some rows: `advance` by one."""
-        return self.advance(rows, signals[:, None], token_ids[:, None], positions)[:, 0]
-
     def advance(
         self,
         rows: NDArray[np.integer[Any]],

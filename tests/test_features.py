@@ -218,7 +218,8 @@ def test_a_rewind_may_change_the_ratio():
     state = FeatureState(1, max_new_tokens=64, ratio=0.75)
     state.replace(0, trace.signals[:9], trace.token_ids[:9], ratio=0.0)
     row = np.array([0])
-    features = state.step(row, trace.signals[9:], trace.token_ids[9:], np.array([9]))
+    features = state.advance(row, trace.signals[None, 9:], trace.token_ids[None, 9:], np.array([9]))
+    features = features[0]
     assert features[0, NAMES.index("compression_ratio")] == 0.0
     assert features[0, NAMES.index("relative_position")] == np.float32(9 / 64)
 
@@ -227,7 +228,9 @@ def test_a_step_that_skips_a_token_is_refused():
     trace = make_trace(3, 4, 4)
     state = FeatureState(2, max_new_tokens=64, ratio=0.5)
     with pytest.raises(ValueError, match=r"positions must be \[0\], got \[1\]"):
-        state.step(np.array([1]), trace.signals[:1], trace.token_ids[:1], np.array([1]))
+        state.advance(
+            np.array([1]), trace.signals[None, :1], trace.token_ids[None, :1], np.array([1])
+        )
     with pytest.raises(ValueError, match="signals of 3 tokens, but 4 token ids"):
         state.replace(0, trace.signals[:3], trace.token_ids)
 

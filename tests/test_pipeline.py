@@ -1,5 +1,6 @@
 """The workflow: what reruns when, what stops before any job, profiles, logs, layout."""
 
+import importlib.util
 import json
 import os
 import re
@@ -381,19 +382,19 @@ def test_linters_are_content() -> None:
 
 
 def test_pins_agree_everywhere() -> None:
-    sys.path.insert(0, str(CHECKOUT / "envs"))
-    try:
-        from write_envs import environment, pins  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
-    assert (CHECKOUT / "envs/kvguard.yaml").read_text() == environment()
+    spec = importlib.util.spec_from_file_location("write_envs", CHECKOUT / "envs/write_envs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    write_envs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(write_envs)
+    assert (CHECKOUT / "envs/kvguard.yaml").read_text() == write_envs.environment()
     constraints = dict(
         line.split("==") for line in (CHECKOUT / "constraints.txt").read_text().splitlines()
     )
     assert all(re.fullmatch(r"[\w.]+", version) for version in constraints.values())
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     exact = [entry for entry in project["dependencies"] if "==" in entry]
-    assert set(exact) <= set(pins())
+    assert set(exact) <= set(write_envs.pins())
 
 
 def test_make_lists_its_targets() -> None:
