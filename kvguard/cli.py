@@ -443,7 +443,7 @@ def verify(
     config: Configs = None,
 ) -> None:
     """Check the integrity of a results folder; the exit status is 1 when something is wrong."""
-    from kvguard.verify import LISTED, verify_results
+    from kvguard.integrity import LISTED, verify_results
 
     experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
     checks = verify_results(experiment, results_dir)
@@ -603,7 +603,7 @@ def eval_controller(
     from kvguard.evaluate_controller import load_requests, simulate_controller
     from kvguard.splits import prompts_of, read_splits
     from kvguard.train import predict_tokens
-    from kvguard.verify import expected_shards
+    from kvguard.integrity import expected_shards
 
     experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
     path = model_path or results_dir / "models/hazard_predictor.json"

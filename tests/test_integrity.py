@@ -12,7 +12,7 @@ from kvguard.config import Config, parse_config
 from kvguard.labeling import label_tokens
 from kvguard.provenance import manifest
 from kvguard.splits import split_prompts
-from kvguard.verify import CHECKS, Check, expected_shards, verify_results
+from kvguard.integrity import CHECKS, Check, expected_shards, verify_results
 
 PROMPTS = 12
 SHARD = 6
@@ -26,7 +26,7 @@ def run() -> SyntheticRun:
 def make_config() -> Config:
     return parse_config(
         {
-            "name": "verify",
+            "name": "integrity",
             "models": [
                 {
                     "name": "tiny",
