@@ -601,9 +601,9 @@ def eval_controller(
     import polars as pl
 
     from kvguard.evaluate_controller import load_requests, simulate_controller
+    from kvguard.integrity import expected_shards
     from kvguard.splits import prompts_of, read_splits
     from kvguard.train import predict_tokens
-    from kvguard.integrity import expected_shards
 
     experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
     path = model_path or results_dir / "models/hazard_predictor.json"

@@ -9,10 +9,10 @@ from synthetic import SyntheticRun, make_run
 
 from kvguard import schema
 from kvguard.config import Config, parse_config
+from kvguard.integrity import CHECKS, Check, expected_shards, verify_results
 from kvguard.labeling import label_tokens
 from kvguard.provenance import manifest
 from kvguard.splits import split_prompts
-from kvguard.integrity import CHECKS, Check, expected_shards, verify_results
 
 PROMPTS = 12
 SHARD = 6
