@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from kvguard.config import BASELINE, OperatingPoint
 from kvguard.controller import NEVER, Settings, first_alarm, initial_state, stack_settings, step
-from kvguard.evaluate_controller import NOWHERE, Requests, simulate_settings
+from kvguard.evaluate_controller import simulate_settings
+from kvguard.stored_requests import NOWHERE, StoredRequests
 
 
 def make_settings(count: int) -> Settings:
@@ -67,7 +68,9 @@ def check(
     return True
 
 
-def make_requests(hazard: NDArray[np.float32], lengths: NDArray[np.int64], seed: int) -> Requests:
+def make_requests(
+    hazard: NDArray[np.float32], lengths: NDArray[np.int64], seed: int
+) -> StoredRequests:
     """Requests with those hazards: ten conditions and their baseline, the same prompts in each."""
     rng = np.random.default_rng(seed)
     count, conditions = len(lengths), 11
@@ -100,7 +103,7 @@ def make_requests(hazard: NDArray[np.float32], lengths: NDArray[np.int64], seed:
         }
     )
     nothing = np.zeros((0, 28), np.float32)
-    return Requests(
+    return StoredRequests(
         table,
         table.head(0),
         np.zeros((count, 0), np.int32),

@@ -43,13 +43,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvguard import config, schema
 from kvguard.certificate import (
-    POINTS,
+    POINT_NAMES,
     Bound,
     Certificate,
     CertificateError,
     CertifiedPoint,
     DriftMonitor,
-    Point,
+    PointName,
     Reference,
     Risk,
     load_certificate,
@@ -180,7 +180,7 @@ def rate_bounds(mean: float, units: int, delta: float, *, single: bool) -> tuple
 # --- requests ------------------------------------------------------------------------------------
 
 
-class Requests(NamedTuple):
+class CalibrationRequests(NamedTuple):
     """Requests as the controller sees them.
 
     ``keys`` (N rows): `schema.TRACE_KEYS` and ``harmful``; ``alarms`` (G, N): whether each request
@@ -191,14 +191,16 @@ class Requests(NamedTuple):
     alarms: Bools
     early: Bools
 
-    def take(self, mask: Bools) -> "Requests":
+    def take(self, mask: Bools) -> "CalibrationRequests":
         """The requests where ``mask`` is true."""
-        return Requests(self.keys.filter(mask), self.alarms[:, mask], self.early[:, mask])
+        return CalibrationRequests(
+            self.keys.filter(mask), self.alarms[:, mask], self.early[:, mask]
+        )
 
 
 def simulate_requests(
     predictions: pl.DataFrame, labels: pl.DataFrame, target: str, settings: Settings
-) -> Requests:
+) -> CalibrationRequests:
     """Run the controller over recorded hazards, for every setting.
 
     Args:
@@ -229,7 +231,7 @@ def simulate_requests(
     onset = requests["onset"].fill_null(np.iinfo(np.int32).max).to_numpy()
     keys = requests.select(*schema.TRACE_KEYS, harmful=pl.col("onset").is_not_null())
     alarms = first != NEVER
-    return Requests(keys, alarms, alarms & (first < onset))
+    return CalibrationRequests(keys, alarms, alarms & (first < onset))
 
 
 class Losses(NamedTuple):
@@ -240,7 +242,7 @@ class Losses(NamedTuple):
     requests: int
 
 
-def prompt_losses(requests: Requests, risk: Risk) -> Losses:
+def prompt_losses(requests: CalibrationRequests, risk: Risk) -> Losses:
     """Mean over prompts of the share of their harmless (harmful) requests that (never) alarm."""
     harmful = requests.keys["harmful"].to_numpy()
     counts = harmful if risk == "missed_harm" else ~harmful
@@ -305,7 +307,7 @@ def calibrate(
     labels: Table,
     splits: Table,
     controller: config.Controller,
-    certificate: config.Certificate,
+    certificate: config.CertificateSettings,
 ) -> Calibration:
     """Choose the operating points on calibration prompts, and certify what can be certified.
 
@@ -362,9 +364,9 @@ def calibrate(
     everything = np.ones(len(sample.keys), np.bool_), np.ones(len(other.keys), np.bool_)
     missed = test(*everything, "missed_harm", certificate.miss_alpha)
     headline = test(*everything, "false_alarm", certificate.alpha)
-    chosen: dict[Point, int] = {}
-    points: dict[Point, CertifiedPoint] = {}
-    for name in reversed(POINTS):
+    chosen: dict[PointName, int] = {}
+    points: dict[PointName, CertifiedPoint] = {}
+    for name in reversed(POINT_NAMES):
         tested = test(*everything, "false_alarm", controller.false_alarm_targets[name])
         chosen[name] = _choose(tested, missed.losses, sample, list(chosen.values()))
         points[name] = CertifiedPoint(
@@ -382,7 +384,7 @@ def calibrate(
         certified=bool(headline.certified.any()),
         certified_settings=[settings.setting(int(i)) for i in np.flatnonzero(headline.certified)],
         headline=headline.bound(_headline_setting(headline)),
-        points={name: points[name] for name in POINTS},
+        points={name: points[name] for name in POINT_NAMES},
         prompts_certifying=len(certifying),
         prompts_total=len(known),
         prompts_digest=digest(certifying),
@@ -402,7 +404,7 @@ def _requests(
     labels: Table,
     prompts: list[str],
     settings: Settings,
-) -> Requests:
+) -> CalibrationRequests:
     wanted = pl.LazyFrame({"prompt_id": prompts}, schema={"prompt_id": pl.String})
     compressed = pl.col("press") != BASELINE
     tokens = (
@@ -417,7 +419,7 @@ def _requests(
     return simulate_requests(tokens, known.collect(), predictor.target, settings)
 
 
-def _order(requests: Requests, settings: Settings, risk: Risk) -> NDArray[np.int64]:
+def _order(requests: CalibrationRequests, settings: Settings, risk: Risk) -> NDArray[np.int64]:
     """Settings from the most to the least likely to have a low risk, seen on other prompts."""
     losses = prompt_losses(requests, risk)
     means = losses.means if losses.prompts else np.zeros(len(settings.k))
@@ -427,7 +429,7 @@ def _order(requests: Requests, settings: Settings, risk: Risk) -> NDArray[np.int
     return np.lexsort((*(sign * key for key in careful), means))
 
 
-def _choose(tested: _Tested, missed: Losses, sample: Requests, bolder: list[int]) -> int:
+def _choose(tested: _Tested, missed: Losses, sample: CalibrationRequests, bolder: list[int]) -> int:
     """The setting that catches most harm among those that keep the false-alarm target.
 
     It alarms on no more harmless and no more harmful requests than the bolder points do: without
@@ -453,7 +455,7 @@ def _headline_setting(tested: _Tested) -> int:
     return int(np.argmin(tested.values))
 
 
-def _references(sample: Requests, setting: int) -> list[Reference]:
+def _references(sample: CalibrationRequests, setting: int) -> list[Reference]:
     groups: list[tuple[str | None, str | None]] = [(None, None)]
     groups += sample.keys.select("press", "ratio").unique().sort("press", "ratio").rows()
     references = []
@@ -477,7 +479,7 @@ def _references(sample: Requests, setting: int) -> list[Reference]:
     return references
 
 
-def _where(requests: Requests, **values: str | None) -> Bools:
+def _where(requests: CalibrationRequests, **values: str | None) -> Bools:
     mask = np.ones(len(requests.keys), np.bool_)
     for name, value in values.items():
         mask &= (requests.keys[name] == value).to_numpy()
@@ -494,11 +496,11 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def _group_table(
-    sample: Requests,
-    other: Requests,
+    sample: CalibrationRequests,
+    other: CalibrationRequests,
     controller: config.Controller,
-    certificate: config.Certificate,
-    chosen: dict[Point, int],
+    certificate: config.CertificateSettings,
+    chosen: dict[PointName, int],
     test: Callable[[Bools, Bools, Risk, float], _Tested],
 ) -> pl.DataFrame:
     """One row per group of requests, operating point and risk; each group is tested anew."""
@@ -547,8 +549,8 @@ def _grid_table(
     settings: Settings,
     headline: _Tested,
     missed: _Tested,
-    sample: Requests,
-    chosen: dict[Point, int],
+    sample: CalibrationRequests,
+    chosen: dict[PointName, int],
 ) -> pl.DataFrame:
     names = {setting: name for name, setting in chosen.items()}
     harmful = sample.keys["harmful"].to_numpy()

@@ -17,8 +17,8 @@ from kvguard import schema
 from kvguard.controller import ControllerConfig
 from kvguard.predictor import Predictor
 
-Point = Literal["conservative", "balanced", "aggressive"]
-POINTS: tuple[Point, ...] = ("conservative", "balanced", "aggressive")
+PointName = Literal["conservative", "balanced", "aggressive"]
+POINT_NAMES: tuple[PointName, ...] = ("conservative", "balanced", "aggressive")
 Risk = Literal["false_alarm", "missed_harm"]
 
 FORMAT = 1
@@ -112,7 +112,7 @@ class Reference(_Part):
 class CertifiedPoint(_Part):
     """One operating point: its setting and what is known about it."""
 
-    name: Point
+    name: PointName
     setting: ControllerConfig
     false_alarm: Bound
     missed_harm: Bound
@@ -154,7 +154,7 @@ class Certificate(_Part):
     certified: bool
     certified_settings: list[ControllerConfig]
     headline: Bound
-    points: dict[Point, CertifiedPoint]
+    points: dict[PointName, CertifiedPoint]
     prompts_certifying: int
     prompts_total: int
     prompts_digest: str
@@ -199,7 +199,7 @@ class Certificate(_Part):
             f"{self.prompts_total} prompts {self.prompts_certifying} certify; for more of these, "
             "enlarge the run or the calibration split.",
             f"{chosen}{self.headline.text}.",
-            *(self.points[name].text for name in POINTS if name in self.points),
+            *(self.points[name].text for name in POINT_NAMES if name in self.points),
         ]
         return "\n".join(lines)
 

@@ -600,9 +600,10 @@ def eval_controller(
     """Replay the controller's operating points on the test prompts of a run."""
     import polars as pl
 
-    from kvguard.evaluate_controller import load_requests, simulate_controller
+    from kvguard.evaluate_controller import simulate_controller
     from kvguard.integrity import expected_shards
     from kvguard.splits import prompts_of, read_splits
+    from kvguard.stored_requests import load_requests
     from kvguard.train import predict_tokens
 
     experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)

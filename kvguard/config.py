@@ -380,7 +380,7 @@ class Controller(Section):
     }
 
 
-class Certificate(Section):
+class CertificateSettings(Section):
     """Learn-then-Test: with probability 1 - delta, at most alpha of harmless requests alarm."""
 
     alpha: Probability = 0.2
@@ -457,7 +457,7 @@ class Config(Section):
     splits: Splits = Splits()
     predictor: Predictor = Predictor()
     controller: Controller = Controller()
-    certificate: Certificate = Certificate()
+    certificate: CertificateSettings = CertificateSettings()
     live: Live = Live()
     jobs: Jobs = Jobs()
 

@@ -1,7 +1,9 @@
 """The live experiment: policies on the same prompts, through the engine, with what they cost."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import polars as pl
 
 from kvguard import config
@@ -114,6 +116,56 @@ def run_policy_shard(
         .with_columns(policy=pl.lit(policy), source=pl.lit("live"))
     )
     return check(conform(runs, RUNS), RUNS, "runs")
+
+
+def match_guard(
+    simulated: pl.DataFrame, policy: str, *, model: str, press: str, ratio: str
+) -> dict[str, Any]:
+    """What makes a rival comparable to ``guard_rewind`` in one condition: arguments of a live run.
+
+    ``random`` gets the share of requests that the guard alarms as ``alarm_rate``. ``constant`` gets
+    as ``constant_ratio`` the ratio at which the press takes the guard's mean KV memory,
+    interpolated linearly between the memory measured at the press's ratios, ratio 0 included.
+    Other policies need nothing.
+
+    Args:
+        simulated: RUNS with source "simulation", with ``none`` and ``guard_rewind``.
+        policy: one of config.POLICY_NAMES.
+        model: of the condition.
+        press: of the condition.
+        ratio: of the condition.
+
+    Raises:
+        ValueError: the guard or the memory of this condition is not among the runs.
+    """
+    if policy not in ("random", "constant"):
+        return {}
+    ran = simulated.filter((pl.col("status") == "ok") & (pl.col("model") == model))
+    guard = ran.filter(
+        (pl.col("policy") == "guard_rewind")
+        & (pl.col("press") == press)
+        & (pl.col("ratio") == ratio)
+    )
+    if not guard.height:
+        raise ValueError(f"no simulated guard_rewind for {model} {press} {ratio}")
+    if policy == "random":
+        return {"alarm_rate": float(guard["alarmed"].to_numpy().mean())}
+    measured = (
+        ran.filter((pl.col("policy") == "none") & pl.col("press").is_in([press, config.BASELINE]))
+        .group_by("ratio")
+        .agg(pl.col("kv_bytes_mean").mean())
+        .drop_nulls()
+        .sort("kv_bytes_mean")
+    )
+    wanted = guard.filter(pl.col("decode_steps").ne_missing(0))["kv_bytes_mean"]
+    if not wanted.len() or wanted.null_count() or not measured.height:
+        raise ValueError(f"the memory of guard_rewind for {model} {press} {ratio} is not known")
+    found = np.interp(
+        float(wanted.to_numpy().mean()),
+        measured["kv_bytes_mean"].to_numpy(),
+        measured["ratio"].cast(pl.Float64).to_numpy(),
+    )
+    return {"constant_ratio": f"{found:.3f}"}
 
 
 _REPORT = {

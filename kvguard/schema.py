@@ -20,6 +20,9 @@ TOP_LOGPROBS = 20
 TRACE_KEYS = ("model", "press", "ratio", "prompt_id")
 """Columns that identify one generated answer."""
 
+CONDITION = ("model", "press", "ratio")
+"""Columns that identify what prompts ran under."""
+
 TOKEN_KEYS = (*TRACE_KEYS, "position")
 """Columns that identify one generated token; ``position`` counts from 0."""
 

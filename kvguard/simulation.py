@@ -1,88 +1,365 @@
-"""The offline simulation of one model's part of a run: policies, the grid, the summary."""
+"""Offline simulation: what a policy would have done to requests that are already on disk.
 
-from collections.abc import Callable, Mapping, Sequence
+The policies and the controller are the live guard's own; only the model is missing. What a policy
+does up to its first intervention follows from the trace. What comes after is *known* in four cases:
+
+1. The policy never intervenes: the trace itself is the result.
+2. The answer is generated afresh at a safe ratio of 0 (``guard_restart``, ``ergo``,
+   ``always_safe``): the result is the uncompressed trace of the same prompt.
+3. The draft is verified by the uncompressed model and cut at the first token that it would not have
+   chosen (``guard_rewind``, ``guard_gate``, ``random``, ``entropy``, ``verify_all``). Everything
+   kept is the uncompressed answer's prefix and the rest is generated uncompressed, so the result is
+   again the uncompressed trace, token for token. The trace's audit says where the cut is.
+   Recoveries that cut elsewhere (``guard_rewind_tolerant``) or nowhere (``guard_recompute``) belong
+   here for requests of which they keep nothing but the uncompressed answer's prefix.
+4. The tokens do not change (``guard_relax_only`` after compression that happened at prefill alone)
+   or are a known prefix of the trace's (``ngram_stop``).
+
+Everything else (a loop pruned from the cache, a refreshed or recompressed cache, a continuation of
+tokens that the uncompressed model would not have chosen) is a counterfactual that no trace holds:
+its outcome is null, and only live runs can fill it in. So whenever a failure counts as prevented
+here, the answer that takes its place is one that the guard provably returns, not one that another
+request happened to get. The premise of case 3 is checked for every trace: where its audit and its
+tokens disagree about the first difference from the uncompressed answer (a numeric tie), an alarm
+behind that point has no outcome here either, and summaries leave such requests out for all policies
+alike (`tied_requests`).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from kvguard import config
-from kvguard.compare_policies import pareto, summarize_runs
-from kvguard.controller import settings_grid
-from kvguard.evaluate_controller import (
-    load_requests,
-    simulability,
-    simulate_controller,
-    simulate_policies,
-    simulate_settings,
-    tied_requests,
-)
+from kvguard import config, schema
+from kvguard.controller import NEVER, Mode, first_alarm, stack_settings
+from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
+from kvguard.detectors import agreement, loop_onsets
+from kvguard.policies import Action, Observation, Policy, is_alarm, look_at, make_policy
+from kvguard.prompts import extract_answer
+from kvguard.schema import CONDITION, TRACE_KEYS
+from kvguard.stored_requests import NOWHERE, StoredRequests
 
+OUTCOME_COLUMNS = ("answer", "correct", "agrees", "looping", "non_termination", "amnesia")
+"""What RUNS says of an answer, besides ``catastrophe``."""
 
-class Frames(NamedTuple):
-    """Tables of the same requests: TRACES, TOKENS, OUTCOMES, PREDICTIONS of `kvguard.schema`."""
-
-    traces: pl.DataFrame
-    tokens: pl.DataFrame
-    outcomes: pl.DataFrame
-    predictions: pl.DataFrame
+IntArray = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
 
 
-def simulate_model(
-    frames: Frames,
-    prompts: pl.DataFrame,
-    experiment: config.Config,
-    operating_points: Mapping[str, config.OperatingPoint],
-    decode: Callable[[Sequence[int]], str],
-) -> dict[str, pl.DataFrame]:
-    """Every policy and the whole grid of settings on one model's stored requests.
+class Replay(NamedTuple):
+    """A policy's first intervention in each of N requests."""
+
+    position: IntArray  # (N,) 0-based token that it is about; NEVER where there is none
+    action: NDArray[np.int8]  # (N,) Action; CONTINUE where there is none
+    draft: IntArray  # (N,) tokens there when it is carried out; all of them where there is none
+    released: IntArray  # (N,) tokens there when a look last found the mode NORMAL
+
+
+def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1) -> Replay:
+    """Run a policy over traces, token by token, until it first intervenes in each.
+
+    What it does afterwards is not recorded: the trace no longer says what it would see.
 
     Args:
-        frames: tables of the requests, those of the uncompressed runs among them.
-        prompts: `schema.PROMPTS`.
-        experiment: the whole configuration.
-        operating_points: by name; ``live.operating_point`` drives the guard.
-        decode: token ids to text, of that model's tokenizer.
-
-    Returns:
-        ``simulation`` (`schema.RUNS`), ``operating_points``, ``pareto`` and ``simulability``.
+        policy: built for as many rows as there are requests.
+        requests: the traces.
+        check_every_tokens: of a policy that needs hazards, see policies.look_at; others look at
+            every token.
     """
-    requests = load_requests(*frames, margin_nats=experiment.live.margin_nats)
-    runs = simulate_policies(
-        requests,
-        config.POLICY_NAMES,
-        prompts=prompts,
-        live=experiment.live,
-        detection=experiment.detection,
-        controller=operating_points[experiment.live.operating_point],
-        safe_ratio=experiment.controller.safe_ratio,
-        check_every_tokens=experiment.controller.check_every_tokens,
-        holdback_tokens=experiment.controller.holdback_tokens,
-        decode=decode,
+    count, steps = requests.token_ids.shape
+    every = check_every_tokens if policy.needs_hazard else 1
+    position = np.full(count, NEVER, np.int32)
+    action = np.full(count, Action.CONTINUE, np.int8)
+    draft = requests.lengths.copy()
+    released = np.zeros(count, np.int32)
+    for row, seed in enumerate(requests.table["seed"].to_list()):
+        policy.reset(row, seed)
+    for at in range(steps):
+        going = np.arange(np.count_nonzero(requests.lengths > at))  # longest first
+        decision = policy.step(_observe(requests, policy, going, at))
+        look = np.minimum(look_at(policy, at + 1, every), requests.lengths[going])
+        ended = requests.lengths[going] == look  # by the time that the action is carried out
+        actions = np.where(ended & ~np.isin(decision.actions, _AFTER_END), 0, decision.actions)
+        new = (actions != Action.CONTINUE) & (position[going] == NEVER)
+        position[going[new]], action[going[new]], draft[going[new]] = at, actions[new], look[new]
+        normal = (decision.modes == Mode.NORMAL) & (position[going] == NEVER) & (look == at + 1)
+        released[going[normal]] = at + 1
+        quiet = going[(requests.lengths[going] == at + 1) & (position[going] == NEVER)]
+        actions = policy.finish(_observe(requests, policy, quiet, at)).actions
+        new = np.isin(actions, _AFTER_END)
+        position[quiet[new]], action[quiet[new]] = at, actions[new]
+        released[quiet[new]] = np.minimum(released[quiet[new]], at)
+    return Replay(position, action, draft, released)
+
+
+_AFTER_END = (Action.REWIND, Action.RECOMPUTE, Action.RESTART)
+"""Actions that mean something to a request that has ended."""
+
+
+def _observe(
+    requests: StoredRequests, policy: Policy, rows: NDArray[np.intp], at: int
+) -> Observation:
+    """What a policy sees of some requests at one position; ``rows`` are in order."""
+    first = len(rows) == 0 or rows[-1] == len(rows) - 1
+    history = requests.token_ids[: len(rows)] if first else requests.token_ids[rows]
+    return Observation(
+        rows,
+        np.full(len(rows), at, np.int32),
+        requests.token_ids[rows, at],
+        requests.signals[requests.offsets[rows] + at],
+        requests.hazard[rows, at] if policy.needs_hazard else None,
+        history[:, : at + 1] if policy.needs_history else None,
     )
-    samples, seed = experiment.predictor.bootstrap_samples, experiment.seed
-    grid = simulate_settings(
-        requests,
-        settings_grid(experiment.controller),
-        check_every_tokens=experiment.controller.check_every_tokens,
-        bootstrap_samples=samples,
-        seed=seed,
+
+
+def alarm_rates(requests: StoredRequests, controller: config.OperatingPoint) -> FloatArray:
+    """(N,) share of requests that the controller alarms, in each request's own condition."""
+    alarms = first_alarm(requests.hazard, requests.lengths, stack_settings([controller]))[0]
+    alarmed = requests.table.select(CONDITION).with_columns(alarmed=pl.Series(alarms != NEVER))
+    return alarmed.select(pl.col("alarmed").mean().over(CONDITION))["alarmed"].to_numpy()
+
+
+def simulate_policies(
+    requests: StoredRequests,
+    policies: Iterable[str],
+    *,
+    prompts: pl.DataFrame,
+    live: config.Live,
+    detection: config.Detection,
+    controller: config.OperatingPoint | None = None,
+    random_rate: float | None = None,
+    safe_ratio: str = config.BASELINE_RATIO,
+    check_every_tokens: int = 1,
+    holdback_tokens: int = 16,
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> pl.DataFrame:
+    """What each policy would have done to each request: RUNS, source "simulation".
+
+    The baseline's own requests appear under the policy ``none`` alone. ``constant`` is left out: it
+    runs at a ratio of its own; see compare_policies.constant_frontier. ``seconds`` is null.
+    ``alarm_steps`` and ``rewound_to`` hold the first alarm and its cut; after one whose outcome is
+    unknown there may be more.
+
+    Args:
+        requests: the traces.
+        policies: names out of config.POLICY_NAMES.
+        prompts: PROMPTS, for the reference answers.
+        live: parameters of the rivals.
+        detection: what counts as a loop in a request that a policy stopped.
+        controller: the guard's setting; the ``guard_*`` policies need it.
+        random_rate: the rate of ``random``; None takes the controller's own rate in each condition.
+        safe_ratio: of the guard; above "0.000" what follows a recovery is unknown.
+        check_every_tokens: of the ``guard_*`` policies, see policies.look_at.
+        holdback_tokens: a token is released when it is that old; a rewind behind it counts as
+            unrecoverable.
+        decode: token ids to text, for requests that a policy stopped; None: their answer is null.
+    """
+    rate: float | FloatArray | None = random_rate
+    if rate is None and controller is not None:
+        rate = alarm_rates(requests, controller)
+    failed = requests.failed.select(*TRACE_KEYS, "shard", "status", "error")
+    frames = []
+    for name in dict.fromkeys(policies):
+        if name == "constant":
+            continue
+        policy = make_policy(
+            name,
+            len(requests.lengths),
+            max_new_tokens=int(requests.table["max_new_tokens"].to_numpy().max()),
+            live=live,
+            controller=controller,
+            alarm_rate=rate,
+        )
+        exact = safe_ratio == config.BASELINE_RATIO
+        replayed = replay(policy, requests, check_every_tokens)
+        window = detection.divergence_window_tokens
+        ending = _ending(policy, requests, replayed, exact, window)
+        runs = _runs(policy, requests, ending, holdback_tokens)
+        runs = _judge_stopped(runs, requests, prompts, detection, decode)
+        runs = pl.concat([runs, failed.with_columns(policy=pl.lit(name))], how="diagonal")
+        frames.append(runs if name == "none" else runs.filter(pl.col("press") != config.BASELINE))
+    frame = pl.concat(frames, how="diagonal").with_columns(
+        source=pl.lit("simulation"), seconds=pl.lit(None, pl.Float64)
     )
-    summary = summarize_runs(
-        runs,
-        frames.outcomes,
-        exclude=tied_requests(requests),
-        bootstrap_samples=samples,
-        seed=seed,
+    return schema.check(schema.conform(frame, schema.RUNS), schema.RUNS, "simulation")
+
+
+class Ending(NamedTuple):
+    """How N requests end under a policy, all (N,)."""
+
+    draft: NDArray[np.int64]  # tokens generated when the policy intervenes, or all of them
+    alarmed: BoolArray
+    released: IntArray  # see Replay
+    source: NDArray[np.int64]  # row whose tokens are the final ones (STOP: their start); -1 unknown
+    stopped: BoolArray
+    recovers: BoolArray  # REWIND, RECOMPUTE or RESTART
+    carried: NDArray[np.int64]  # tokens that the recovering pass processes
+    kept: NDArray[np.int64]  # tokens that stay; -1 unknown
+    cuts: BoolArray  # a recovery that asked which tokens stay
+
+
+def _ending(
+    policy: Policy,
+    requests: StoredRequests,
+    replayed: Replay,
+    safe_is_uncompressed: bool,
+    harm_window_tokens: int,
+) -> Ending:
+    """Where the final tokens of each request come from: the module's four cases."""
+    action, draft = replayed.action, replayed.draft.astype(np.int64)
+    rewinds, restarts = action == Action.REWIND, action == Action.RESTART
+    # A request that has ended keeps every token anyway: recomputing its cache means nothing.
+    recomputes = (action == Action.RECOMPUTE) & (draft < requests.lengths)
+    relaxes, stopped = action == Action.RELAX, action == Action.STOP
+
+    kept = np.where(restarts, 0, draft)
+    kept = np.where(
+        rewinds, np.minimum(_first_cut(policy, requests, draft, harm_window_tokens), draft), kept
     )
-    return {
-        "simulation": runs,
-        "operating_points": simulate_controller(
-            requests,
-            operating_points,
-            check_every_tokens=experiment.controller.check_every_tokens,
-            bootstrap_samples=samples,
-            seed=seed,
+    recovers = rewinds | restarts | recomputes
+    # What is kept is the uncompressed answer's prefix, and so is what the audit lets through.
+    rejected, differs = requests.first_rejected, requests.first_difference
+    prefix = (kept <= rejected) & (kept <= differs)
+    prefix &= ~((kept < draft) & (kept == rejected) & (rejected < differs))  # a tie at the cut
+    uncompressed = requests.baseline if safe_is_uncompressed else np.full(len(draft), -1)
+
+    source = uncompressed if policy.starts_safe else np.arange(len(draft))
+    source = np.where(recovers, np.where(prefix | restarts, uncompressed, -1), source)
+    source = np.where(relaxes & np.isnan(trace_memory(requests.table).slope), -1, source)
+    source = np.where((action == Action.PRUNE) | (action == Action.REFRESH), -1, source)
+    if policy.safe_after == "resume":
+        source = np.where(recovers, -1, source)
+    return Ending(
+        draft,
+        is_alarm(action),
+        replayed.released,
+        source,
+        stopped,
+        recovers,
+        np.where(restarts, 0, draft),
+        kept,
+        rewinds | restarts,
+    )
+
+
+def _first_cut(
+    policy: Policy, requests: StoredRequests, draft: NDArray[np.int64], harm_window_tokens: int
+) -> NDArray[np.int64]:
+    """(N,) where a rewind after ``draft`` tokens cuts; at or behind ``draft``: nowhere."""
+    if policy.recovery_cut == "exact":
+        return requests.first_rejected.astype(np.int64)
+    table = requests.table
+    onset = table["divergence_onset"].fill_null(NOWHERE).to_numpy().astype(np.int64)
+    window_inside = onset + harm_window_tokens <= draft
+    return np.minimum(requests.first_implausible, np.where(window_inside, onset, NOWHERE))
+
+
+def _runs(
+    policy: Policy, requests: StoredRequests, ending: Ending, holdback_tokens: int
+) -> pl.DataFrame:
+    """RUNS columns of one policy, but for the verdict on requests that it stopped."""
+    known = ending.source >= 0
+    table = requests.table
+    gathered = table[np.maximum(ending.source, 0)].select(
+        "stop_reason", "text", "token_ids", "generated_tokens", "catastrophe", *OUTCOME_COLUMNS
+    )
+    frame = gathered.select(
+        pl.when(pl.Series(known)).then(pl.col(name)).alias(name) for name in gathered.columns
+    ).with_columns(
+        table.select(*TRACE_KEYS, "shard", "status", "error"),
+        policy=pl.lit(policy.name),
+        alarmed=pl.Series(ending.alarmed),
+        stopped=pl.Series(ending.stopped),
+        draft=pl.Series(ending.draft, dtype=pl.Int32),
+        kept=pl.Series(ending.kept, dtype=pl.Int32),
+        cuts=pl.Series(ending.cuts),
+        streamed=pl.Series(np.maximum(ending.released - holdback_tokens, 0)),
+        **_costs(policy, requests, ending),
+    )
+    behind = pl.col("cuts") & (pl.col("kept") < pl.col("streamed"))
+    empty = pl.lit([], dtype=pl.List(pl.Int32))
+    return frame.with_columns(
+        alarm_steps=pl.when("alarmed").then(pl.concat_list("draft")).otherwise(empty),
+        rewound_to=pl.when("cuts").then(pl.concat_list("kept")).otherwise(empty),
+        unrecoverable=behind.cast(pl.Int32),
+        agrees=agreement(frame, table),
+    )
+
+
+def _costs(policy: Policy, requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
+    """Costs of each request, null where its continuation is unknown.
+
+    Of a recovery after which the policy only waits, the tokens that it prefilled and dropped are
+    known whatever comes next.
+    """
+    memory = trace_memory(requests.table)
+    prompt_tokens = requests.table["prompt_tokens"].to_numpy()
+    known = ending.source >= 0
+    final = np.where(known, requests.lengths[ending.source], 0)
+    settled = known | (ending.recovers & (policy.safe_after == "stay"))
+    drafted = np.where(ending.stopped, ending.draft, requests.lengths)
+    own = draft_cost(memory, prompt_tokens, drafted)
+    # A trace that ran to its end was measured; that holds whatever the press did to its cache.
+    whole = drafted == requests.lengths
+    own = own._replace(kv_bytes_mean=np.where(whole, memory.measured_mean, own.kv_bytes_mean))
+    if policy.starts_safe:
+        own = type(own)(*(field[ending.source] for field in own))
+    recovery = recovery_cost(
+        memory, prompt_tokens, ending.draft, ending.carried, ending.kept, final
+    )
+    costs = {}
+    for name in COSTS:
+        value = np.where(ending.recovers, getattr(recovery, name), getattr(own, name))
+        sure = settled if name in ("prefilled_tokens", "wasted_tokens") else known
+        costs[name] = pl.Series(np.where(sure, value, np.nan)).fill_nan(None)
+    return costs
+
+
+def _judge_stopped(
+    runs: pl.DataFrame,
+    requests: StoredRequests,
+    prompts: pl.DataFrame,
+    detection: config.Detection,
+    decode: Callable[[Sequence[int]], str] | None,
+) -> pl.DataFrame:
+    """Cut the answers of requests that a policy stopped, and judge what is left of them."""
+    if not runs["stopped"].any():
+        return runs
+    table = requests.table.select("amnesia", "amnesia_onset")
+    whole = pl.concat([runs.drop("amnesia"), table], how="horizontal").join(
+        prompts.select("prompt_id", "reference_answer"),
+        on="prompt_id",
+        how="left",
+        maintain_order="left",
+    )
+    rest, cut = whole.filter(~pl.col("stopped")), whole.filter(pl.col("stopped"))
+    cut = cut.with_columns(token_ids=pl.col("token_ids").list.head("draft"))
+    ids = cut["token_ids"].explode().to_numpy()
+    bounds = np.concatenate([[0], np.cumsum(cut["draft"].to_numpy())])
+    loops = loop_onsets(ids, bounds, detection.loop_window_tokens, detection.loop_repeats) >= 0
+    texts = [None if decode is None else decode(tokens) for tokens in cut["token_ids"].to_list()]
+    answers = [None if text is None else extract_answer(text) for text in texts]
+    window_ends = pl.col("amnesia_onset") + detection.amnesia_window_tokens
+    cut = cut.with_columns(
+        stop_reason=pl.lit("stopped"),
+        text=pl.Series(texts, dtype=pl.String),
+        generated_tokens="draft",
+        looping=pl.Series(loops),
+        non_termination=pl.lit(False),
+        # The onset is that of the first window, which counts if it lies within what is left.
+        amnesia=pl.col("amnesia") & (window_ends <= pl.col("draft")).fill_null(False),
+        answer=pl.Series(answers, dtype=pl.String),
+    )
+    read = pl.lit(decode is not None)
+    right = pl.col("answer").eq_missing(pl.col("reference_answer")) & pl.col("answer").is_not_null()
+    cut = cut.with_columns(
+        catastrophe=pl.any_horizontal(
+            pl.col("looping", "non_termination", "amnesia").fill_null(False)
         ),
-        "pareto": pareto(grid, summary),
-        "simulability": simulability(runs),
-    }
+        correct=pl.when(read).then(right),
+        agrees=pl.when(read).then(agreement(cut, requests.table)),
+    )
+    return pl.concat([rest, cut])

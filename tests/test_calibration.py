@@ -12,7 +12,7 @@ from scipy import stats
 
 from kvguard import config, schema
 from kvguard.calibration import (
-    Requests,
+    CalibrationRequests,
     calibrate,
     certify,
     p_values,
@@ -108,7 +108,7 @@ def test_prompt_losses_average_shares_not_requests() -> None:
         }
     )
     alarms = np.array([[1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=np.bool_)
-    requests = Requests(keys, alarms, alarms)
+    requests = CalibrationRequests(keys, alarms, alarms)
     false_alarm = prompt_losses(requests, "false_alarm")
     assert false_alarm.means == pytest.approx([(1 / 2 + 1) / 2, 0])
     assert (false_alarm.prompts, false_alarm.requests) == (2, 3)
@@ -155,7 +155,7 @@ def _failures(alarms: NDArray[np.bool_], harmful: NDArray[np.bool_], units: str)
         own = alarms[:, repetition].reshape(len(GRID.k), -1)
         ids = prompts if units == "prompt" else [str(index) for index in range(len(prompts))]
         keys = pl.DataFrame({"prompt_id": ids, "harmful": harmful[repetition].ravel()})
-        losses = prompt_losses(Requests(keys, own, own), "false_alarm")
+        losses = prompt_losses(CalibrationRequests(keys, own, own), "false_alarm")
         values = p_values(losses.means, losses.prompts, ALPHA, single=units != "prompt")
         certified = certify(values, order, DELTA)
         wrong += bool((certified & (TRUE_RISK > ALPHA)).any())
@@ -225,7 +225,7 @@ def tables() -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
 def test_operating_points_keep_their_targets(
     tables: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame],
 ) -> None:
-    made = calibrate(rules_predictor(), *tables, config.Controller(), config.Certificate())
+    made = calibrate(rules_predictor(), *tables, config.Controller(), config.CertificateSettings())
     certificate = made.certificate
     assert certificate.certified
     points = certificate.points
@@ -250,7 +250,7 @@ def test_observed_risks_are_those_of_the_state_machine(
 ) -> None:
     """Each request replayed token by token, its prompt's share and the mean computed by hand."""
     predictions, labels, splits = tables
-    made = calibrate(rules_predictor(), *tables, config.Controller(), config.Certificate())
+    made = calibrate(rules_predictor(), *tables, config.Controller(), config.CertificateSettings())
     point = made.certificate.points["balanced"]
     calibration = splits.filter(pl.col("split") == "calibration")["prompt_id"].to_list()
     harmless: dict[str, list[bool]] = {}
@@ -278,7 +278,7 @@ def test_observed_risks_are_those_of_the_state_machine(
 def test_groups_cover_presses_ratios_and_conditions(
     tables: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame],
 ) -> None:
-    made = calibrate(rules_predictor(), *tables, config.Controller(), config.Certificate())
+    made = calibrate(rules_predictor(), *tables, config.Controller(), config.CertificateSettings())
     table = made.tables["certificate"]
     groups = table.filter(risk="false_alarm", operating_point="balanced")
     counts = dict(groups.group_by("group_by").len().rows())
@@ -293,7 +293,9 @@ def test_groups_cover_presses_ratios_and_conditions(
 
 
 def test_too_few_prompts_are_refused_with_a_number() -> None:
-    made = calibrate(rules_predictor(), *_tables(8), config.Controller(), config.Certificate())
+    made = calibrate(
+        rules_predictor(), *_tables(8), config.Controller(), config.CertificateSettings()
+    )
     certificate = made.certificate
     assert not certificate.certified
     assert certificate.certified_settings == []
@@ -310,7 +312,10 @@ def test_too_few_prompts_are_refused_with_a_number() -> None:
 
 def test_without_harm_the_missed_share_is_undefined() -> None:
     made = calibrate(
-        rules_predictor(), *_tables(40, harm_rate=0.0), config.Controller(), config.Certificate()
+        rules_predictor(),
+        *_tables(40, harm_rate=0.0),
+        config.Controller(),
+        config.CertificateSettings(),
     )
     bound = made.certificate.points["balanced"].missed_harm
     assert (bound.observed, bound.p_value, bound.certified) == (None, None, False)
@@ -328,7 +333,9 @@ def test_a_predictor_of_other_splits_is_refused(
         rules_predictor().model_dump() | {"kind": "entropy", "provenance": {"splits_digest": "0"}}
     )
     with pytest.raises(LeakageError, match="trained on splits 0"):
-        calibrate(trained, predictions, labels, splits, config.Controller(), config.Certificate())
+        calibrate(
+            trained, predictions, labels, splits, config.Controller(), config.CertificateSettings()
+        )
 
 
 def test_prompts_that_fitted_probabilities_do_not_certify(
@@ -339,7 +346,9 @@ def test_prompts_that_fitted_probabilities_do_not_certify(
     used = rules_predictor().model_copy(
         update={"provenance": {"probability_prompts": calibration[:20]}}
     )
-    made = calibrate(used, predictions, labels, splits, config.Controller(), config.Certificate())
+    made = calibrate(
+        used, predictions, labels, splits, config.Controller(), config.CertificateSettings()
+    )
     check = made.tables["leakage_check_calibration"].row(0, named=True)
     assert check["prompts"] == len(calibration) - 20
 

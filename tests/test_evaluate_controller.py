@@ -19,24 +19,20 @@ from kvguard.controller import ControllerConfig, Mode, settings_grid, stack_sett
 from kvguard.costs import COSTS
 from kvguard.detectors import detect_all, detect_outcomes
 from kvguard.evaluate_controller import (
-    OUTCOME_COLUMNS,
     SIMULABILITY,
-    alarm_rates,
-    load_requests,
-    match_guard,
     simulability,
     simulate_controller,
-    simulate_policies,
     simulate_settings,
-    tied_requests,
 )
 from kvguard.experiment import run_shard
 from kvguard.features import compute_features
 from kvguard.guard import Tolerance, harmful_token
-from kvguard.live import run_policy_shard
+from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import LoadedModel
 from kvguard.policies import ENTROPY, Action, Observation, make_policy
 from kvguard.prompts import Prompt, prompts_frame
+from kvguard.simulation import OUTCOME_COLUMNS, alarm_rates, simulate_policies
+from kvguard.stored_requests import load_requests, tied_requests
 
 MAX_NEW_TOKENS = 48
 ENTRY_BYTES = 64

@@ -16,8 +16,8 @@ from kvguard import figures, schema
 from kvguard.compare_policies import summarize_runs
 from kvguard.config import OperatingPoint, load_config
 from kvguard.database import build_database, condition_summary, read_view
+from kvguard.evaluate_controller import Frames, simulate_model
 from kvguard.figures import MissingData
-from kvguard.simulation import Frames, simulate_model
 
 PRESSES = ("snapkv", "streaming_llm", "expected_attention")
 RATIOS = ("0.500", "0.750")

@@ -49,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels,
         splits,
         config.Controller(),
-        config.Certificate(),
+        config.CertificateSettings(),
     )
     for name, table in (tables | made.tables).items():
         schema.write_table(table, folder / "tables" / f"{name}.parquet")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kvguard import joblog
 from kvguard.calibration import calibrate, save_certificate
-from kvguard.config import Certificate, Controller
+from kvguard.config import CertificateSettings, Controller
 from kvguard.predictor import load_predictor
 from kvguard.schema import write_table
 
@@ -15,7 +15,7 @@ def main(
     labels: Path,
     splits: Path,
     controller: Controller,
-    certificate: Certificate,
+    certificate: CertificateSettings,
     certificate_path: Path,
     tables_folder: Path,
 ) -> None:
@@ -37,7 +37,7 @@ if __name__ == "__main__":
         Path(source.labels),
         Path(source.splits),
         Controller.model_validate(params.controller),
-        Certificate.model_validate(params.certificate),
+        CertificateSettings.model_validate(params.certificate),
         Path(output.certificate),
         Path(output.summary).parent,
     )

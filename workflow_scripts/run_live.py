@@ -6,8 +6,7 @@ from typing import Any
 from kvguard import joblog
 from kvguard.certificate import load_certificate
 from kvguard.config import Config, parse_config
-from kvguard.evaluate_controller import match_guard
-from kvguard.live import run_policy_shard
+from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import load_model
 from kvguard.predictor import load_predictor
 from kvguard.prompts import read_examples, read_prompts

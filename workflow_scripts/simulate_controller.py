@@ -8,8 +8,8 @@ from tokenizers import Tokenizer
 from kvguard import joblog
 from kvguard.certificate import load_certificate
 from kvguard.config import Config, parse_config
+from kvguard.evaluate_controller import Frames, simulate_model
 from kvguard.schema import PROMPTS, RUNS, read_table, write_table
-from kvguard.simulation import Frames, simulate_model
 from kvguard.splits import prompts_of, read_splits
 
 
