@@ -89,6 +89,38 @@ TRACES: dict[str, pl.DataType] = _trace_key_types | {
     "device_bytes_peak": pl.Int64(),  # null where the device does not say
 }
 
+PROBE_NAMES: tuple[str, ...] = (
+    "evicted_mass_mean",  # share of the last prompt tokens' attention on evicted entries
+    "evicted_mass_max",  # of the head with the largest share
+    "evicted_mass_top20",  # mean of the 20 largest heads
+    "evicted_mass_std",  # between heads
+    "evicted_mass_early",  # mean of the first third of the layers; the other two follow
+    "evicted_mass_middle",
+    "evicted_mass_late",
+    "evicted_content_mass",  # evicted over all attention outside sinks and window
+    "evicted_mass_last",  # of the last prompt token's query
+    "evicted_everywhere",  # share of tokens that every head of every layer evicts
+    "evicted_by_layer",  # share of tokens that every head of a layer evicts, mean over layers
+    "evicted_marked",  # share of digits and names evicted, mean over heads and layers
+    "evicted_marked_everywhere",  # share of them that every head of every layer evicts
+    "key_norm_loss",  # share of the summed key norms that was evicted
+    "output_error_mean",  # relative change of the attention output without evicted entries
+    "output_error_max",
+    "replay_kl_last",  # nats, uncompressed from compressed, after the last prompt token
+    "replay_kl_mean",  # over the replayed tokens
+    "replay_kl_max",
+    "replay_agreement",  # share of replayed tokens whose most likely next token is the same
+    "replay_entropy_shift",  # nats, compressed minus uncompressed, after the last prompt token
+    "attention_entropy",  # nats, of the last prompt tokens' attention, mean over heads and layers
+    "first_entropy",  # nats, of the first new token under the uncompressed model
+    "prompt_nll",  # nats per token, of the last prompt tokens
+    "prompt_tokens",
+)
+"""What `probes.CacheProbe` measures of one request at prefill; larger is riskier but for agreement."""
+
+PROBES: dict[str, pl.DataType] = _trace_key_types | {name: pl.Float32() for name in PROBE_NAMES}
+"""One row per trace; null where a probe is undefined (see `probes`)."""
+
 TOKENS: dict[str, pl.DataType] = _token_key_types | {"token_id": pl.Int32()} | SIGNALS | AUDIT
 
 OUTCOMES: dict[str, pl.DataType] = _trace_key_types | {
