@@ -31,10 +31,11 @@ from typing import Any, TypeVar
 import torch
 
 from kvguard.audit import audit_tokens
+from kvguard.checkpoints import prepare_model
 from kvguard.config import Config, ConfigError, Press, load_config
 from kvguard.engine import Completion, Request, Session, generate, teacher_forced
 from kvguard.experiment import Prepared, audit_completion, prepare_requests
-from kvguard.models import LoadedModel, load_model, prepare_model
+from kvguard.models import LoadedModel, load_model
 from kvguard.presses import build_press
 from kvguard.prompts import Example, Prompt, load_task
 from kvguard.sampling import Decoding

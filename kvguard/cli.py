@@ -5,7 +5,6 @@ quick. A wrong value ends a command with one message and the exit status 2.
 """
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,15 @@ from kvguard.config import (
     parse_config,
     ratio_text,
 )
+from kvguard.workflow import (
+    DEFAULT_CONFIG,
+    config_layers,
+    press_experiment,
+    recorded_config,
+    run_status,
+    snakemake_command,
+    sweep_overlay,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -47,9 +55,6 @@ commands = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
-
-DEFAULT_CONFIG = Path("config.yaml")
-PAPER_CONFIG = Path("experiments/paper.yaml")
 
 SHOWN_METRICS = ("auroc", "pr_auc", "brier", "recall_on_roc", "request_auroc")
 """What `train` prints of the evaluation; the pipeline's tables hold the rest."""
@@ -123,7 +128,7 @@ def run(
 ) -> None:
     """Answer a few prompts under one press and show what happened to each."""
     experiment = press_experiment(
-        _layers(config), press, compression_ratio, num_prompts, max_new_tokens, seed
+        config_layers(config), press, compression_ratio, num_prompts, max_new_tokens, seed
     )
     entry = _model_entry(experiment, model)
     joblog.configure_logging()
@@ -150,90 +155,6 @@ def run(
         maintain_order="left",
     )
     _print_answers(rows, f"{entry}, {chosen.name if chosen else BASELINE} {ratio}")
-
-
-def press_experiment(
-    layers: Sequence[Path],
-    press: str,
-    ratio: str,
-    num_prompts: int,
-    max_new_tokens: int | None = None,
-    seed: int | None = None,
-) -> Config:
-    """The experiment of one press at one ratio.
-
-    Args:
-        layers: configuration files.
-        press: a name in the configuration, a kvpress class, or its short form ("streaming_llm").
-        ratio: fraction of entries to remove; 0 runs the model uncompressed.
-        num_prompts: how many.
-        max_new_tokens: None keeps the configuration's.
-        seed: None keeps the configuration's.
-
-    Raises:
-        ConfigError: names the value and what is accepted.
-    """
-    base = load_config(*layers)
-    try:
-        wanted = ratio_text(ratio)
-    except ValueError as error:
-        raise ConfigError(f"--compression-ratio: {error}") from None
-    entry = press_entry(base, press)
-    # A ratio of 0 is the uncompressed run; the press entry needs some ratio to be valid.
-    entry["ratios"] = [wanted if wanted != BASELINE_RATIO else "0.500"]
-    generation: dict[str, Any] = {"shard_size": num_prompts}
-    if max_new_tokens is not None:
-        generation["max_new_tokens"] = max_new_tokens
-    over: dict[str, Any] = {
-        "task": {"num_prompts": num_prompts},
-        "presses": [entry],
-        "generation": generation,
-        "live": {"conditions": []},
-    }
-    if seed is not None:
-        over["seed"] = seed
-    return parse_config(overlay(base.model_dump(mode="json", by_alias=True), over))
-
-
-def press_entry(base: Config, name: str) -> dict[str, Any]:
-    """The configuration entry of a press, by its name there or by its class.
-
-    Raises:
-        ConfigError: there is no such press; names close ones.
-    """
-    import difflib
-
-    from kvguard import catalogue
-
-    known = {press.name: press for press in base.presses}
-    if name in known:
-        return known[name].model_dump(mode="json", by_alias=True)
-    classes = {short_name(cls): cls for cls in catalogue.press_classes()}
-    wanted = short_name(name)
-    for press in base.presses:
-        if short_name(press.press_class) == wanted:
-            return press.model_dump(mode="json", by_alias=True)
-    if wanted not in classes:
-        spoken = {snake_name(cls) for cls in set(classes.values()) - set(catalogue.REFUSED)}
-        near = difflib.get_close_matches(name, sorted(spoken | set(known)), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ConfigError(
-            f"--press: there is no press {name!r}{hint}\n"
-            f"known: {', '.join(sorted(spoken | set(known)))}"
-        )
-    return {"name": snake_name(classes[wanted]), "class": classes[wanted], "kwargs": {}}
-
-
-def short_name(name: str) -> str:
-    """A press's name without case, underscores and the ending: "StreamingLLMPress" and
-    "streaming_llm" are both "streamingllm"."""
-    return name.replace("_", "").replace("-", "").lower().removesuffix("press")
-
-
-def snake_name(press_class: str) -> str:
-    """A press class as it is typed on the command line: "StreamingLLMPress" -> "streaming_llm"."""
-    stem = press_class.removesuffix("Press")
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stem).lower()
 
 
 def _print_answers(rows: "pl.DataFrame", title: str) -> None:
@@ -303,7 +224,7 @@ def sweep(
     dry_run: DryRun = False,
 ) -> None:
     """Run the whole pipeline through Snakemake, resuming what is there."""
-    layers = _layers(config)
+    layers = config_layers(config)
     over = sweep_overlay(layers, num_prompts, model, revision, results_dir)
     experiment = load_config(*layers, overrides=over)
     results = Path(experiment.results_dir)
@@ -323,73 +244,6 @@ def sweep(
         _snakemake(files, *arguments)
 
 
-def sweep_overlay(
-    layers: Sequence[Path],
-    num_prompts: int | None,
-    model: str | None,
-    revision: str | None,
-    results_dir: str | None,
-) -> dict[str, Any]:
-    """What a sweep changes in its configuration.
-
-    A model or a number of prompts that the configuration does not have gets a results folder of its
-    own, so that a sweep never mixes with another run's results.
-
-    Raises:
-        ConfigError: the model is unknown and no revision is given.
-    """
-    base = load_config(*layers)
-    over: dict[str, Any] = {}
-    name = base.models[0].name
-    if num_prompts is not None:
-        over["task"] = {"num_prompts": num_prompts}
-    if model is not None:
-        entry = model_entry(base, model, revision)
-        name = entry["name"]
-        over["models"] = [entry]
-    if results_dir is not None:
-        over["results_dir"] = results_dir
-    elif over:
-        over["results_dir"] = f"{base.results_dir}/sweeps/{name}-{num_prompts or 'default'}"
-    return over
-
-
-def model_entry(base: Config, model: str, revision: str | None = None) -> dict[str, Any]:
-    """The configuration entry of a model, from this configuration, the paper's, or the hub.
-
-    Args:
-        base: the configuration.
-        model: a name in a configuration, or a hub id ``owner/name``.
-        revision: a full commit hash; needed for a hub id that no configuration pins.
-
-    Raises:
-        ConfigError: says what to give.
-    """
-    pinned = list(base.models)
-    if PAPER_CONFIG.is_file():
-        pinned += load_config(*_layers([PAPER_CONFIG])).models
-    for entry in pinned:
-        if model in (entry.name, getattr(entry, "repository", None)):
-            found = entry.model_dump(mode="json")
-            return found | ({"revision": revision} if revision else {})
-    names = sorted({e.name for e in pinned} | {getattr(e, "repository", e.name) for e in pinned})
-    if "/" not in model:
-        raise ConfigError(
-            f"--model: no model {model!r}; give one of {', '.join(names)}, or a hub id owner/name"
-        )
-    if revision is None:
-        raise ConfigError(
-            f"--model: {model!r} is pinned by no configuration; add --revision with the full "
-            f"commit hash (40 hexadecimal digits) shown on its hub page. Pinned: {', '.join(names)}"
-        )
-    return {
-        "name": model.split("/")[1].lower(),
-        "source": "hub",
-        "repository": model,
-        "revision": revision,
-    }
-
-
 @commands.command()
 def figures(
     config: Configs = None,
@@ -401,7 +255,7 @@ def figures(
     arguments = ["figures", "--cores", str(cores), "--resources", "gpu=1"]
     arguments += ["--dry-run"] if dry_run else []
     _snakemake(
-        [path for path in _layers(config) if path != DEFAULT_CONFIG],
+        [path for path in config_layers(config) if path != DEFAULT_CONFIG],
         *arguments,
         overrides=[f"results_dir={results_dir}"] if results_dir else [],
     )
@@ -413,9 +267,7 @@ def status(
     results_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
     """What is done and what is left, per stage."""
-    from kvguard.status import run_status
-
-    layers = _layers(config)
+    layers = config_layers(config)
     load_config(*layers)
     stages = run_status(
         [path for path in layers if path != DEFAULT_CONFIG],
@@ -445,7 +297,7 @@ def verify(
     """Check the integrity of a results folder; the exit status is 1 when something is wrong."""
     from kvguard.integrity import LISTED, verify_results
 
-    experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
+    experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
     checks = verify_results(experiment, results_dir)
     table = Table(title=f"integrity of {results_dir}", title_justify="left")
     table.add_column("check")
@@ -510,7 +362,7 @@ def train(
     from kvguard.schema import SPLITS, read_table
     from kvguard.train import save_models, train_predictors
 
-    experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
+    experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
     joblog.configure_logging()
     prompts = read_prompts(results_dir / "prompts/prompts.parquet")
     splits = read_table(results_dir / "splits.parquet", SPLITS)
@@ -606,7 +458,7 @@ def eval_controller(
     from kvguard.stored_requests import load_requests
     from kvguard.train import predict_tokens
 
-    experiment = load_config(*_layers(config)) if config else _recorded_config(results_dir)
+    experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
     path = model_path or results_dir / "models/hazard_predictor.json"
     if not path.is_file():
         raise FileNotFoundError(f"no predictor at {path}; `snakemake` or `kvguard train` makes one")
@@ -664,7 +516,7 @@ def live(
     import polars as pl
 
     experiment = press_experiment(
-        _layers(config), press, compression_ratio, num_prompts, max_new_tokens
+        config_layers(config), press, compression_ratio, num_prompts, max_new_tokens
     )
     policies = policy or experiment.live.policies
     values = experiment.model_dump(mode="json", by_alias=True)
@@ -749,21 +601,6 @@ def presses() -> None:
 # --- shared --------------------------------------------------------------------------------------
 
 
-def _layers(config: Sequence[Path] | None) -> list[Path]:
-    """Configuration files in order: the default, then what the user lays over it."""
-    return [DEFAULT_CONFIG, *(path for path in config or () if path != DEFAULT_CONFIG)]
-
-
-def _recorded_config(results_dir: Path) -> Config:
-    """The configuration that a run recorded in its results."""
-    path = results_dir / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path}: {results_dir} holds no run; `snakemake` makes one, or give --config"
-        )
-    return load_config(path)
-
-
 def _model_entry(experiment: Config, model: str | None) -> str:
     names = [entry.name for entry in experiment.models]
     if model is not None and model not in names:
@@ -775,7 +612,8 @@ def _prepared_model(
     experiment: Config, name: str, results_dir: Path | None, press: Press | None
 ) -> "LoadedModel":
     """Load a model, preparing it where the pipeline would if it is not there."""
-    from kvguard.models import RECORD, load_model, prepare_model
+    from kvguard.checkpoints import prepare_model
+    from kvguard.models import RECORD, load_model
 
     spec = experiment.model(name)
     folder = (results_dir or Path(experiment.results_dir)) / "checkpoints" / name
@@ -813,8 +651,6 @@ def _predictor_and_points(path: Path | None) -> "tuple[Predictor, dict[str, Oper
 
 def _snakemake(files: Sequence[Path], *arguments: str, overrides: Sequence[str] = ()) -> None:
     """Run Snakemake in the foreground and end with its exit status."""
-    from kvguard.status import snakemake_command
-
     command = snakemake_command(files, *arguments, overrides=overrides)
     done = subprocess.run(command)
     if done.returncode != 0:

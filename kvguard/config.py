@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from kvguard import catalogue
+from kvguard import press_catalogue
 from kvguard.schema import TARGETS
 
 BASELINE = "none"
@@ -245,7 +245,7 @@ class Press(Section):
                 f"name: {BASELINE!r} is the uncompressed baseline, which always runs; choose "
                 f"another name, got {self.name!r}"
             )
-        catalogue.check_press(self.press_class, self.kwargs, phase=self.phase)
+        press_catalogue.check_press(self.press_class, self.kwargs, phase=self.phase)
         if "compression_ratio" in self.kwargs:
             raise ValueError(
                 "kwargs.compression_ratio: comes from `ratios`, remove it here, "
@@ -262,10 +262,10 @@ class Press(Section):
                 raise ValueError(f"live_ratios: the ratios are {self.ratios}, got {ratio!r}")
         for ratio in self.ratios:
             try:
-                catalogue.check_ratio(self.press_class, self.kwargs, float(ratio))
+                press_catalogue.check_ratio(self.press_class, self.kwargs, float(ratio))
             except ValueError as error:
                 raise ValueError(f"ratios: {error}") from None
-        window = catalogue.scoring_window(self.press_class, self.kwargs)
+        window = press_catalogue.scoring_window(self.press_class, self.kwargs)
         if self.phase != "prefill" and min(self.interval_tokens, self.buffer_tokens + 1) <= window:
             raise ValueError(
                 f"interval_tokens, buffer_tokens: {self.press_class} scores with the newest "
@@ -475,8 +475,8 @@ class Config(Section):
                     f"{', '.join(map(str, sorted(known)))}, got {condition}"
                 )
         for index, press in enumerate(self.presses):
-            eager_only = catalogue.needs_attention_weights(press.press_class, press.kwargs)
-            not_eager = catalogue.refuses_eager(press.press_class, press.kwargs)
+            eager_only = press_catalogue.needs_attention_weights(press.press_class, press.kwargs)
+            not_eager = press_catalogue.refuses_eager(press.press_class, press.kwargs)
             for model in self.models:
                 attention = press.attention or model.attention
                 if eager_only and attention != "eager":

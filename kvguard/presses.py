@@ -1,7 +1,7 @@
 """From a press's name in the configuration to the kvpress object that compresses.
 
 Presses are dataclasses with mutable state, so a fresh one is built for every use. Which classes are
-supported, and why others are not, is in `kvguard.catalogue`.
+supported, and why others are not, is in `kvguard.press_catalogue`.
 """
 
 import copy
@@ -17,7 +17,7 @@ from kvpress import (
     ThinKPress,
 )
 
-from kvguard import catalogue
+from kvguard import press_catalogue
 from kvguard.config import Press
 
 
@@ -62,7 +62,7 @@ def build_press(spec: Press, ratio: str) -> BasePress:
 
 def _build(name: str, kwargs: Mapping[str, Any], ratio: float) -> BasePress:
     try:
-        catalogue.check_ratio(name, kwargs, ratio)
+        press_catalogue.check_ratio(name, kwargs, ratio)
     except ValueError as error:
         raise PressError(str(error)) from None
     press = _construct(name, kwargs)
@@ -83,7 +83,7 @@ def _construct(name: str, kwargs: Mapping[str, Any]) -> BasePress:
 
 
 def _set_ratio(press: BasePress, ratio: float) -> None:
-    if type(press).__name__ in catalogue.NO_RATIO:
+    if type(press).__name__ in press_catalogue.NO_RATIO:
         return
     if isinstance(press, ThinKPress):
         press.key_channel_compression_ratio = 2 * ratio
@@ -109,7 +109,7 @@ def phases(press: BasePress | None) -> Phases:
     else:
         prefill, decode = press, None
     if prefill is not None:
-        _check_class(prefill, catalogue.REFUSED)
+        _check_class(prefill, press_catalogue.REFUSED)
     if prefill is not None and decode is not None and _hides_entries(prefill):
         raise PressError(
             f"{type(prefill).__name__} hides entries without freeing them; a press that compresses "
@@ -117,9 +117,9 @@ def phases(press: BasePress | None) -> Phases:
         )
     if decode is not None:
         if type(decode) not in (DecodingPress, CompressionRatioDecodingPress):
-            _check_class(decode, catalogue.REFUSED)
-        _check_class(decode.base_press, catalogue.REFUSED)
-        _check_class(decode.base_press, catalogue.PREFILL_ONLY)
+            _check_class(decode, press_catalogue.REFUSED)
+        _check_class(decode.base_press, press_catalogue.REFUSED)
+        _check_class(decode.base_press, press_catalogue.PREFILL_ONLY)
     return Phases(prefill, decode)
 
 
@@ -135,7 +135,7 @@ def _check_class(press: BasePress, refused: Mapping[str, str]) -> None:
 
 def _hides_entries(press: BasePress) -> bool:
     inner = [getattr(press, "press", None), *getattr(press, "presses", [])]
-    return type(press).__name__ in catalogue.NOT_EAGER or any(
+    return type(press).__name__ in press_catalogue.NOT_EAGER or any(
         _hides_entries(entry) for entry in inner if isinstance(entry, BasePress)
     )
 
@@ -150,7 +150,7 @@ def reads_attention_weights(press: BasePress | None) -> bool:
     if press is None:
         return False
     inner = [getattr(press, "press", None), *getattr(press, "presses", [])]
-    return type(press).__name__ in catalogue.ATTENTION_WEIGHTS or any(
+    return type(press).__name__ in press_catalogue.ATTENTION_WEIGHTS or any(
         reads_attention_weights(entry) for entry in inner if isinstance(entry, BasePress)
     )
 
@@ -165,7 +165,7 @@ def with_ratio(press: BasePress, ratio: float) -> BasePress:
             copied.decoding_press = with_ratio(copied.decoding_press, ratio)
     elif isinstance(copied, CompressionRatioDecodingPress):
         copied.target_compression_ratio = ratio
-    elif type(copied).__name__ in catalogue.NO_RATIO or isinstance(copied, DecodingPress):
+    elif type(copied).__name__ in press_catalogue.NO_RATIO or isinstance(copied, DecodingPress):
         raise PressError(f"{type(copied).__name__} has no ratio to set")
     else:
         _set_ratio(copied, ratio)
@@ -183,20 +183,20 @@ def support_table() -> str:
         "| press | at prefill | while decoding | shared prefix | note |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name in catalogue.press_classes():
-        if name in catalogue.REFUSED:
-            lines.append(f"| {name} | refused | refused | - | it {catalogue.REFUSED[name]} |")
+    for name in press_catalogue.press_classes():
+        if name in press_catalogue.REFUSED:
+            lines.append(f"| {name} | refused | refused | - | it {press_catalogue.REFUSED[name]} |")
             continue
-        eager = name in catalogue.ATTENTION_WEIGHTS
-        notes = [catalogue.NO_RATIO[name]] if name in catalogue.NO_RATIO else []
-        if name in catalogue.PREFILL_ONLY:
-            notes.append(f"while decoding: it {catalogue.PREFILL_ONLY[name]}")
+        eager = name in press_catalogue.ATTENTION_WEIGHTS
+        notes = [press_catalogue.NO_RATIO[name]] if name in press_catalogue.NO_RATIO else []
+        if name in press_catalogue.PREFILL_ONLY:
+            notes.append(f"while decoding: it {press_catalogue.PREFILL_ONLY[name]}")
         if name in ("AdaKVPress", "CriticalAdaKVPress"):
             notes.append("hides entries, does not free them: its memory saving is nominal")
         if name == "ThinKPress":
             notes.append("zeroes key channels, frees nothing: its memory saving is nominal")
         lines.append(
-            f"| {name} | yes | {'no' if name in catalogue.PREFILL_ONLY else 'yes'} "
+            f"| {name} | yes | {'no' if name in press_catalogue.PREFILL_ONLY else 'yes'} "
             f"| {'no: reads attention weights' if eager else 'yes'} | {'; '.join(notes)} |"
         )
     return "\n".join(lines) + "\n"

@@ -25,7 +25,7 @@ from kvguard.config import Config, digest
 
 PACKAGE = Path(__file__).parent
 
-NOT_RESULTS = frozenset({"config", "joblog", "provenance", "status", "integrity", "cli"})
+NOT_RESULTS = frozenset({"config", "joblog", "provenance", "workflow", "integrity", "cli"})
 """Modules that change no stored value: what the configuration says reaches a job in its params."""
 
 PACKAGES = (

@@ -29,9 +29,10 @@ from transformers import (
     Qwen3Config,
 )
 
-import kvguard.models
+import kvguard.checkpoints
+from kvguard.checkpoints import prepare_model
 from kvguard.config import digest, load_config
-from kvguard.models import RECORD, LoadedModel, load_model, prepare_model
+from kvguard.models import RECORD, LoadedModel, load_model
 
 settings.register_profile("kvguard", deadline=None, print_blob=True)
 settings.load_profile("kvguard")
@@ -129,7 +130,7 @@ def smollm2_folder() -> Path:
     spec = load_config(CHECKOUT / "config.yaml").models[0]
     cache_folder = Path(os.environ.get("KVGUARD_TEST_CACHE") or CHECKOUT / ".cache")
     cache_folder.mkdir(parents=True, exist_ok=True)
-    converters = (kvguard.models._convert_gguf, kvguard.models._gguf_tokenizer)
+    converters = (kvguard.checkpoints._convert_gguf, kvguard.checkpoints._gguf_tokenizer)
     made_by = [spec.model_dump(mode="json"), *(inspect.getsource(each) for each in converters)]
     folder = cache_folder / f"{spec.name}-{digest(made_by)}"
     with FileLock(cache_folder / f"{spec.name}.lock"):

@@ -16,7 +16,7 @@ from kvpress.presses.scorer_press import ScorerPress
 from kvpress.utils import compute_n_kept
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
 
-from kvguard import catalogue
+from kvguard import press_catalogue
 from kvguard.config import Press
 from kvguard.engine import Completion, Request, Session, generate, prefill, prefill_prefix
 from kvguard.models import LoadedModel, ModelError, load_model
@@ -64,7 +64,7 @@ PREFILL: dict[str, dict[str, Any]] = {
     "TOVAPress": {},
     "ThinKPress": {"window_size": 4},
 }
-DECODE = [name for name in PREFILL if name not in catalogue.PREFILL_ONLY]
+DECODE = [name for name in PREFILL if name not in press_catalogue.PREFILL_ONLY]
 
 NEW_TOKENS = 20
 
@@ -243,7 +243,7 @@ _expected: dict[tuple[str, str], dict[str, Reference]] = {}
 def test_prefill_compression_equals_generate(
     tiny_model: Callable[..., PreTrainedModel], name: str, share: bool, rows: int
 ) -> None:
-    attention = "eager" if name in catalogue.ATTENTION_WEIGHTS else "sdpa"
+    attention = "eager" if name in press_catalogue.ATTENTION_WEIGHTS else "sdpa"
     model = tiny_model("llama", attention)
     press = spec(name, model.config.num_hidden_layers)
     requests = ragged_requests(model.config.vocab_size)
@@ -364,7 +364,7 @@ def test_observed_attention_on_the_real_model(smollm2_folder: Path) -> None:
 
 
 def test_every_supported_press_is_in_the_matrix() -> None:
-    supported = set(catalogue.press_classes()) - set(catalogue.REFUSED)
+    supported = set(press_catalogue.press_classes()) - set(press_catalogue.REFUSED)
     assert supported == set(PREFILL)
 
 

@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from kvguard import catalogue
+from kvguard import press_catalogue
 from kvguard.audit import audit_tokens
 from kvguard.certificate import CertificateError, save_certificate
 from kvguard.config import OperatingPoint
@@ -112,7 +112,7 @@ def uncompressed(
 def test_alarmed_requests_end_as_if_never_compressed(
     tiny_model: Callable[..., PreTrainedModel], name: str
 ) -> None:
-    model = tiny_model("llama", "eager" if name in catalogue.ATTENTION_WEIGHTS else "sdpa")
+    model = tiny_model("llama", "eager" if name in press_catalogue.ATTENTION_WEIGHTS else "sdpa")
     requests = ragged_requests(model.config.vocab_size)
     press = spec(name, model.config.num_hidden_layers)
     alarms = {request.seed: {(3 * i) % 7: Action.REWIND} for i, request in enumerate(requests)}

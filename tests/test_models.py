@@ -27,17 +27,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from kvguard import models
+from kvguard import checkpoints
+from kvguard.checkpoints import changed_files, perplexity, prepare_model
 from kvguard.config import HubModel, LocalModel, WheelModel
 from kvguard.models import (
     RECORD,
     LoadedModel,
     ModelError,
-    changed_files,
     check_architecture,
     load_model,
-    perplexity,
-    prepare_model,
     resolve_device,
 )
 
@@ -228,7 +226,9 @@ def test_wrong_hash_stops_before_the_conversion(
     field: str, spec: WheelModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converted: list[object] = []
-    monkeypatch.setattr(models, "_convert_gguf", lambda *arguments: converted.append(arguments))
+    monkeypatch.setattr(
+        checkpoints, "_convert_gguf", lambda *arguments: converted.append(arguments)
+    )
     with pytest.raises(ModelError) as error:
         prepare_model(spec.model_copy(update={field: "0" * 64}), tmp_path / "tiny")
     assert f"models.tiny.{field}" in str(error.value)
@@ -546,7 +546,7 @@ def test_smollm2_ends_at_its_own_end_token(smollm2: LoadedModel) -> None:
 
 
 def test_smollm2_weights_are_in_the_right_order(smollm2: LoadedModel) -> None:
-    ids = smollm2.tokenizer(models.PERPLEXITY_TEXT)["input_ids"]
+    ids = smollm2.tokenizer(checkpoints.PERPLEXITY_TEXT)["input_ids"]
     assert perplexity(smollm2.model, torch.tensor(ids)) < 10  # 25 and more in any other order
 
 

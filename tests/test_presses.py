@@ -7,7 +7,7 @@ import kvpress
 import pytest
 from pydantic import ValidationError
 
-from kvguard import catalogue
+from kvguard import press_catalogue
 from kvguard.config import Press
 from kvguard.presses import (
     PressError,
@@ -100,9 +100,9 @@ def test_presses_that_read_attention_are_known_wherever_they_hide() -> None:
 
 def test_the_catalogue_knows_every_exported_class_and_its_arguments() -> None:
     exported = {name for name in kvpress.__all__ if name.endswith("Press")}
-    classes = catalogue.press_classes()
+    classes = press_catalogue.press_classes()
     assert set(classes) == exported
-    for name in set(classes) - set(catalogue.REFUSED):
+    for name in set(classes) - set(press_catalogue.REFUSED):
         signature = inspect.signature(getattr(kvpress, name))
         public = {key for key in signature.parameters if not key.startswith("_")}
         assert set(classes[name].arguments) == public, name

@@ -5,8 +5,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from kvguard import joblog
+from kvguard.checkpoints import prepare_model
 from kvguard.config import Model
-from kvguard.models import prepare_model
 
 
 def main(model: Model, checkpoint: Path) -> None:

@@ -1,0 +1,255 @@
+"""The experiment behind a command: configuration layers, overlays, and Snakemake's view of them.
+
+Nothing about the layout of the results is repeated here: for a run's status Snakemake plans it
+twice, once as if nothing existed and once for what is missing or out of date.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvguard.config import (
+    BASELINE_RATIO,
+    Config,
+    ConfigError,
+    load_config,
+    overlay,
+    parse_config,
+    ratio_text,
+)
+
+DEFAULT_CONFIG = Path("config.yaml")
+PAPER_CONFIG = Path("experiments/paper.yaml")
+
+TARGETS = ("all", "figures", "paper")
+"""Rules that only gather files."""
+
+
+def config_layers(config: Sequence[Path] | None) -> list[Path]:
+    """Configuration files in order: the default, then what the user lays over it."""
+    return [DEFAULT_CONFIG, *(path for path in config or () if path != DEFAULT_CONFIG)]
+
+
+def recorded_config(results_dir: Path) -> Config:
+    """The configuration that a run recorded in its results."""
+    path = results_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path}: {results_dir} holds no run; `snakemake` makes one, or give --config"
+        )
+    return load_config(path)
+
+
+def press_experiment(
+    layers: Sequence[Path],
+    press: str,
+    ratio: str,
+    num_prompts: int,
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+) -> Config:
+    """The experiment of one press at one ratio.
+
+    Args:
+        layers: configuration files.
+        press: a name in the configuration, a kvpress class, or its short form ("streaming_llm").
+        ratio: fraction of entries to remove; 0 runs the model uncompressed.
+        num_prompts: how many.
+        max_new_tokens: None keeps the configuration's.
+        seed: None keeps the configuration's.
+
+    Raises:
+        ConfigError: names the value and what is accepted.
+    """
+    base = load_config(*layers)
+    try:
+        wanted = ratio_text(ratio)
+    except ValueError as error:
+        raise ConfigError(f"--compression-ratio: {error}") from None
+    entry = press_entry(base, press)
+    # A ratio of 0 is the uncompressed run; the press entry needs some ratio to be valid.
+    entry["ratios"] = [wanted if wanted != BASELINE_RATIO else "0.500"]
+    generation: dict[str, Any] = {"shard_size": num_prompts}
+    if max_new_tokens is not None:
+        generation["max_new_tokens"] = max_new_tokens
+    over: dict[str, Any] = {
+        "task": {"num_prompts": num_prompts},
+        "presses": [entry],
+        "generation": generation,
+        "live": {"conditions": []},
+    }
+    if seed is not None:
+        over["seed"] = seed
+    return parse_config(overlay(base.model_dump(mode="json", by_alias=True), over))
+
+
+def press_entry(base: Config, name: str) -> dict[str, Any]:
+    """The configuration entry of a press, by its name there or by its class.
+
+    Raises:
+        ConfigError: there is no such press; names close ones.
+    """
+    import difflib
+
+    from kvguard import press_catalogue
+
+    known = {press.name: press for press in base.presses}
+    if name in known:
+        return known[name].model_dump(mode="json", by_alias=True)
+    classes = {short_name(cls): cls for cls in press_catalogue.press_classes()}
+    wanted = short_name(name)
+    for press in base.presses:
+        if short_name(press.press_class) == wanted:
+            return press.model_dump(mode="json", by_alias=True)
+    if wanted not in classes:
+        spoken = {snake_name(cls) for cls in set(classes.values()) - set(press_catalogue.REFUSED)}
+        near = difflib.get_close_matches(name, sorted(spoken | set(known)), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(
+            f"--press: there is no press {name!r}{hint}\n"
+            f"known: {', '.join(sorted(spoken | set(known)))}"
+        )
+    return {"name": snake_name(classes[wanted]), "class": classes[wanted], "kwargs": {}}
+
+
+def short_name(name: str) -> str:
+    """A press's name without case, underscores and the ending: "StreamingLLMPress" and
+    "streaming_llm" are both "streamingllm"."""
+    return name.replace("_", "").replace("-", "").lower().removesuffix("press")
+
+
+def snake_name(press_class: str) -> str:
+    """A press class as it is typed on the command line: "StreamingLLMPress" -> "streaming_llm"."""
+    stem = press_class.removesuffix("Press")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", stem).lower()
+
+
+def sweep_overlay(
+    layers: Sequence[Path],
+    num_prompts: int | None,
+    model: str | None,
+    revision: str | None,
+    results_dir: str | None,
+) -> dict[str, Any]:
+    """What a sweep changes in its configuration.
+
+    A model or a number of prompts that the configuration does not have gets a results folder of its
+    own, so that a sweep never mixes with another run's results.
+
+    Raises:
+        ConfigError: the model is unknown and no revision is given.
+    """
+    base = load_config(*layers)
+    over: dict[str, Any] = {}
+    name = base.models[0].name
+    if num_prompts is not None:
+        over["task"] = {"num_prompts": num_prompts}
+    if model is not None:
+        entry = model_entry(base, model, revision)
+        name = entry["name"]
+        over["models"] = [entry]
+    if results_dir is not None:
+        over["results_dir"] = results_dir
+    elif over:
+        over["results_dir"] = f"{base.results_dir}/sweeps/{name}-{num_prompts or 'default'}"
+    return over
+
+
+def model_entry(base: Config, model: str, revision: str | None = None) -> dict[str, Any]:
+    """The configuration entry of a model, from this configuration, the paper's, or the hub.
+
+    Args:
+        base: the configuration.
+        model: a name in a configuration, or a hub id ``owner/name``.
+        revision: a full commit hash; needed for a hub id that no configuration pins.
+
+    Raises:
+        ConfigError: says what to give.
+    """
+    pinned = list(base.models)
+    if PAPER_CONFIG.is_file():
+        pinned += load_config(*config_layers([PAPER_CONFIG])).models
+    for entry in pinned:
+        if model in (entry.name, getattr(entry, "repository", None)):
+            found = entry.model_dump(mode="json")
+            return found | ({"revision": revision} if revision else {})
+    names = sorted({e.name for e in pinned} | {getattr(e, "repository", e.name) for e in pinned})
+    if "/" not in model:
+        raise ConfigError(
+            f"--model: no model {model!r}; give one of {', '.join(names)}, or a hub id owner/name"
+        )
+    if revision is None:
+        raise ConfigError(
+            f"--model: {model!r} is pinned by no configuration; add --revision with the full "
+            f"commit hash (40 hexadecimal digits) shown on its hub page. Pinned: {', '.join(names)}"
+        )
+    return {
+        "name": model.split("/")[1].lower(),
+        "source": "hub",
+        "repository": model,
+        "revision": revision,
+    }
+
+
+class StageStatus(NamedTuple):
+    """Jobs of one rule."""
+
+    rule: str
+    done: int
+    left: int
+
+
+def snakemake_command(
+    configs: Sequence[str | Path], *arguments: str, overrides: Sequence[str] = ()
+) -> list[str]:
+    """The command line that runs this Python's Snakemake on a stack of configuration files.
+
+    Args:
+        configs: configuration files, later ones laid over earlier ones.
+        arguments: targets first, then options: some of Snakemake's take every word that follows.
+        overrides: ``key=value`` pairs, laid over all files.
+    """
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    command += ["--configfile", *map(str, configs)] if configs else []
+    return command + (["--config", *overrides] if overrides else [])
+
+
+def run_status(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[StageStatus]:
+    """Done and left jobs per rule, in the order in which they run.
+
+    Args:
+        configs: configuration files, as `snakemake_command` takes them.
+        overrides: ``key=value`` pairs, laid over all files.
+
+    Raises:
+        ConfigError: Snakemake cannot plan the run; the message is Snakemake's.
+    """
+    every = _planned_jobs(configs, overrides, "--forceall")
+    left = _planned_jobs(configs, overrides)
+    return [
+        StageStatus(rule, count - left.get(rule, 0), left.get(rule, 0))
+        for rule, count in every.items()
+        if rule not in TARGETS
+    ]
+
+
+def _planned_jobs(
+    configs: Sequence[str | Path], overrides: Sequence[str], *arguments: str
+) -> dict[str, int]:
+    """Number of jobs per rule that Snakemake would run, by first appearance in its plan."""
+    command = snakemake_command(
+        configs, "--dry-run", "--nolock", "--cores", "1", *arguments, overrides=overrides
+    )
+    done = subprocess.run(command, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise ConfigError(output.strip())
+    table = re.search(r"^Job stats:\njob .*\n-+ .*\n((?:\S+ +\d+\n)+)", output, re.MULTILINE)
+    if table is None:
+        return {}
+    counts = {name: int(count) for name, count in map(str.split, table[1].splitlines())}
+    order = dict.fromkeys(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE))
+    return {rule: counts[rule] for rule in order if rule in counts}
