@@ -30,10 +30,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from kvguard.audit import audit_tokens
+from kvguard.audit import audit_tokens, teacher_forced
 from kvguard.checkpoints import prepare_model
 from kvguard.config import Config, ConfigError, Press, load_config
-from kvguard.engine import Completion, Request, Session, generate, teacher_forced
+from kvguard.engine import Completion, Request, Session, generate
 from kvguard.experiment import Prepared, audit_completion, prepare_requests
 from kvguard.models import LoadedModel, load_model
 from kvguard.presses import build_press

@@ -32,11 +32,12 @@ from generation import PRESS, load_embedded, load_experiment
 
 from kvguard import engine
 from kvguard.config import Controller, OperatingPoint
-from kvguard.engine import Session, prefill
+from kvguard.engine import Session
 from kvguard.experiment import Prepared, prepare_requests
-from kvguard.guard import HazardModel, Watch
+from kvguard.guard_observer import GuardObserver, HazardModel
 from kvguard.models import LoadedModel
 from kvguard.policies import make_policy
+from kvguard.prefill import prefill
 from kvguard.presses import build_press
 from kvguard.prompts import load_task
 from kvguard.sampling import Decoding
@@ -53,14 +54,14 @@ SESSIONS = {1: 5, 32: 3}
 
 def start(
     model: LoadedModel, ready: Prepared, rows: int, predictor: HazardModel, every: int
-) -> tuple[Session, Watch]:
+) -> tuple[Session, GuardObserver]:
     """A session of ``rows`` admitted rows under a guard that never alarms."""
     decoding = Decoding(STEPS + 1)
     session = Session(
         model.model, decoding, press=build_press(PRESS, "0.500"), rows=rows, prefix=ready.prefix
     )
     policy = make_policy("guard_rewind", rows, max_new_tokens=STEPS + 1, controller=NEVER)
-    watch = Watch(session, policy, predictor=predictor, ratio=0.5, check_every_tokens=every)
+    watch = GuardObserver(session, policy, predictor=predictor, ratio=0.5, check_every_tokens=every)
     for request in ready.requests[:rows]:
         session.admit(request)
         watch.admitted(session, session.active - 1)
@@ -76,7 +77,7 @@ class Timing(NamedTuple):
     argmax: list[float]  # of the logits alone, a part of `bare`
 
 
-def time_steps(session: Session, watch: Watch) -> Timing:
+def time_steps(session: Session, watch: GuardObserver) -> Timing:
     """Decode to the end, guard work and model's pass in turn; the argmax counts as the model's."""
     timing = Timing([], [], [], [])
     rows = session.active

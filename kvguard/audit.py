@@ -4,20 +4,81 @@ One teacher-forced pass over prompt and generated tokens judges them all; the gu
 and the experiment's audit are this same pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from kvguard.engine import Prefix, Scored, logits_in_chunks, teacher_forced
+from kvguard.prefill import Prefix, attention_layers, extend_prefix, forget_masks, matching_prefix
 from kvguard.sampling import Decoding, token_scores
 from kvguard.signals import SIGNAL_INDEX, extract_signals
 
+LM_HEAD_ROWS = 128
+"""Positions whose logits are computed at once in a teacher-forced pass."""
+
 GAP_LIMIT = 1e4
 """Nats; stands for the infinite gap of a token outside the nucleus."""
+
+
+class Scored(NamedTuple):
+    """A sequence and the uncompressed model's logits along it.
+
+    Attributes:
+        cache: uncompressed, batch of 1, of the whole sequence.
+        hidden: (kept positions, hidden size) after the final norm; `lm_head` makes logits of it.
+        tokens: how many tokens the model really processed.
+    """
+
+    cache: DynamicCache
+    hidden: torch.Tensor
+    tokens: int
+
+
+@torch.inference_mode()
+def teacher_forced(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    generated: Sequence[int],
+    *,
+    prefix: Prefix | None = None,
+) -> Scored:
+    """One pass of the uncompressed model over a prompt and what was generated after it.
+
+    Args:
+        model: in eval mode.
+        prompt_ids: the prompt.
+        generated: tokens that follow it.
+        prefix: reused where the prompt starts with it.
+
+    Returns:
+        ``hidden`` has ``len(generated) + 1`` rows: row i predicts generated token i, the last row
+        predicts what comes next.
+    """
+    whole = [*prompt_ids, *generated]
+    eager = model.config._attn_implementation == "eager"
+    usable = None if eager else matching_prefix(prefix, prompt_ids)
+    reused = 0 if usable is None else len(usable.token_ids)
+    forget_masks(attention_layers(model))
+    cache = extend_prefix(usable, model)
+    positions = torch.arange(reused, len(whole), device=model.device)
+    output = model.model(
+        input_ids=torch.tensor([whole[reused:]], device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+        cache_position=positions,
+        position_ids=positions[None],
+    )
+    hidden = output.last_hidden_state[0, -(len(generated) + 1) :]
+    return Scored(cache, hidden, len(whole) - reused)
+
+
+def logits_in_chunks(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits (<= 128, vocabulary) of consecutive positions, so that all never exist at once."""
+    for start in range(0, len(hidden), LM_HEAD_ROWS):
+        yield model.lm_head(hidden[start : start + LM_HEAD_ROWS])
 
 
 class Audit(NamedTuple):

@@ -14,15 +14,14 @@ from kvguard import config
 from kvguard.audit import audit_tokens
 from kvguard.engine import (
     Completion,
-    Prefix,
     Request,
     Session,
     batch_size_for,
     generate,
-    prefill_prefix,
 )
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
+from kvguard.prefill import Prefix, prefill_prefix
 from kvguard.presses import build_press
 from kvguard.prompts import Example, Prompt, format_prompt, shared_prefix_tokens
 from kvguard.sampling import Decoding

@@ -17,7 +17,7 @@ from kvguard.experiment import (
     tokens_frame,
     trace_row,
 )
-from kvguard.guard import HazardModel, RowReport, Tolerance, Watch, guarded
+from kvguard.guard_observer import GuardObserver, HazardModel, RowReport, Tolerance, guarded
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
 from kvguard.policies import make_policy
@@ -79,7 +79,7 @@ def run_policy_shard(
         model.model, ready.decoding, press=compressor, rows=ready.rows, prefix=ready.prefix
     )
     detection = experiment.detection
-    watch = Watch(
+    watch = GuardObserver(
         session,
         rule,
         predictor=predictor,

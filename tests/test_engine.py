@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from kvguard import press_catalogue
 from kvguard.config import Press
-from kvguard.engine import Completion, Request, Session, generate, prefill, prefill_prefix
+from kvguard.engine import Completion, Request, Session, generate
 from kvguard.models import LoadedModel, ModelError, load_model
+from kvguard.prefill import prefill, prefill_prefix
 from kvguard.presses import PressError, build_press, fresh, phases
 from kvguard.sampling import Decoding
 from kvguard.signals import extract_signals

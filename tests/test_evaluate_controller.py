@@ -26,7 +26,7 @@ from kvguard.evaluate_controller import (
 )
 from kvguard.experiment import run_shard
 from kvguard.features import compute_features
-from kvguard.guard import Tolerance, harmful_token
+from kvguard.guard_observer import Tolerance, harmful_token
 from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import LoadedModel
 from kvguard.policies import ENTROPY, Action, Observation, make_policy

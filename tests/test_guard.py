@@ -26,7 +26,15 @@ from kvguard.certificate import CertificateError, save_certificate
 from kvguard.config import OperatingPoint
 from kvguard.controller import Mode
 from kvguard.engine import Completion, Request, Session
-from kvguard.guard import GuardError, KVGuard, RowReport, Tolerance, Watch, guarded, harmful_token
+from kvguard.guard import KVGuard
+from kvguard.guard_observer import (
+    GuardError,
+    GuardObserver,
+    RowReport,
+    Tolerance,
+    guarded,
+    harmful_token,
+)
 from kvguard.models import LoadedModel
 from kvguard.policies import Action, Decision, Observation, Policy, make_policy
 from kvguard.predictor import rules_predictor, save_predictor
@@ -96,7 +104,7 @@ def watched(
     """Run requests under a policy."""
     session = Session(model, decoding, press=press, rows=rows)
     rule = policy if isinstance(policy, Policy) else policy(rows)
-    watch = Watch(session, rule, **options)
+    watch = GuardObserver(session, rule, **options)
     return {done.request.key: (done, report) for done, report in guarded(session, requests, watch)}
 
 
@@ -595,7 +603,7 @@ def test_out_of_memory_while_verifying_is_survived(
     def exhausted(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no memory for this pass")
 
-    monkeypatch.setattr("kvguard.guard.audit_tokens", exhausted)
+    monkeypatch.setattr("kvguard.guard_observer.audit_tokens", exhausted)
     script = {requests[0].seed: {4: Action.REWIND}}
     done = watched(
         tiny_llama, requests, kvpress.KnormPress(0.5), lambda rows: Scripted(rows, script)
@@ -620,7 +628,7 @@ def test_non_finite_logits_are_mended_by_the_uncompressed_model(
             session.logits[row] = torch.nan
 
     monkeypatch.setattr(session, "advance", poisoned)
-    watch = Watch(session, make_policy("none", 3, max_new_tokens=NEW_TOKENS))
+    watch = GuardObserver(session, make_policy("none", 3, max_new_tokens=NEW_TOKENS))
     done = {c.request.key: (c, r) for c, r in guarded(session, requests, watch)}
     completion, report = done["2"]
     assert completion.error is None
@@ -644,7 +652,7 @@ def test_a_mended_row_is_not_alarmed_again(
 
     monkeypatch.setattr(session, "advance", poisoned)
     policy = make_policy("guard_rewind", 1, max_new_tokens=NEW_TOKENS, controller=POINT)
-    watch = Watch(session, policy, predictor=Threshold(NEW_TOKENS))
+    watch = GuardObserver(session, policy, predictor=Threshold(NEW_TOKENS))
     ((completion, report),) = guarded(session, [request], watch)
     assert report.alarm_steps == [7]
     assert len(report.rewound_to) == 1
@@ -685,15 +693,15 @@ def test_a_recovery_that_cannot_write_its_cache_leaves_the_row_whole(
         failing["on"] = True
         return audit_tokens(*arguments, **options)
 
-    observe = Watch.observe
+    observe = GuardObserver.observe
 
-    def observed(watch: Watch, session: Session, step: Any) -> None:
+    def observed(watch: GuardObserver, session: Session, step: Any) -> None:
         observe(watch, session, step)
         failing["on"] = False
 
     monkeypatch.setattr(Slots, "_reserve", exhausted)
-    monkeypatch.setattr("kvguard.guard.audit_tokens", audit)
-    monkeypatch.setattr(Watch, "observe", observed)
+    monkeypatch.setattr("kvguard.guard_observer.audit_tokens", audit)
+    monkeypatch.setattr(GuardObserver, "observe", observed)
     script = {requests[0].seed: {4: Action.REWIND}}
     done = watched(
         tiny_llama, requests, kvpress.KnormPress(0.5), lambda rows: Scripted(rows, script)

@@ -1,0 +1,238 @@
+"""Prefill one prompt, alone and unpadded, under a press.
+
+Presses read no attention mask, so every prompt is prefilled alone, inside the press's own hooks. A
+prefix that the requests share is prefilled once: its keys, values and per-layer attention inputs
+are kept, a prompt adds its own tokens, and the press is called on the joined whole.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from kvpress import BasePress
+from transformers import DynamicCache, PreTrainedModel
+
+from kvguard.presses import reads_attention_weights
+
+
+class Prefilled(NamedTuple):
+    """A sequence after its prefill.
+
+    Attributes:
+        cache: batch of 1; compressed if a press was given.
+        masked: per layer (heads, length) bool of hidden entries, or None.
+        logits: (1, vocabulary) after the last token; attention over the uncompressed cache.
+        bytes_before: of the cache before compression.
+        bytes_after: after it, hidden entries left out.
+        tokens: how many tokens the model really processed (without a reused prefix).
+    """
+
+    cache: DynamicCache
+    masked: list[torch.Tensor | None] | None
+    logits: torch.Tensor
+    bytes_before: int
+    bytes_after: int
+    tokens: int
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of a cache's keys and values."""
+    return sum(keys.nbytes + values.nbytes for keys, values in layer_tensors(cache))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prefilled common prefix.
+
+    Attributes:
+        token_ids: the shared tokens.
+        cache: their uncompressed cache, batch of 1; never written to.
+        hidden: per layer the attention input (1, tokens, hidden size).
+    """
+
+    token_ids: tuple[int, ...]
+    cache: DynamicCache
+    hidden: list[torch.Tensor]
+
+
+def attention_layers(model: PreTrainedModel) -> list[Any]:
+    """The model's attention modules, first layer first."""
+    return [layer.self_attn for layer in model.model.layers]
+
+
+def is_pressed(layer: Any) -> bool:
+    """Whether a press's hook is registered on an attention module."""
+    hooks = layer._forward_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), BasePress) for hook in hooks)
+
+
+def forget_masks(layers: Iterable[Any]) -> None:
+    """Clear what a head-wise press left on the modules; it would hide keys of other sequences."""
+    for layer in layers:
+        layer.masked_key_indices = None
+
+
+def layer_tensors(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, (1, heads, length, head_dim)."""
+    pairs = []
+    for layer in cache.layers:
+        assert layer.keys is not None
+        assert layer.values is not None
+        pairs.append((layer.keys, layer.values))
+    return pairs
+
+
+@torch.inference_mode()
+def prefill_prefix(model: PreTrainedModel, token_ids: Sequence[int]) -> Prefix:
+    """Prefill a prefix that many prompts share, without compression.
+
+    Args:
+        model: in eval mode.
+        token_ids: at least one token.
+    """
+    hidden: list[torch.Tensor] = []
+
+    def keep(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden.append(kwargs["hidden_states"])
+
+    cache = DynamicCache(config=model.config)
+    layers = attention_layers(model)
+    forget_masks(layers)
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
+            stack.callback(handle.remove)
+        ids = torch.tensor([list(token_ids)], device=model.device)
+        model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return Prefix(tuple(token_ids), cache, hidden)
+
+
+def extend_prefix(prefix: Prefix | None, model: PreTrainedModel) -> DynamicCache:
+    """A cache that starts with the prefix's entries; appending copies, the prefix stays."""
+    cache = DynamicCache(config=model.config)
+    if prefix is not None:
+        for layer, (keys, values) in enumerate(layer_tensors(prefix.cache)):
+            cache.update(keys, values, layer)
+    return cache
+
+
+def matching_prefix(prefix: Prefix | None, token_ids: Sequence[int]) -> Prefix | None:
+    """The prefix if the tokens start with it and go on, else None."""
+    if prefix is None or len(prefix.token_ids) >= len(token_ids):
+        return None
+    same = tuple(token_ids[: len(prefix.token_ids)]) == prefix.token_ids
+    return prefix if same else None
+
+
+@torch.inference_mode()
+def prefill(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    press: BasePress | None = None,
+    *,
+    prefix: Prefix | None = None,
+    seed: int = 0,
+) -> Prefilled:
+    """Prefill one sequence, alone and unpadded, and compress its cache.
+
+    Args:
+        model: in eval mode.
+        token_ids: the whole sequence.
+        press: compresses at prefill; used as it is, so pass a fresh one. None: no compression.
+        prefix: reused where the sequence starts with it and the press allows it.
+        seed: of presses that draw random numbers; the global generator is left as it was.
+
+    Raises:
+        AssertionError, ValueError, RuntimeError: whatever the press says of this sequence, e.g.
+            that it is shorter than its window.
+    """
+    eager = model.config._attn_implementation == "eager"
+    usable = None if eager or reads_attention_weights(press) else matching_prefix(prefix, token_ids)
+    reused = 0 if usable is None else len(usable.token_ids)
+    layers = attention_layers(model)
+    forget_masks(layers)
+    cache = extend_prefix(usable, model)
+    bytes_before = 0
+
+    def measure(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal bytes_before
+        entry = kwargs["past_key_values"].layers[layer.layer_idx]
+        bytes_before += entry.keys.nbytes + entry.values.nbytes
+
+    ids = torch.tensor([list(token_ids[reused:])], device=model.device)
+    positions = torch.arange(reused, len(token_ids), device=model.device)
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = layer.register_forward_hook(measure, with_kwargs=True)
+            stack.callback(handle.remove)
+        if press is not None:
+            devices = [model.device] if model.device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            torch.manual_seed(seed)
+            if usable is None:
+                stack.enter_context(press(model))
+            else:
+                stack.enter_context(_press_on_whole(model, press, usable, len(token_ids)))
+        output = model(
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            cache_position=positions,
+            position_ids=positions[None],
+            logits_to_keep=1,
+        )
+    masked = _masked_entries(layers, cache)
+    bytes_after = 0
+    for number, (keys, values) in enumerate(layer_tensors(cache)):
+        held = keys.nbytes + values.nbytes
+        hidden = None if masked is None else masked[number]
+        bytes_after += held
+        if hidden is not None:
+            bytes_after -= held // hidden.numel() * int(hidden.sum())
+    forget_masks(layers)
+    return Prefilled(cache, masked, output.logits[:, -1], bytes_before, bytes_after, ids.shape[1])
+
+
+@contextmanager
+def _press_on_whole(
+    model: PreTrainedModel, press: BasePress, prefix: Prefix, length: int
+) -> Iterator[None]:
+    """Call a press's forward hook with the whole prompt although only its end is run."""
+    press.post_init_from_model(model)
+    positions = torch.arange(length, device=model.device)
+    embeddings = model.model.rotary_emb(prefix.hidden[0], positions[None])
+
+    def compress(layer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = torch.cat([prefix.hidden[layer.layer_idx], kwargs["hidden_states"]], dim=1)
+        whole = kwargs | {
+            "hidden_states": hidden,
+            "position_embeddings": embeddings,
+            "cache_position": positions,
+            "position_ids": positions[None],
+            "attention_mask": None,
+        }
+        press.forward_hook(layer, args, whole, (None, None))
+        return output
+
+    with ExitStack() as stack:
+        for layer in attention_layers(model):
+            layer.rotary_emb = model.model.rotary_emb
+            handle = layer.register_forward_hook(compress, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def _masked_entries(layers: Sequence[Any], cache: DynamicCache) -> list[torch.Tensor | None] | None:
+    """Per layer (heads, length) bool of the entries that a head-wise press hides."""
+    masks: list[torch.Tensor | None] = []
+    for layer, (keys, _) in zip(layers, layer_tensors(cache), strict=True):
+        indices = layer.masked_key_indices
+        if indices is None:
+            masks.append(None)
+            continue
+        hidden = torch.zeros(keys.shape[1:3], dtype=torch.bool, device=keys.device)
+        hidden[indices[1], indices[2]] = True
+        masks.append(hidden)
+    return None if all(mask is None for mask in masks) else masks
