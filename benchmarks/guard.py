@@ -37,12 +37,12 @@ from kvguard.experiment import Prepared, prepare_requests
 from kvguard.guard_observer import GuardObserver, HazardModel
 from kvguard.models import LoadedModel
 from kvguard.policies import make_policy
+from kvguard.predictor import load_predictor, rules_predictor
 from kvguard.prefill import prefill
 from kvguard.presses import build_press
 from kvguard.prompts import load_task
 from kvguard.sampling import Decoding
 from kvguard.signals import extract_signals, peaks
-from kvguard.train import load_predictor, rules_predictor
 
 TARGET = Path("results/bench/guard.json")
 NEVER = OperatingPoint(tau_low=0.999998, tau_high=0.999999, k=1000, j=1)

@@ -5,7 +5,7 @@
 simulates studies (400 by default) in which scores and labels are independent, both with strong
 effects of prompt and request, so that the AUROC of every study is 0.5 in truth. It writes
 results/bench/intervals.json: per number of prompts the share of studies whose interval covers 0.5,
-for the percentile bootstrap (``percentile``) and for `kvguard.statistics.bootstrap_interval`
+for the percentile bootstrap (``percentile``) and for `kvguard.metrics.bootstrap_interval`
 (``used``), and the median width of the latter. Higher is better up to 0.95; far above is wasteful.
 """
 
@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from kvguard import schema
-from kvguard.metrics import Measured, Sample, auroc
-from kvguard.statistics import resample_weights
+from kvguard.metrics import Measured, Sample, auroc, resample_weights
 
 REQUESTS, TOKENS, HAZARD_TOKENS, SAMPLES = 6, 60, 20, 500
 PROMPTS = (6, 12, 25)

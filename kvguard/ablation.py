@@ -8,12 +8,13 @@ and ``high`` hold for all rows of a table at once with 95 % (Bonferroni), ``low_
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
-from kvguard import config, schema
+from kvguard import schema
 from kvguard.config import BASELINE
 from kvguard.evaluate_predictor import (
     CONDITION,
@@ -38,16 +39,9 @@ from kvguard.metrics import (
     with_intervals,
 )
 from kvguard.predictor import Features, Predictor
-from kvguard.splits import SplitGuard, Table, read_splits
-from kvguard.train import (
-    Formulation,
-    Refusal,
-    Rows,
-    default_parameters,
-    fit_predictor,
-    load_rows,
-    out_of_fold,
-)
+from kvguard.rows import Rows, load_rows
+from kvguard.splits import Table
+from kvguard.trainer import Formulation, Refusal, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -84,16 +78,12 @@ _VARIANT_TYPES: dict[str, Any] = (
 )
 
 
-class _Trainer(NamedTuple):
-    """What all retrained variants share: data, settings and the check of who sees what."""
+class _Study(NamedTuple):
+    """What all retrained variants share: the trainer, train and test tokens, the resamples."""
 
+    trainer: Trainer
     train: Rows
     test: Rows
-    settings: config.Predictor
-    horizon_tokens: int
-    seed: int
-    threads: int
-    guard: SplitGuard
     weights: Floats
 
     def fit(
@@ -106,19 +96,8 @@ class _Trainer(NamedTuple):
         formulation: Formulation | None = None,
     ) -> Predictor:
         """A predictor with the config's own parameters, its probabilities not calibrated."""
-        return fit_predictor(
-            self.train if rows is None else rows,
-            target,
-            names,
-            self.settings,
-            formulation=formulation or self.settings.formulation,
-            parameters=default_parameters(self.settings),
-            horizon_tokens=self.horizon_tokens,
-            seed=self.seed,
-            threads=self.threads,
-            guard=self.guard,
-            purpose=purpose,
-        )
+        train = self.train if rows is None else rows
+        return self.trainer.fit(train, target, names, purpose, formulation=formulation)
 
     def measure(
         self, predictor: Predictor, where: pl.Expr
@@ -127,26 +106,17 @@ class _Trainer(NamedTuple):
         scored = score(
             self.test, predictor.predict(self.test.features), predictor.target, self.weights
         )
-        found = measure(scored, where, false_alarm_rate=self.settings.false_alarm_rate)
+        rate = self.trainer.settings.false_alarm_rate
+        found = measure(scored, where, false_alarm_rate=rate)
         return {metric: found[metric] for metric in _RANKING}, counts(scored, where)
 
 
-def _trainer(
-    features: Table,
-    labels: Table,
-    splits: Table,
-    settings: config.Predictor,
-    horizon_tokens: int,
-    seed: int,
-    threads: int,
-) -> _Trainer:
-    known = read_splits(splits)
-    guard = SplitGuard(known)
-    train = load_rows(features, labels, known, "train")
-    test = load_rows(features, labels, known, "test")
-    guard.check("evaluate", test.keys["prompt_id"], "retrained variants")
-    weights = bootstrap_weights(test, settings.bootstrap_samples, seed)
-    return _Trainer(train, test, settings, horizon_tokens, seed, threads, guard, weights)
+def _study(features: Table, labels: Table, trainer: Trainer) -> _Study:
+    train = load_rows(features, labels, trainer.splits, "train")
+    test = load_rows(features, labels, trainer.splits, "test")
+    trainer.leakage.check("evaluate", test.keys["prompt_id"], "retrained variants")
+    weights = bootstrap_weights(test, trainer.settings.bootstrap_samples, trainer.seed)
+    return _Study(trainer, train, test, weights)
 
 
 def _compared(
@@ -185,16 +155,7 @@ def _variant_table(
     return pl.DataFrame(finished, schema=dict(columns) | _VARIANT_TYPES)
 
 
-def ablate(
-    features: Table,
-    labels: Table,
-    splits: Table,
-    settings: config.Predictor,
-    *,
-    horizon_tokens: int,
-    seed: int,
-    threads: int = 1,
-) -> dict[str, pl.DataFrame]:
+def ablate(features: Table, labels: Table, trainer: Trainer) -> dict[str, pl.DataFrame]:
     """Train again with fewer features and in the other formulation; and controls that must fail.
 
     All variants have the config's own tree parameters, so that they differ in one thing only.
@@ -202,11 +163,7 @@ def ablate(
     Args:
         features: `schema.FEATURES`, a frame or its file.
         labels: `schema.LABELS`.
-        splits: `schema.SPLITS`.
-        settings: the config's section.
-        horizon_tokens: of the labels.
-        seed: of training, permutations and bootstrap.
-        threads: XGBoost's.
+        trainer: settings, splits and seeds.
 
     Returns:
         - ``ablation``: each named feature set, and the configured one without the position, on test
@@ -219,15 +176,15 @@ def ablate(
           0.5); a random alarm as frequent as the predictor's (``expected``: its rate).
         - ``leakage_check_ablation``.
     """
-    trainer = _trainer(features, labels, splits, settings, horizon_tokens, seed, threads)
-    targets = sorted(settings.targets, key=lambda target: target != "any")
-    calibration = load_rows(features, labels, trainer.guard.splits, "calibration")
+    study = _study(features, labels, trainer)
+    targets = sorted(trainer.settings.targets, key=lambda target: target != "any")
+    calibration = load_rows(features, labels, trainer.splits, "calibration")
     return {
-        "ablation": _ablation(trainer, targets),
-        "feature_importance": _importance(trainer, calibration, targets[0]),
-        "formulation": _formulations(trainer, targets),
-        "controls": _controls(trainer, calibration, targets[0]),
-        "leakage_check_ablation": trainer.guard.table(),
+        "ablation": _ablation(study, targets),
+        "feature_importance": _importance(study, calibration, targets[0]),
+        "formulation": _formulations(study, targets),
+        "controls": _controls(study, calibration, targets[0]),
+        "leakage_check_ablation": trainer.leakage.table(),
     }
 
 
@@ -236,9 +193,9 @@ def _compared_targets(targets: Sequence[str]) -> list[str]:
     return [*targets[:1], *(target for target in targets[1:] if target == "divergence")]
 
 
-def _ablation(trainer: _Trainer, targets: Sequence[str]) -> pl.DataFrame:
+def _ablation(study: _Study, targets: Sequence[str]) -> pl.DataFrame:
     compressed = pl.col("press") != BASELINE
-    configured = trainer.settings.feature_set
+    configured = study.trainer.settings.feature_set
     own = FEATURE_SETS[configured]
     without_position = tuple(name for name in own if name != "relative_position")
     sets = {configured: own} | FEATURE_SETS | {"no_position": without_position}
@@ -253,11 +210,11 @@ def _ablation(trainer: _Trainer, targets: Sequence[str]) -> pl.DataFrame:
                 "configured": name == configured,
             }
             try:
-                predictor = trainer.fit(target, columns, f"ablation {target}, {name}")
+                predictor = study.fit(target, columns, f"ablation {target}, {name}")
             except Refusal as refusal:
                 rows += _compared(described, str(refusal), None, {})
                 continue
-            found, held = trainer.measure(predictor, compressed)
+            found, held = study.measure(predictor, compressed)
             rows += _compared(described, found, reference, held)
             reference = reference or found
     columns_ = {
@@ -269,9 +226,7 @@ def _ablation(trainer: _Trainer, targets: Sequence[str]) -> pl.DataFrame:
     return _variant_table(rows, columns_)
 
 
-def _importance(
-    trainer: _Trainer, calibration: Rows, target: str, repeats: int = 10
-) -> pl.DataFrame:
+def _importance(study: _Study, calibration: Rows, target: str, repeats: int = 10) -> pl.DataFrame:
     types: dict[str, Any] = (
         {"target": pl.String, "group": pl.String, "features": pl.Int64}
         | {"auroc": pl.Float64, "auroc_permuted": pl.Float64}
@@ -280,14 +235,14 @@ def _importance(
     )
     rows = calibration.take(calibration.before_onset(target) & calibration.compressed())
     try:
-        predictor = trainer.fit(target, FEATURE_SETS["full"], f"importance {target}")
+        predictor = study.fit(target, FEATURE_SETS["full"], f"importance {target}")
     except Refusal as refusal:
         logger.warning("no feature importance: %s", refusal)
         return pl.DataFrame(schema=types)
-    trainer.guard.check("importance", rows.keys["prompt_id"], target)
-    weights = bootstrap_weights(rows, trainer.settings.bootstrap_samples, trainer.seed)
+    study.trainer.leakage.check("importance", rows.keys["prompt_id"], target)
+    weights = bootstrap_weights(rows, study.trainer.settings.bootstrap_samples, study.trainer.seed)
     prompts = np.unique(rows.keys["prompt_id"].to_numpy(), return_inverse=True)[1]
-    rng = np.random.default_rng(trainer.seed)
+    rng = np.random.default_rng(study.trainer.seed)
 
     def ranked(matrix: Features) -> Measured:
         return auroc(Sample(predictor.log_odds(matrix), rows.label(target), prompts, weights))
@@ -318,11 +273,11 @@ def _importance(
     return frame.sort("value", descending=True, nulls_last=True)
 
 
-def _formulations(trainer: _Trainer, targets: Sequence[str]) -> pl.DataFrame:
+def _formulations(study: _Study, targets: Sequence[str]) -> pl.DataFrame:
     compressed = pl.col("press") != BASELINE
-    names = FEATURE_SETS[trainer.settings.feature_set]
-    settings = trainer.settings
-    fold_weights = bootstrap_weights(trainer.train, settings.bootstrap_samples, trainer.seed)
+    names = FEATURE_SETS[study.trainer.settings.feature_set]
+    settings = study.trainer.settings
+    fold_weights = bootstrap_weights(study.train, settings.bootstrap_samples, study.trainer.seed)
     rows: list[tuple[dict[str, Any], Measured]] = []
     for target in _compared_targets(targets):
         reference: dict[str, dict[str, Measured]] = {}
@@ -332,21 +287,11 @@ def _formulations(trainer: _Trainer, targets: Sequence[str]) -> pl.DataFrame:
             purpose = f"formulation {target}, {formulation}"
             kind: Formulation = "windowed" if formulation == "windowed" else "discrete_time"
             try:
-                ranks = out_of_fold(
-                    trainer.train,
-                    target,
-                    names,
-                    settings,
-                    formulation=kind,
-                    parameters=default_parameters(settings),
-                    horizon_tokens=trainer.horizon_tokens,
-                    seed=trainer.seed,
-                    threads=trainer.threads,
-                    guard=trainer.guard,
-                    purpose=purpose,
+                ranks = study.trainer.out_of_fold(
+                    study.train, target, names, purpose, formulation=kind
                 )
                 held = np.isfinite(ranks)
-                part = trainer.train.take(held)
+                part = study.train.take(held)
                 scored = score(part, ranks[held], target, fold_weights)
                 folded = measure(scored, compressed, false_alarm_rate=settings.false_alarm_rate)
                 found = {
@@ -354,8 +299,8 @@ def _formulations(trainer: _Trainer, targets: Sequence[str]) -> pl.DataFrame:
                         {metric: folded[metric] for metric in _RANKING},
                         counts(scored, compressed),
                     ),
-                    "test": trainer.measure(
-                        trainer.fit(target, names, purpose, formulation=kind), compressed
+                    "test": study.measure(
+                        study.fit(target, names, purpose, formulation=kind), compressed
                     ),
                 }
             except Refusal as refusal:
@@ -383,10 +328,10 @@ _CONTROL_TYPES: dict[str, Any] = (
 )
 
 
-def _controls(trainer: _Trainer, calibration: Rows, target: str) -> pl.DataFrame:
-    settings, seed = trainer.settings, trainer.seed
+def _controls(study: _Study, calibration: Rows, target: str) -> pl.DataFrame:
+    settings, seed = study.trainer.settings, study.trainer.seed
     names = FEATURE_SETS[settings.feature_set]
-    prompts = trainer.weights.shape[1]
+    prompts = study.weights.shape[1]
     rows: list[tuple[dict[str, Any], Measured]] = []
 
     def add(control: str, metric: str, expected: float | None, measured: Measured | str) -> None:
@@ -394,25 +339,25 @@ def _controls(trainer: _Trainer, calibration: Rows, target: str) -> pl.DataFrame
         described |= {"expected": expected, "prompts": prompts, "reason": None}
         if isinstance(measured, str):
             described["reason"] = measured
-            measured = undefined(trainer.weights)
+            measured = undefined(study.weights)
         rows.append((described, measured))
 
     try:
-        shuffled = permute_labels(trainer.train, target, seed)
+        shuffled = permute_labels(study.train, target, seed)
         windowed = settings.model_copy(update={"include_post_onset": False})
-        permuted = trainer._replace(settings=windowed).fit(
-            target, names, "control: permuted labels", rows=shuffled, formulation="windowed"
+        permuted = replace(study.trainer, settings=windowed).fit(
+            shuffled, target, names, "control: permuted labels", formulation="windowed"
         )
-        test = permute_labels(trainer.test, target, seed + 1)
+        test = permute_labels(study.test, target, seed + 1)
         test = test.take(test.compressed())
         sample = Sample(
             permuted.log_odds(test.features),
             test.label(target),
             np.searchsorted(
-                trainer.test.keys["prompt_id"].unique().sort().to_numpy(),
+                study.test.keys["prompt_id"].unique().sort().to_numpy(),
                 test.keys["prompt_id"].to_numpy(),
             ),
-            trainer.weights,
+            study.weights,
         )
         within = auroc_within(sample, condition_codes(test.keys))
         add("permuted labels", "auroc_within", 0.5, within)
@@ -420,29 +365,31 @@ def _controls(trainer: _Trainer, calibration: Rows, target: str) -> pl.DataFrame
         add("permuted labels", "auroc_within", 0.5, str(refusal))
 
     try:
-        predictor = trainer.fit(target, names, "control: matched rate")
+        predictor = study.fit(target, names, "control: matched rate")
     except Refusal as refusal:
         add("random alarm", "recall", None, str(refusal))
     else:
-        trainer.guard.check("thresholds", calibration.keys["prompt_id"], "control: matched rate")
+        study.trainer.leakage.check(
+            "thresholds", calibration.keys["prompt_id"], "control: matched rate"
+        )
         threshold = request_threshold(calibration, predictor, target, settings.false_alarm_rate)
-        hazard = predictor.predict(trainer.test.features)
-        scored = score(trainer.test, hazard, target, trainer.weights)
+        hazard = predictor.predict(study.test.features)
+        scored = score(study.test, hazard, target, study.weights)
         requests = scored.requests.table.filter(pl.col("press") != BASELINE)
         codes, harmed = scored.codes(requests["prompt_id"]), requests["harmed"].to_numpy()
         alarmed = requests["any_time"].to_numpy() > threshold
         rate = float(alarmed.mean()) if len(alarmed) else 0.0
         chance = np.random.default_rng(seed).random(len(alarmed))
         drawn = chance < rate
-        add("predictor", "alarm_rate", None, share(alarmed, codes, trainer.weights))
-        add("predictor", "recall", None, share(alarmed[harmed], codes[harmed], trainer.weights))
-        recall = share(drawn[harmed], codes[harmed], trainer.weights)
+        add("predictor", "alarm_rate", None, share(alarmed, codes, study.weights))
+        add("predictor", "recall", None, share(alarmed[harmed], codes[harmed], study.weights))
+        recall = share(drawn[harmed], codes[harmed], study.weights)
         add("random alarm", "recall", rate, recall)
         add(
             "random alarm",
             "request_auroc",
             0.5,
-            auroc(Sample(-chance, harmed, codes, trainer.weights)),
+            auroc(Sample(-chance, harmed, codes, study.weights)),
         )
     finished = with_intervals(rows, lambda _: "controls")
     for row in finished:
@@ -465,16 +412,7 @@ def permute_labels(rows: Rows, target: str, seed: int) -> Rows:
 # --- what carries over ---------------------------------------------------------------------------
 
 
-def leave_one_out(
-    features: Table,
-    labels: Table,
-    splits: Table,
-    settings: config.Predictor,
-    *,
-    horizon_tokens: int,
-    seed: int,
-    threads: int = 1,
-) -> dict[str, pl.DataFrame]:
+def leave_one_out(features: Table, labels: Table, trainer: Trainer) -> dict[str, pl.DataFrame]:
     """Train without one press, ratio or model, and test on what was left out; prompts stay split.
 
     Arguments as in `ablate`. Trees have the config's own parameters: a search would have seen what
@@ -487,12 +425,12 @@ def leave_one_out(
           ``difference`` is to a predictor of the tested model. With one model a null row says so.
         - ``leakage_check_leave_one_out``.
     """
-    trainer = _trainer(features, labels, splits, settings, horizon_tokens, seed, threads)
-    target = sorted(settings.targets, key=lambda target: target != "any")[0]
+    study = _study(features, labels, trainer)
+    target = sorted(trainer.settings.targets, key=lambda target: target != "any")[0]
     return {
-        "leave_one_out": _leave_one_out(trainer, target),
-        "transfer": _transfer(trainer, target),
-        "leakage_check_leave_one_out": trainer.guard.table(),
+        "leave_one_out": _leave_one_out(study, target),
+        "transfer": _transfer(study, target),
+        "leakage_check_leave_one_out": trainer.leakage.table(),
     }
 
 
@@ -505,15 +443,15 @@ def _without(rows: Rows, column: str, value: str, *, keep: bool = False) -> Rows
     return rows.take(mask if keep else ~mask)
 
 
-def _leave_one_out(trainer: _Trainer, target: str) -> pl.DataFrame:
-    names = FEATURE_SETS[trainer.settings.feature_set]
+def _leave_one_out(study: _Study, target: str) -> pl.DataFrame:
+    names = FEATURE_SETS[study.trainer.settings.feature_set]
     rows: list[tuple[dict[str, Any], Measured]] = []
     try:
-        whole: Predictor | str = trainer.fit(target, names, "leave one out: everything")
+        whole: Predictor | str = study.fit(target, names, "leave one out: everything")
     except Refusal as refusal:
         whole = str(refusal)
     for column in ("press", "ratio"):
-        values = _values(trainer.train, column)
+        values = _values(study.train, column)
         for value in values:
             described = {"target": target, "left_out": column, "value_left_out": value}
             where = (pl.col(column) == value) & (pl.col("press") != BASELINE)
@@ -524,21 +462,21 @@ def _leave_one_out(trainer: _Trainer, target: str) -> pl.DataFrame:
                 rows += _compared(described, whole, None, {})
                 continue
             try:
-                kept = _without(trainer.train, column, value)
+                kept = _without(study.train, column, value)
                 purpose = f"leave out {column} {value}"
-                predictor = trainer.fit(target, names, purpose, rows=kept)
+                predictor = study.fit(target, names, purpose, rows=kept)
             except Refusal as refusal:
                 rows += _compared(described, str(refusal), None, {})
                 continue
-            found, held = trainer.measure(predictor, where)
-            rows += _compared(described, found, trainer.measure(whole, where)[0], held)
+            found, held = study.measure(predictor, where)
+            rows += _compared(described, found, study.measure(whole, where)[0], held)
     columns = {"target": pl.String, "left_out": pl.String, "value_left_out": pl.String}
     return _variant_table(rows, columns)
 
 
-def _transfer(trainer: _Trainer, target: str) -> pl.DataFrame:
-    names = FEATURE_SETS[trainer.settings.feature_set]
-    models = _values(trainer.train, "model")
+def _transfer(study: _Study, target: str) -> pl.DataFrame:
+    names = FEATURE_SETS[study.trainer.settings.feature_set]
+    models = _values(study.train, "model")
     rows: list[tuple[dict[str, Any], Measured]] = []
     if len(models) == 1:
         described = {"target": target, "trained_on": models[0], "tested_on": models[0]}
@@ -546,20 +484,20 @@ def _transfer(trainer: _Trainer, target: str) -> pl.DataFrame:
     fitted: dict[str, Predictor | str] = {}
     for model in models if len(models) > 1 else ():
         try:
-            part = _without(trainer.train, "model", model, keep=True)
-            fitted[model] = trainer.fit(target, names, f"transfer from {model}", rows=part)
+            part = _without(study.train, "model", model, keep=True)
+            fitted[model] = study.fit(target, names, f"transfer from {model}", rows=part)
         except Refusal as refusal:
             fitted[model] = str(refusal)
     for tested in fitted:
         where = (pl.col("model") == tested) & (pl.col("press") != BASELINE)
         own = fitted[tested]
-        reference = None if isinstance(own, str) else trainer.measure(own, where)[0]
+        reference = None if isinstance(own, str) else study.measure(own, where)[0]
         for trained, predictor in fitted.items():
             described = {"target": target, "trained_on": trained, "tested_on": tested}
             if isinstance(predictor, str):
                 rows += _compared(described, predictor, None, {})
                 continue
-            found, held = trainer.measure(predictor, where)
+            found, held = study.measure(predictor, where)
             rows += _compared(described, found, None if trained == tested else reference, held)
     columns = {"target": pl.String, "trained_on": pl.String, "tested_on": pl.String}
     return _variant_table(rows, columns)

@@ -57,16 +57,9 @@ from kvguard.certificate import (
 )
 from kvguard.config import BASELINE, digest
 from kvguard.controller import NEVER, Settings, first_alarm, settings_grid
+from kvguard.leakage import LeakageCheck, assert_disjoint, check_trained_on
 from kvguard.predictor import Predictor
-from kvguard.splits import (
-    SplitGuard,
-    Table,
-    assert_disjoint,
-    check_trained_on,
-    prompts_of,
-    read_splits,
-    scan_table,
-)
+from kvguard.splits import Table, prompts_of, read_splits, scan_table
 
 __all__ = [
     "Calibration",
@@ -336,7 +329,7 @@ def calibrate(
         ValueError: there are no predictions for the predictor's target.
     """
     known = read_splits(splits)
-    guard = SplitGuard(known)
+    leakage = LeakageCheck(known)
     if predictor.kind != "rules":
         check_trained_on(known, predictor.provenance)
     fitted = predictor.provenance.get("probability_prompts", [])
@@ -350,7 +343,7 @@ def calibrate(
     requests = _requests(predictor, predictions, labels, [*certifying, *ordering], settings)
     mine = requests.keys["prompt_id"].is_in(certifying).to_numpy()
     sample, other = requests.take(mine), requests.take(~mine)
-    guard.check("certificate", sample.keys["prompt_id"], predictor.target)
+    leakage.check("certificate", sample.keys["prompt_id"], predictor.target)
 
     def test(part: Bools, rest: Bools, risk: Risk, alpha: float) -> _Tested:
         chosen = sample.take(part)
@@ -393,7 +386,7 @@ def calibrate(
     tables = {
         "certificate": _group_table(sample, other, controller, certificate, chosen, test),
         "certificate_grid": _grid_table(settings, headline, missed, sample, chosen),
-        "leakage_check_calibration": guard.table(),
+        "leakage_check_calibration": leakage.table(),
     }
     return Calibration(made, tables)
 

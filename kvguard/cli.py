@@ -361,6 +361,7 @@ def train(
     from kvguard.prompts import read_prompts
     from kvguard.schema import SPLITS, read_table
     from kvguard.train import save_models, train_predictors
+    from kvguard.trainer import make_trainer
 
     experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
     joblog.configure_logging()
@@ -375,18 +376,11 @@ def train(
     kept = splits.filter(pl.col("prompt_id").is_in([p.prompt_id for p in prompts[:wanted]]))
     tables = {name: results_dir / f"{name}.parquet" for name in ("features", "labels", "outcomes")}
     settings, labels, seed = experiment.predictor, experiment.labels, experiment.seed
-    models = train_predictors(
-        tables["features"],
-        tables["labels"],
-        kept,
-        settings,
-        horizon_tokens=labels.horizon_tokens,
-        seed=seed,
-        threads=threads,
-        config_digest=digest(
-            [settings.model_dump(mode="json"), labels.model_dump(mode="json"), seed]
-        ),
+    trainer = make_trainer(
+        kept, settings, horizon_tokens=labels.horizon_tokens, seed=seed, threads=threads
     )
+    parts = [settings.model_dump(mode="json"), labels.model_dump(mode="json"), seed]
+    models = train_predictors(tables["features"], tables["labels"], trainer, digest(parts))
     whole = wanted == len(prompts)
     target = output_dir or results_dir / ("models" if whole else f"models_{wanted}_prompts")
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from kvguard import config
 from kvguard.controller import Settings
 from kvguard.costs import COSTS
+from kvguard.metrics import bootstrap_interval, resample_weights
 from kvguard.schema import CONDITION, TRACE_KEYS
-from kvguard.statistics import bootstrap_interval, resample_weights
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float64]

@@ -16,7 +16,8 @@ A definition's details, where more than one reading is possible:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -32,6 +33,27 @@ DETECTION_COLUMNS = (*schema.TOKEN_KEYS, "token_id", "audit_gap", "llr")
 
 CATASTROPHES = ("looping", "non_termination", "amnesia")
 """What counts as a catastrophe; divergence, the quiet failure, does not."""
+
+
+class Answers(NamedTuple):
+    """What a run generated, as far as detection reads it."""
+
+    prompts: pl.DataFrame
+    traces: pl.DataFrame
+    tokens: pl.DataFrame
+
+
+def read_answers(
+    prompts: str | Path, traces: Sequence[str | Path], tokens: Sequence[str | Path]
+) -> Answers:
+    """Read the files of a run: prompts, all shards of traces and of tokens."""
+    return Answers(
+        schema.read_table(prompts, schema.PROMPTS),
+        pl.read_parquet(list(map(Path, traces)), hive_partitioning=False),
+        pl.read_parquet(
+            list(map(Path, tokens)), columns=list(DETECTION_COLUMNS), hive_partitioning=False
+        ),
+    )
 
 
 class Detections(BaseModel):

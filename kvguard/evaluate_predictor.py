@@ -13,7 +13,7 @@ nothing (`metrics.matched_auroc`); ``request_auroc_early`` does so within the fi
 tokens. Alarm thresholds keep the configured false-alarm rate on calibration prompts; the rate that
 they have on test prompts is reported beside the recall.
 
-**Intervals** resample prompts (`kvguard.statistics.bootstrap_interval`). ``low`` and ``high`` hold
+**Intervals** resample prompts (`kvguard.metrics.bootstrap_interval`). ``low`` and ``high`` hold
 for all rows of a metric at once with 95 %: half of the error goes to the headline (the predictor of
 the first target, all compressed requests), the other half is shared by the remaining rows
 (Bonferroni). ``low_pointwise`` and ``high_pointwise`` hold with 95 % for their own row alone.
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from kvguard import config, schema
 from kvguard.config import BASELINE
+from kvguard.leakage import LeakageCheck, check_trained_on
 from kvguard.metrics import (
     INTERVAL_TYPES,
     Floats,
@@ -40,14 +41,15 @@ from kvguard.metrics import (
     pr_auc,
     quantile,
     recall_on_roc,
+    resample_weights,
     share,
     tally_levels,
     with_intervals,
 )
 from kvguard.predictor import Predictor, rules_predictor
-from kvguard.splits import SplitGuard, Table, check_trained_on, read_splits, scan_table
-from kvguard.statistics import resample_weights
-from kvguard.train import Models, Rows, load_rows
+from kvguard.rows import Rows, load_rows
+from kvguard.splits import Table, read_splits, scan_table
+from kvguard.train import Models
 
 logger = logging.getLogger(__name__)
 
@@ -320,13 +322,13 @@ def evaluate_predictors(
         LeakageError: a model was trained on other splits.
     """
     known = read_splits(splits)
-    guard = SplitGuard(known)
+    leakage = LeakageCheck(known)
     for model in models.predictors.values():
         check_trained_on(known, model.provenance)
     test = load_rows(features, labels, known, "test")
     calibration = load_rows(features, labels, known, "calibration")
-    guard.check("evaluate", test.keys["prompt_id"], "metrics")
-    guard.check("thresholds", calibration.keys["prompt_id"], "alarm thresholds")
+    leakage.check("evaluate", test.keys["prompt_id"], "metrics")
+    leakage.check("thresholds", calibration.keys["prompt_id"], "alarm thresholds")
     weights = bootstrap_weights(test, settings.bootstrap_samples, seed)
     rejected = scan_table(outcomes).select(*schema.TRACE_KEYS, "first_rejected").collect()
 
@@ -384,7 +386,7 @@ def evaluate_predictors(
         "predictor_curves": _curves(models, test, weights, metrics),
         "lead_times": pl.concat(leads) if leads else pl.DataFrame(schema=_LEAD_TYPES),
         "detection": pl.DataFrame(detection, schema=_DETECTION_TYPES),
-        "leakage_check_evaluation": guard.table(),
+        "leakage_check_evaluation": leakage.table(),
     }
 
 

@@ -1,4 +1,10 @@
-"""Ranking metrics of tokens and requests, each with bootstrap replicates over prompts.
+"""Metrics of tokens and requests, and their intervals over prompts.
+
+Requests that share a prompt are not independent, and the tokens of a request even less so. Every
+interval therefore treats the prompt as the unit: prompts are resampled whole (cluster bootstrap).
+With the few prompts of a small study the percentile bootstrap is too narrow: `bootstrap_interval`
+uses the bootstrap for the standard error only, and takes the quantile from Student's t with one
+degree of freedom less than there are prompts that carry information.
 
 A metric is a function of how often each prompt was drawn. Scores are therefore tallied per prompt
 and score level once, and all replicates follow from one matrix product. Estimates are exact;
@@ -7,13 +13,14 @@ size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
-
-from kvguard.statistics import UNDEFINED, bootstrap_interval
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -24,6 +31,97 @@ INTERVAL_TYPES: dict[str, Any] = dict.fromkeys(
     ("value", "low", "high", "low_pointwise", "high_pointwise"), pl.Float64
 )
 """Columns that `with_intervals` adds to a table."""
+
+
+MIN_UNITS = 3
+"""Fewer informative prompts than this and an interval is undefined."""
+
+
+class Interval(NamedTuple):
+    """A confidence interval; both ends are None where it is undefined."""
+
+    low: float | None
+    high: float | None
+
+
+UNDEFINED = Interval(None, None)
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a share; undefined without trials.
+
+    Source: Wilson (1927), through statsmodels.
+
+    Raises:
+        ValueError: successes outside 0..trials.
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes lie in 0..trials={trials}, got {successes}")
+    if trials == 0:
+        return UNDEFINED
+    low, high = proportion_confint(successes, trials, alpha=1 - confidence, method="wilson")
+    return Interval(float(low), float(high))
+
+
+def resample_weights(clusters: int, samples: int, seed: int) -> Floats:
+    """How often each cluster is drawn in each bootstrap sample: (samples, clusters)."""
+    if clusters == 0:
+        return np.zeros((samples, 0))
+    rng = np.random.default_rng([seed, clusters])
+    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=samples).astype(float)
+
+
+def bootstrap_interval(
+    value: float | None,
+    replicates: ArrayLike,
+    units: int,
+    confidence: float = 0.95,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> Interval:
+    """Interval from bootstrap replicates: their standard error, Student's t, ``units`` - 1 df.
+
+    Args:
+        value: the estimate itself.
+        replicates: (B,) the estimate on resampled prompts; NaN where it is undefined.
+        units: prompts that carry the information: for a ranking metric the smaller of the number
+            of prompts with a positive and with a negative.
+        confidence: of the interval.
+        bounds: range of the quantity: Wilson's interval for as many trials as would have that
+            standard error (Korn and Graubard 1998 for clustered shares); it stays inside. At a
+            bound, or when all replicates agree, the bootstrap says nothing, and ``units`` trials
+            are assumed. None: symmetric around the value.
+
+    Returns:
+        Undefined without a value, with fewer than `MIN_UNITS` units, when under half of the
+        replicates are defined, or when an unbounded quantity does not vary at all.
+    """
+    drawn = np.asarray(replicates, dtype=np.float64)
+    drawn = drawn[np.isfinite(drawn)]
+    if value is None or units < MIN_UNITS or 2 * len(drawn) < np.size(replicates) or not len(drawn):
+        return UNDEFINED
+    quantile = _t_quantile(0.5 + confidence / 2, units - 1)
+    error = float(drawn.std()) * np.sqrt(units / (units - 1))
+    if bounds is None:
+        return (
+            Interval(value - quantile * error, value + quantile * error) if error > 0 else UNDEFINED
+        )
+    lower, upper = bounds
+    share = min(max((value - lower) / (upper - lower), 0.0), 1.0)
+    error /= upper - lower
+    spread = share * (1 - share)
+    size = spread / error**2 if error > 1e-9 and spread > 1e-12 else float(units)
+    widening = quantile**2 / size
+    centre = (share + widening / 2) / (1 + widening)
+    reach = quantile * np.sqrt(spread / size + widening / (4 * size)) / (1 + widening)
+    return Interval(
+        float(lower + (upper - lower) * max(centre - reach, 0.0)),
+        float(lower + (upper - lower) * min(centre + reach, 1.0)),
+    )
+
+
+@cache
+def _t_quantile(level: float, degrees: int) -> float:
+    return float(stats.t.ppf(level, degrees))
 
 
 class Measured(NamedTuple):

@@ -7,7 +7,7 @@ import polars as pl
 from kvguard import schema
 from kvguard.config import Detection
 from kvguard.detectors import DETECTION_COLUMNS, detect_outcomes
-from kvguard.statistics import wilson_interval
+from kvguard.metrics import wilson_interval
 
 SWEEPS: dict[str, tuple[float, ...]] = {
     "amnesia_llr": (0.25, 0.5, 0.75, 1.0, 1.5, 2.0),

@@ -1,16 +1,14 @@
-"""Splits by prompt, and the check that nothing leaks between them.
+"""Splits by prompt: which prompts train, calibrate and test.
 
 Fitting, early stopping and search see train prompts only. The calibration prompts are divided once
 more by `calibration_parts`: one part fits the map from scores to probabilities, the other is kept
 for the certificate, which is only valid for a predictor that was fixed before it saw them. Test
-prompts are read by evaluation alone. `SplitGuard` checks each matrix when it is made, and a foreign
-prompt in it ends the run.
+prompts are read by evaluation alone. `kvguard.leakage` checks that.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -19,19 +17,6 @@ from kvguard.config import digest
 
 Table = pl.DataFrame | str | Path
 """A table, or the Parquet file that holds it."""
-
-STAGES = {
-    "fit": "train",
-    "early_stopping": "train",
-    "search": "train",
-    "out_of_fold": "train",
-    "probability_calibration": "calibration",
-    "importance": "calibration",
-    "thresholds": "calibration",
-    "certificate": "calibration",
-    "evaluate": "test",
-}
-"""Which split each stage may see. Features are not selected from data: the config names the set."""
 
 
 def split_prompts(prompt_ids: Iterable[str], splits: config.Splits, seed: int) -> pl.DataFrame:
@@ -80,91 +65,6 @@ def calibration_parts(
     return sorted(ordered[:count]), sorted(ordered[count:])
 
 
-class LeakageError(RuntimeError):
-    """A prompt is where it must not be: in another split's matrix, or in two splits."""
-
-
-def assert_disjoint(groups: Mapping[str, Iterable[str]]) -> None:
-    """Check that no prompt is in two of the named groups.
-
-    Raises:
-        LeakageError: names the two groups and a prompt that both hold.
-    """
-    seen: dict[str, str] = {}
-    for name, prompts in groups.items():
-        for prompt in set(prompts):
-            if prompt in seen:
-                raise LeakageError(f"prompt {prompt} is in {seen[prompt]!r} and in {name!r}")
-            seen[prompt] = name
-
-
-class SplitGuard:
-    """Checks that each stage sees prompts of its own split only, and keeps a record.
-
-    Raises:
-        LeakageError: a prompt is listed twice, or a split has an unknown name.
-    """
-
-    def __init__(self, splits: pl.DataFrame) -> None:
-        twice = splits.filter(pl.col("prompt_id").is_duplicated())
-        if twice.height:
-            raise LeakageError(f"splits: prompt {twice['prompt_id'][0]} is listed more than once")
-        unknown = set(splits["split"]) - set(schema.SPLIT_NAMES)
-        if unknown:
-            raise LeakageError(f"splits: unknown {sorted(unknown)}; known: {schema.SPLIT_NAMES}")
-        self.splits = splits
-        self._split_of = dict(zip(splits["prompt_id"], splits["split"], strict=True))
-        self._records: list[dict[str, Any]] = []
-
-    def check(self, stage: str, prompts: pl.Series | Sequence[str], purpose: str = "") -> None:
-        """Check the prompts of one matrix, given for each of its rows.
-
-        Args:
-            stage: a key of `STAGES`, which says the split that it may see.
-            prompts: the prompt of every row.
-            purpose: what the matrix is for, kept in the record.
-
-        Raises:
-            LeakageError: names the stage, the foreign prompt and the split that it belongs to.
-        """
-        allowed = STAGES[stage]
-        rows = pl.Series("prompt_id", prompts, dtype=pl.String)
-        unique = rows.unique().sort().to_list()
-        foreign = [prompt for prompt in unique if self._split_of.get(prompt) != allowed]
-        if foreign:
-            origin = self._split_of.get(foreign[0], "no split at all")
-            raise LeakageError(
-                f"{stage} ({purpose or 'no purpose given'}) may see {allowed} prompts only, but "
-                f"its matrix holds {len(foreign)} others, such as {foreign[0]} of {origin}"
-            )
-        self._records.append(
-            {
-                "stage": stage,
-                "purpose": purpose,
-                "split": allowed,
-                "rows": len(rows),
-                "prompts": len(unique),
-                "prompts_digest": digest(unique),
-                "foreign_prompts": len(foreign),
-            }
-        )
-
-    def table(self) -> pl.DataFrame:
-        """One row per checked matrix: stage, purpose, split, rows, prompts and their digest."""
-        return pl.DataFrame(
-            self._records,
-            schema={
-                "stage": pl.String,
-                "purpose": pl.String,
-                "split": pl.String,
-                "rows": pl.Int64,
-                "prompts": pl.Int64,
-                "prompts_digest": pl.String,
-                "foreign_prompts": pl.Int64,
-            },
-        )
-
-
 def _largest_remainders(total: int, shares: Sequence[float]) -> list[int]:
     exact = [round(total * share, 9) for share in shares]
     counts = [int(value) for value in exact]
@@ -177,20 +77,6 @@ def _largest_remainders(total: int, shares: Sequence[float]) -> list[int]:
 def splits_digest(splits: pl.DataFrame) -> str:
     """First 16 hex digits of a SHA-256 over who is in which split; row order does not matter."""
     return digest(splits.select("prompt_id", "split").sort("prompt_id").rows())
-
-
-def check_trained_on(splits: pl.DataFrame, provenance: Mapping[str, Any]) -> None:
-    """Check that a predictor was trained on these very splits.
-
-    Raises:
-        LeakageError: it was trained on others, and may have seen any of these prompts.
-    """
-    expected, got = splits_digest(splits), provenance.get("splits_digest")
-    if got != expected:
-        raise LeakageError(
-            f"the predictor was trained on splits {got}, these are {expected}: it may have seen "
-            "their prompts; train it again"
-        )
 
 
 def hash_order(ids: Iterable[str], salt: str) -> list[str]:

@@ -39,8 +39,9 @@ from kvguard.controller import (
     stack_settings,
     step,
 )
+from kvguard.leakage import LeakageError
 from kvguard.predictor import Predictor, rules_predictor
-from kvguard.splits import LeakageError, split_prompts
+from kvguard.splits import split_prompts
 
 CONDITIONS = (("snapkv", "0.500"), ("snapkv", "0.750"), ("knorm", "0.500"))
 

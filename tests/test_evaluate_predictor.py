@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from kvguard import ablation, config, figures, schema
+from kvguard import config, figures, schema
 from kvguard.ablation import FEATURE_GROUPS, ablate, leave_one_out, permute_labels
 from kvguard.evaluate_predictor import (
     RUN_TOKENS,
@@ -17,6 +17,7 @@ from kvguard.evaluate_predictor import (
     first_alarms,
     score_requests,
 )
+from kvguard.leakage import LeakageError
 from kvguard.metrics import (
     LEVELS,
     Measured,
@@ -27,12 +28,14 @@ from kvguard.metrics import (
     pr_auc,
     quantile,
     recall_on_roc,
+    resample_weights,
     share,
     with_intervals,
 )
-from kvguard.splits import LeakageError, prompts_of, split_prompts
-from kvguard.statistics import resample_weights
-from kvguard.train import Models, Rows, train_predictors
+from kvguard.rows import Rows
+from kvguard.splits import prompts_of, split_prompts
+from kvguard.train import Models, train_predictors
+from kvguard.trainer import Trainer, make_trainer
 
 AUROCS = ("auroc", "auroc_within", "request_auroc", "request_auroc_early")
 
@@ -244,6 +247,10 @@ QUICK = config.Predictor(
 )
 
 
+def _trainer(splits: pl.DataFrame) -> Trainer:
+    return make_trainer(splits, QUICK, horizon_tokens=planted.HORIZON_TOKENS, seed=0)
+
+
 @pytest.fixture(scope="module")
 def run() -> planted.Planted:
     return planted.planted_hazard(prompts=100, seed=1)
@@ -256,9 +263,7 @@ def splits(run: planted.Planted) -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def models(run: planted.Planted, splits: pl.DataFrame) -> Models:
-    return train_predictors(
-        run.features, run.labels, splits, QUICK, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-    )
+    return train_predictors(run.features, run.labels, _trainer(splits))
 
 
 @pytest.fixture(scope="module")
@@ -343,9 +348,7 @@ def test_models_of_other_splits_are_refused(run: planted.Planted, models: Models
 def test_ablations_and_controls_on_planted_truth(
     run: planted.Planted, splits: pl.DataFrame
 ) -> None:
-    made = ablate(
-        run.features, run.labels, splits, QUICK, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-    )
+    made = ablate(run.features, run.labels, _trainer(splits))
     sets = made["ablation"].filter(metric="auroc", target="any")
     assert set(sets["feature_set"]) == {
         "full", "no_ratio", "no_repetition", "logit_only", "no_position",
@@ -370,9 +373,7 @@ def test_ablations_and_controls_on_planted_truth(
 
 
 def test_leaving_out_presses_ratios_and_models(run: planted.Planted, splits: pl.DataFrame) -> None:
-    made = leave_one_out(
-        run.features, run.labels, splits, QUICK, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-    )
+    made = leave_one_out(run.features, run.labels, _trainer(splits))
     left = made["leave_one_out"].filter(metric="auroc")
     assert left.select("left_out", "value_left_out").rows() == [
         ("press", "knorm"),
@@ -389,14 +390,7 @@ def test_leaving_out_presses_ratios_and_models(run: planted.Planted, splits: pl.
         twin = pl.when(pl.col("press") == "knorm").then(pl.lit("n")).otherwise(pl.col("model"))
         return frame.with_columns(model=twin)
 
-    made = leave_one_out(
-        both(run.features),
-        both(run.labels),
-        splits,
-        QUICK,
-        horizon_tokens=planted.HORIZON_TOKENS,
-        seed=0,
-    )
+    made = leave_one_out(both(run.features), both(run.labels), _trainer(splits))
     transfer = made["transfer"].filter(metric="auroc")
     pairs = transfer.select("trained_on", "tested_on").rows()
     assert pairs == [("m", "m"), ("n", "m"), ("m", "n"), ("n", "n")]
@@ -409,16 +403,14 @@ def test_what_tests_on_a_press_was_not_trained_on_it(
     run: planted.Planted, splits: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[set[str]] = []
-    fit = ablation.fit_predictor
+    fit = Trainer.fit
 
-    def watched(rows: Rows, *args: object, **kwargs: object) -> object:
+    def watched(self: Trainer, rows: Rows, *args: object, **kwargs: object) -> object:
         seen.append(set(rows.keys["press"]))
-        return fit(rows, *args, **kwargs)  # type: ignore[arg-type]
+        return fit(self, rows, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ablation, "fit_predictor", watched)
-    leave_one_out(
-        run.features, run.labels, splits, QUICK, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-    )
+    monkeypatch.setattr(Trainer, "fit", watched)
+    leave_one_out(run.features, run.labels, _trainer(splits))
     assert {"none", "snapkv"} in seen
     assert {"none", "knorm"} in seen
 
@@ -447,17 +439,12 @@ def test_with_independent_labels_every_interval_covers_one_half() -> None:
     """The simultaneous intervals of all tables; the pointwise ones miss about as they may."""
     data = planted.independent_labels(prompts=48, seed=0)
     splits = split_prompts(data.features["prompt_id"].unique(), config.Splits(), 0)
-    horizon = planted.HORIZON_TOKENS
-    models = train_predictors(
-        data.features, data.labels, splits, QUICK, horizon_tokens=horizon, seed=0
-    )
+    models = train_predictors(data.features, data.labels, _trainer(splits))
     tables = evaluate_predictors(
         models, data.features, data.labels, splits, data.outcomes, QUICK, seed=0
     )
-    tables |= ablate(data.features, data.labels, splits, QUICK, horizon_tokens=horizon, seed=0)
-    tables |= leave_one_out(
-        data.features, data.labels, splits, QUICK, horizon_tokens=horizon, seed=0
-    )
+    tables |= ablate(data.features, data.labels, _trainer(splits))
+    tables |= leave_one_out(data.features, data.labels, _trainer(splits))
     names = ("predictor_metrics", "ablation", "formulation", "leave_one_out", "controls")
     pointwise = []
     for name in names:

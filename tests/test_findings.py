@@ -15,6 +15,7 @@ from kvguard.findings import write_findings
 from kvguard.predictor import rules_predictor
 from kvguard.splits import split_prompts
 from kvguard.train import predict_tokens, train_predictors
+from kvguard.trainer import make_trainer
 
 SETTINGS = config.Predictor(
     targets=["any", "looping"],
@@ -38,10 +39,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = split_prompts(run.features["prompt_id"].unique(), config.Splits(), 0)
     horizon = planted.HORIZON_TOKENS
     data = (run.features, labels, splits)
-    models = train_predictors(*data, SETTINGS, horizon_tokens=horizon, seed=0)
+    trainer = make_trainer(splits, SETTINGS, horizon_tokens=horizon, seed=0)
+    models = train_predictors(run.features, labels, trainer)
     tables = models.tables | evaluate_predictors(models, *data, run.outcomes, SETTINGS, seed=0)
-    tables |= ablate(*data, SETTINGS, horizon_tokens=horizon, seed=0)
-    tables |= leave_one_out(*data, SETTINGS, horizon_tokens=horizon, seed=0)
+    tables |= ablate(run.features, labels, trainer)
+    tables |= leave_one_out(run.features, labels, trainer)
     rules = rules_predictor()
     made = calibrate(
         rules,

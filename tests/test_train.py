@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from kvguard import config, schema, train
+from kvguard import config, schema, train, trainer
 from kvguard.config import Splits
+from kvguard.leakage import LeakageCheck, LeakageError, assert_disjoint, check_trained_on
 from kvguard.predictor import (
     CalibrationMap,
     Predictor,
@@ -24,30 +25,25 @@ from kvguard.predictor import (
     save_predictor,
     survival_log_odds,
 )
-from kvguard.splits import (
-    LeakageError,
-    SplitGuard,
-    assert_disjoint,
-    calibration_parts,
-    check_trained_on,
-    prompts_of,
-    split_prompts,
-)
+from kvguard.rows import Rows, load_rows
+from kvguard.splits import calibration_parts, prompts_of, split_prompts
 from kvguard.train import (
     Models,
-    Refusal,
-    fit_predictor,
     load_models,
-    load_rows,
     predict_tokens,
     save_models,
     train_predictors,
     write_predictions,
 )
+from kvguard.trainer import Formulation, Refusal, Trainer, make_trainer
 
 QUICK = config.Predictor(
     targets=["any", "looping"], search_trials=3, search_folds=2, max_rounds=150
 )
+
+
+def _trainer(splits: pl.DataFrame, settings: config.Predictor) -> Trainer:
+    return make_trainer(splits, settings, horizon_tokens=planted.HORIZON_TOKENS, seed=0)
 
 
 # --- splits --------------------------------------------------------------------------------------
@@ -99,23 +95,23 @@ def test_parts_of_calibration_are_disjoint_and_complete() -> None:
 
 def test_a_foreign_prompt_in_a_matrix_ends_the_run() -> None:
     splits = split_prompts([f"p{index}" for index in range(12)], Splits(), 0)
-    guard = SplitGuard(splits)
+    leakage = LeakageCheck(splits)
     mine, test = prompts_of(splits, "train"), prompts_of(splits, "test")
-    guard.check("fit", mine * 3, "a model")
+    leakage.check("fit", mine * 3, "a model")
     with pytest.raises(LeakageError, match=f"fit .* holds 1 others, such as {test[0]} of test"):
-        guard.check("fit", [*mine, test[0]])
+        leakage.check("fit", [*mine, test[0]])
     with pytest.raises(LeakageError, match="of no split at all"):
-        guard.check("certificate", ["stranger"])
-    record = guard.table().row(0, named=True)
+        leakage.check("certificate", ["stranger"])
+    record = leakage.table().row(0, named=True)
     assert (record["rows"], record["prompts"], record["foreign_prompts"]) == (18, 6, 0)
 
 
 def test_a_prompt_in_two_splits_is_found() -> None:
     twice = pl.DataFrame({"prompt_id": ["a", "a"], "split": ["train", "test"]})
     with pytest.raises(LeakageError, match="prompt a is listed more than once"):
-        SplitGuard(twice)
+        LeakageCheck(twice)
     with pytest.raises(LeakageError, match="unknown"):
-        SplitGuard(pl.DataFrame({"prompt_id": ["a"], "split": ["validation"]}))
+        LeakageCheck(pl.DataFrame({"prompt_id": ["a"], "split": ["validation"]}))
     with pytest.raises(LeakageError, match="prompt b is in 'fit' and in 'stopping'"):
         assert_disjoint({"fit": ["a", "b"], "stopping": ["b"]})
 
@@ -127,15 +123,13 @@ def test_a_planted_leak_fails_the_training(
     """A loader that lets one prompt of another split slip into train is caught."""
     intruder = prompts_of(splits, leak)[0]
 
-    def careless(features: Any, labels: Any, known: pl.DataFrame, split: Any) -> train.Rows:
+    def careless(features: Any, labels: Any, known: pl.DataFrame, split: Any) -> Rows:
         wanted = [*prompts_of(known, "train"), intruder] if split == "train" else split
         return load_rows(features, labels, known, wanted)
 
     monkeypatch.setattr(train, "load_rows", careless)
     with pytest.raises(LeakageError, match=f"{intruder} of {leak}"):
-        train_predictors(
-            run.features, run.labels, splits, QUICK, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-        )
+        train_predictors(run.features, run.labels, _trainer(splits, QUICK))
 
 
 def test_every_stage_of_training_is_on_record(trained: Models, splits: pl.DataFrame) -> None:
@@ -177,15 +171,7 @@ def splits(run: planted.Planted) -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def trained(run: planted.Planted, splits: pl.DataFrame) -> Models:
-    return train_predictors(
-        run.features,
-        run.labels,
-        splits,
-        QUICK,
-        horizon_tokens=planted.HORIZON_TOKENS,
-        seed=0,
-        config_digest="abc",
-    )
+    return train_predictors(run.features, run.labels, _trainer(splits, QUICK), "abc")
 
 
 def _test_tokens(
@@ -219,19 +205,15 @@ def test_probabilities_are_calibrated(
 
 @pytest.mark.parametrize("formulation", ["windowed", "discrete_time"])
 def test_both_formulations_reach_the_oracle(
-    run: planted.Planted, splits: pl.DataFrame, formulation: train.Formulation
+    run: planted.Planted, splits: pl.DataFrame, formulation: Formulation
 ) -> None:
-    predictor = fit_predictor(
+    predictor = _trainer(splits, QUICK).fit(
         load_rows(run.features, run.labels, splits, "train"),
         "any",
         ("entropy", "top1_probability", "relative_position"),
-        QUICK,
+        "both formulations",
         formulation=formulation,
         parameters={"max_depth": 3, "learning_rate": 0.1},
-        horizon_tokens=planted.HORIZON_TOKENS,
-        seed=0,
-        threads=1,
-        guard=SplitGuard(splits),
     )
     keys, hazard = _test_tokens(run, splits, predictor)
     label = keys["hazard_any"].to_numpy()
@@ -257,8 +239,8 @@ def test_discrete_time_rows_are_at_risk_until_the_onset() -> None:
             "post_onset_any": [False] * 3,
         }
     )
-    rows = train.Rows(keys, np.zeros((3, 40), np.float32))
-    at_risk, event = train._expand(rows, "any", 4, 8)
+    rows = Rows(keys, np.zeros((3, 40), np.float32))
+    at_risk, event = trainer._expand(rows, trainer._Layout("any", [], 4, 8))
     assert at_risk.tolist() == [True, True, True, False] + [True] * 8
     assert event.tolist() == [False, False, True] + [False] * 8
 
@@ -275,9 +257,7 @@ def test_targets_without_enough_harm_are_refused_with_a_row(splits: pl.DataFrame
         pl.lit(None, pl.Boolean).alias("post_onset_amnesia"),
     )
     wanted = QUICK.model_copy(update={"targets": ["looping", "any", "amnesia"]})
-    made = train_predictors(
-        data.features, harmless, small, wanted, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-    )
+    made = train_predictors(data.features, harmless, _trainer(small, wanted))
     assert set(made.predictors) == {"any"}
     assert made.refusals["looping"].startswith(
         "0 train prompts have a token within the horizon of an onset of looping"
@@ -293,9 +273,7 @@ def test_targets_without_enough_harm_are_refused_with_a_row(splits: pl.DataFrame
 def test_a_default_that_cannot_be_trained_falls_back_to_rules(tmp_path: Path) -> None:
     data = planted.planted_hazard(prompts=6, seed=0)
     small = split_prompts(data.features["prompt_id"].unique(), Splits(), 0)
-    made = train_predictors(
-        data.features, data.labels, small, QUICK, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-    )
+    made = train_predictors(data.features, data.labels, _trainer(small, QUICK))
     assert made.tables["training"].filter(target="any")["status"].unique().to_list() == ["refused"]
     assert made.predictors["any"].kind == "rules"
     save_models(made, tmp_path)
@@ -310,11 +288,7 @@ def test_training_repeats_itself(run: planted.Planted, splits: pl.DataFrame) -> 
     part = splits.filter(pl.col("prompt_id").is_in(few))
     quick = QUICK.model_copy(update={"targets": ["any"], "max_rounds": 20})
     digests = [
-        train_predictors(
-            run.features, run.labels, part, quick, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-        )
-        .predictors["any"]
-        .digest
+        train_predictors(run.features, run.labels, _trainer(part, quick)).predictors["any"].digest
         for _ in range(2)
     ]
     assert digests[0] == digests[1]
@@ -449,9 +423,7 @@ def test_every_calibration_keeps_the_ranking(
     wanted = QUICK.model_copy(
         update={"targets": ["any"], "search_trials": 0, "probability_calibration": method}
     )
-    made = train_predictors(
-        run.features, run.labels, splits, wanted, horizon_tokens=planted.HORIZON_TOKENS, seed=0
-    )
+    made = train_predictors(run.features, run.labels, _trainer(splits, wanted))
     predictor = made.predictors["any"]
     assert predictor.calibration.method == method
     features = run.features.select(schema.FEATURE_NAMES).to_numpy()[:400].astype(np.float32)
@@ -463,7 +435,7 @@ def test_an_anti_predictive_score_is_not_turned_around() -> None:
     rng = np.random.default_rng(0)
     odds = rng.normal(size=400)
     labels = rng.random(400) < 1 / (1 + np.exp(2 * odds))
-    assert train._fit_map(odds, labels, "platt").slope > 0
+    assert trainer._fit_map(odds, labels, "platt").slope > 0
 
 
 def test_rules_rise_with_repetition_and_entropy() -> None:
@@ -487,15 +459,4 @@ def test_refusals_name_target_and_numbers(run: planted.Planted, splits: pl.DataF
     with pytest.raises(
         Refusal, match="train prompts have a token within the horizon of an onset of any"
     ):
-        fit_predictor(
-            rows,
-            "any",
-            schema.FEATURE_NAMES,
-            QUICK,
-            formulation="windowed",
-            parameters={},
-            horizon_tokens=planted.HORIZON_TOKENS,
-            seed=0,
-            threads=1,
-            guard=SplitGuard(splits),
-        )
+        _trainer(splits, QUICK).fit(rows, "any", schema.FEATURE_NAMES, "too few")

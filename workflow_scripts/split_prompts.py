@@ -5,7 +5,7 @@ from pathlib import Path
 from kvguard import joblog
 from kvguard.config import Splits
 from kvguard.schema import PROMPTS, SPLITS, read_table, write_table
-from kvguard.train import split_prompts
+from kvguard.splits import split_prompts
 
 
 def main(prompts: Path, splits: Splits, seed: int, target: Path) -> None:

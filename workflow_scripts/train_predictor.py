@@ -1,30 +1,28 @@
 """Train one hazard predictor per target, with its baselines, and predict every token."""
 
 from pathlib import Path
-from typing import Any
 
 from kvguard import joblog
 from kvguard.config import Predictor, digest
-from kvguard.schema import SPLITS, read_table, write_table
+from kvguard.schema import write_table
 from kvguard.train import save_models, train_predictors, write_predictions
+from kvguard.trainer import Trainer, make_trainer
 
 
 def main(
     features: Path,
     labels: Path,
-    splits_path: Path,
-    settings: Predictor,
-    options: dict[str, Any],
+    trainer: Trainer,
+    config_digest: str,
     models_folder: Path,
     predictions: Path,
     tables: dict[str, Path],
 ) -> None:
-    """Write models, predictions and tables; ``options`` are keywords of `train_predictors`."""
-    splits = read_table(splits_path, SPLITS)
-    models = train_predictors(features, labels, splits, settings, **options)
+    """Write models, predictions and tables."""
+    models = train_predictors(features, labels, trainer, config_digest)
     for name, target in tables.items():
         write_table(models.tables[name], target)
-    write_predictions(models.predictors, features, splits, predictions)
+    write_predictions(models.predictors, features, trainer.splits, predictions)
     save_models(models, models_folder)
 
 
@@ -34,14 +32,14 @@ if __name__ == "__main__":
     main(
         Path(source.features),
         Path(source.labels),
-        Path(source.splits),
-        Predictor.model_validate(params.predictor),
-        {
-            "horizon_tokens": params.labels["horizon_tokens"],
-            "seed": params.seed,
-            "threads": snakemake.threads,
-            "config_digest": digest([params.predictor, params.labels, params.seed]),
-        },
+        make_trainer(
+            Path(source.splits),
+            Predictor.model_validate(params.predictor),
+            horizon_tokens=params.labels["horizon_tokens"],
+            seed=params.seed,
+            threads=snakemake.threads,
+        ),
+        digest([params.predictor, params.labels, params.seed]),
         Path(output.predictor).parent,
         Path(output.predictions),
         {name: Path(output[name]) for name in ("training", "search_trials", "leakage_check")},

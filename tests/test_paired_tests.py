@@ -1,38 +1,18 @@
-"""Intervals and paired tests, against published examples and brute force."""
-
-from itertools import product
+"""Paired comparisons against published examples and brute force."""
 
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from kvguard import statistics
-from kvguard.statistics import (
-    bootstrap_interval,
-    bootstrap_statistic,
+from kvguard.paired_tests import (
     cluster_bootstrap_mean,
-    family_confidence,
+    holm,
     mcnemar_exact,
     newcombe_paired_interval,
     paired_bootstrap,
-    paired_permutation_test,
-    resample_weights,
-    wilson_interval,
 )
-
-
-@pytest.mark.parametrize("successes", [0, 1, 7, 24])
-def test_wilson_is_scipys(successes: int) -> None:
-    expected = stats.binomtest(successes, 24).proportion_ci(0.95, method="wilson")
-    got = wilson_interval(successes, 24)
-    assert got == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-def test_wilson_without_trials_is_undefined() -> None:
-    assert wilson_interval(0, 0) == (None, None)
-    with pytest.raises(ValueError, match=r"successes lie in .*, got 4"):
-        wilson_interval(4, 3)
 
 
 def test_newcombe_reproduces_the_published_example() -> None:
@@ -65,25 +45,6 @@ def test_mcnemar_is_a_fair_coin_on_the_disagreements() -> None:
     assert mcnemar_exact([], []) is None
     with pytest.raises(ValueError, match="one length"):
         mcnemar_exact([1], [1, 0])
-
-
-def test_permutation_test_counts_all_sign_patterns() -> None:
-    first = np.array([0.0, 0.2, 0.5, 0.1, 0.9])
-    second = np.array([0.4, 0.3, 0.9, 0.0, 1.6])
-    difference = second - first
-    means = [np.mean(difference * np.array(signs)) for signs in product([1, -1], repeat=5)]
-    expected = np.mean(np.abs(means) >= abs(difference.mean()) - 1e-12)
-    assert paired_permutation_test(first, second) == pytest.approx(expected)
-    assert paired_permutation_test(first, first) == 1.0
-    assert paired_permutation_test([], []) is None
-
-
-def test_weights_resample_whole_prompts() -> None:
-    weights = resample_weights(7, 200, seed=1)
-    assert weights.shape == (200, 7)
-    assert (weights.sum(axis=1) == 7).all()
-    assert np.array_equal(weights, resample_weights(7, 200, seed=1))
-    assert not np.array_equal(weights, resample_weights(7, 200, seed=2))
 
 
 def test_cluster_bootstrap_sees_that_rows_of_a_prompt_repeat_each_other() -> None:
@@ -123,20 +84,6 @@ def test_interval_covers_the_mean_of_few_prompts() -> None:
     assert np.mean(covered) >= stats.binom.ppf(0.001, 300, 0.95) / 300
 
 
-def test_bounded_intervals_stay_inside_and_never_collapse() -> None:
-    rng = np.random.default_rng(4)
-    low, high = bootstrap_interval(0.97, 1 - rng.beta(1, 30, size=500), units=5)
-    assert low is not None
-    assert high is not None
-    assert 0 < low < 0.97 < high < 1
-    perfect = bootstrap_interval(1.0, np.ones(500), units=5)
-    quantile = stats.t.ppf(0.975, 4)
-    assert perfect == pytest.approx((5 / (5 + quantile**2), 1.0))
-    assert bootstrap_interval(0.0, np.zeros(500), units=5) == pytest.approx(
-        (0.0, 1 - 5 / (5 + quantile**2))
-    )
-
-
 def test_a_share_without_clusters_has_nearly_wilsons_interval() -> None:
     events = np.zeros(200)
     events[:30] = 1
@@ -145,23 +92,9 @@ def test_a_share_without_clusters_has_nearly_wilsons_interval() -> None:
     assert got[1:] == pytest.approx((expected.low, expected.high), abs=0.003)
 
 
-def test_undefined_is_none_not_zero() -> None:
-    assert bootstrap_interval(None, np.full(10, np.nan), 10) == (None, None)
-    assert bootstrap_interval(0.5, np.full(10, 0.5), statistics.MIN_UNITS - 1) == (None, None)
-    mostly_undefined = np.array([0.4, 0.6] + [np.nan] * 8)
-    assert bootstrap_interval(0.5, mostly_undefined, 10) == (None, None)
-
-
-def test_bootstrap_statistic_evaluates_data_and_resamples() -> None:
-    sums = np.array([1.0, 2.0, 6.0])
-    value, replicates = bootstrap_statistic(
-        lambda weights: (weights @ sums) / weights.sum(axis=1), 3, samples=50, seed=0
-    )
-    assert value == pytest.approx(3.0)
-    expected = (resample_weights(3, 50, 0) @ sums) / 3
-    assert np.allclose(replicates, expected)
-
-
-def test_family_confidence_splits_the_error() -> None:
-    assert family_confidence(1) == pytest.approx(0.95)
-    assert 1 - family_confidence(20) == pytest.approx(0.05 / 20)
+def test_holm_is_statsmodels_and_leaves_out_what_is_undefined() -> None:
+    values = [0.01, 0.04, 0.03, 0.005, 0.9]
+    expected = multipletests(values, method="holm")[1]
+    assert holm(values) == pytest.approx(expected.tolist())
+    assert holm([0.02, None, 0.01]) == [pytest.approx(0.02), None, pytest.approx(0.02)]
+    assert holm([]) == []

@@ -1,0 +1,88 @@
+"""Tokens of some prompts, with features and labels: what is fitted and what is measured."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from kvguard import config, schema
+from kvguard.config import BASELINE
+from kvguard.predictor import Features
+from kvguard.splits import Table, prompts_of, scan_table
+
+Bools = NDArray[np.bool_]
+
+
+class Rows(NamedTuple):
+    """Tokens of one split: ``keys`` holds `schema.LABELS`, ``features`` is (n, 40) float32."""
+
+    keys: pl.DataFrame
+    features: Features
+
+    def take(self, mask: Bools) -> "Rows":
+        """The rows where ``mask`` is true."""
+        return Rows(self.keys.filter(mask), self.features[mask])
+
+    def label(self, target: str) -> Bools:
+        """Whether the onset lies within the horizon; a token that nobody judged counts as no."""
+        return as_bools(self.keys[f"hazard_{target}"])
+
+    def before_onset(self, target: str) -> Bools:
+        """Tokens that were judged and come before the target's onset."""
+        return as_bools(~self.keys[f"post_onset_{target}"])
+
+    def compressed(self) -> Bools:
+        """Tokens of compressed requests; the uncompressed baseline is an easy negative."""
+        return as_bools(self.keys["press"] != BASELINE)
+
+
+def load_rows(
+    features: Table, labels: Table, splits: pl.DataFrame, split: str | Iterable[str]
+) -> Rows:
+    """Features and labels of one split's tokens, sorted by `schema.TOKEN_KEYS`.
+
+    From files only the rows of the split are read.
+
+    Args:
+        features: `schema.FEATURES`.
+        labels: `schema.LABELS`.
+        splits: `schema.SPLITS`.
+        split: a split's name, or prompt ids.
+
+    Raises:
+        ValueError: a token has features but no label, or there are no tokens.
+    """
+    ids = prompts_of(splits, split) if isinstance(split, str) else sorted(split)
+    chosen = pl.LazyFrame({"prompt_id": ids}, schema={"prompt_id": pl.String})
+    left, right = (
+        scan_table(table).join(chosen, on="prompt_id", how="semi") for table in (features, labels)
+    )
+    lengths = [part.select(pl.len()).collect().item() for part in (left, right)]
+    joined = left.join(right, on=schema.TOKEN_KEYS, how="inner").sort(schema.TOKEN_KEYS).collect()
+    if joined.is_empty():
+        raise ValueError(f"no tokens of the {split if isinstance(split, str) else ids} prompts")
+    if lengths != [len(joined)] * 2:
+        raise ValueError(
+            f"features and labels do not belong together: {lengths[0]} and {lengths[1]} tokens, "
+            f"{len(joined)} in both"
+        )
+    matrix = joined.select(schema.FEATURE_NAMES).to_numpy().astype(np.float32, order="C")
+    return Rows(joined.select(list(schema.LABELS)), matrix)
+
+
+def eligible(rows: Rows, target: str, settings: config.Predictor) -> Bools:
+    """Rows that may be fitted: judged, before the onset unless the config says otherwise."""
+    judged = as_bools(rows.keys[f"hazard_{target}"].is_not_null())
+    usable = judged if settings.include_post_onset else rows.before_onset(target)
+    return usable if settings.include_baseline else usable & rows.compressed()
+
+
+def outcome(rows: Rows, target: str) -> Bools:
+    """What a fit learns: the hazard label; tokens after the onset, where kept, count as hazard."""
+    return rows.label(target) | as_bools(rows.keys[f"post_onset_{target}"])
+
+
+def as_bools(column: pl.Series) -> Bools:
+    return np.asarray(column.fill_null(False).to_numpy(), dtype=np.bool_)

@@ -1,0 +1,438 @@
+"""Fitting of hazard predictors: one `Trainer` for training, ablations and transfer.
+
+**Two formulations.** ``windowed``: one binary model of "the onset lies within the horizon".
+``discrete_time``: the horizon is cut into `LEAD_BINS` stretches; one model gives the hazard of an
+onset in a stretch, given none before it, and the risk is one minus the survival over all of them
+(Singer and Willett 1993; a request that ends is known to have no later onset, so nothing is
+censored).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import polars as pl
+import xgboost
+from scipy import optimize, stats
+from scipy.special import expit
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from kvguard import config, schema
+from kvguard.config import digest
+from kvguard.leakage import LeakageCheck, assert_disjoint
+from kvguard.predictor import CalibrationMap, Floats, Predictor, lead_rows, survival_log_odds
+from kvguard.rows import Bools, Rows, as_bools, eligible, outcome
+from kvguard.splits import Table, hash_order, read_splits
+
+Formulation = Literal["windowed", "discrete_time"]
+Parameters = dict[str, float | int]
+
+MIN_HARMED_PROMPTS = 4
+"""Train prompts with a token before an onset that a target needs; with fewer it is refused."""
+
+LEAD_BINS = 4
+MAX_CLASS_WEIGHT = 50.0
+_ROWS_PER_THREAD = 100_000
+BaselineKind = Literal["logistic", "entropy", "position"]
+BASELINE_KINDS: tuple[BaselineKind, ...] = ("logistic", "entropy", "position")
+
+
+class Refusal(ValueError):
+    """There is too little to learn a target from; the message says what is missing."""
+
+
+class _Layout(NamedTuple):
+    """How rows become a matrix: the target, the columns, stretches of the horizon (0: windowed)."""
+
+    target: str
+    columns: Sequence[int]
+    bins: int
+    horizon_tokens: int
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Fits predictors, always the same way; make it with `make_trainer`.
+
+    Attributes:
+        splits: `schema.SPLITS`.
+        settings: the config's section.
+        horizon_tokens: of the labels.
+        seed: of search, subsampling and bootstrap.
+        threads: XGBoost's.
+        leakage: checks and records the prompts of every matrix.
+    """
+
+    splits: pl.DataFrame
+    settings: config.Predictor
+    horizon_tokens: int
+    seed: int
+    threads: int
+    leakage: LeakageCheck
+
+    @property
+    def parameters(self) -> Parameters:
+        """XGBoost's parameters where no search was done."""
+        return {
+            "max_depth": self.settings.max_depth,
+            "learning_rate": self.settings.learning_rate,
+        }
+
+    def fit(
+        self,
+        train: Rows,
+        target: str,
+        feature_names: Sequence[str],
+        purpose: str,
+        *,
+        formulation: Formulation | None = None,
+        parameters: Parameters | None = None,
+    ) -> Predictor:
+        """Fit one booster: a part of the train prompts chooses the rounds, all of them are fitted.
+
+        Rows are weighted so that positives and negatives count the same (positives at most
+        `MAX_CLASS_WEIGHT` times); `Predictor.log_odds` undoes it. The probabilities are not
+        calibrated yet, see `calibrate`.
+
+        Args:
+            train: tokens of train prompts.
+            target: one of `schema.TARGETS`.
+            feature_names: the columns to use.
+            purpose: kept in the record of matrices.
+            formulation: see the module; None: the configured one.
+            parameters: of XGBoost; None: the configured ones.
+
+        Raises:
+            Refusal: fewer than `MIN_HARMED_PROMPTS` train prompts come before an onset.
+            LeakageError: ``train`` holds a prompt of another split.
+        """
+        settings = self.settings
+        formulation = formulation or settings.formulation
+        parameters = self.parameters if parameters is None else parameters
+        rows = train.take(eligible(train, target, settings))
+        _enough(rows, target)
+        self.leakage.check("fit", rows.keys["prompt_id"], purpose)
+        stopping = _stopping_prompts(rows, target, settings.early_stopping_share)
+        self.leakage.check("early_stopping", stopping, purpose)
+
+        layout = self._layout(target, feature_names, formulation)
+        options = self._options(parameters, len(rows.features))
+        _, rounds, weight = self._stopped_fit(rows, layout, options)
+        booster = xgboost.train(options, _matrix(rows, layout, weight, None), rounds)
+        return Predictor(
+            kind="xgboost",
+            target=target,
+            formulation=formulation,
+            horizon_tokens=self.horizon_tokens,
+            feature_names=tuple(feature_names),
+            feature_version=schema.FEATURE_VERSION,
+            model={
+                "booster": json.loads(booster.save_raw("json")),
+                "class_weight": weight,
+                "lead_bins": layout.bins,
+            },
+            provenance=_provenance(rows, target, self.seed)
+            | {"rounds": rounds, "parameters": dict(parameters), "stopping_prompts": len(stopping)},
+        )
+
+    def fit_baseline(
+        self, train: Rows, target: str, kind: BaselineKind, feature_names: Sequence[str]
+    ) -> Predictor:
+        """Fit a score to compare with: logistic regression, or one feature as it is.
+
+        ``entropy`` and ``position`` (share of the token budget used) learn one bit from train:
+        whether high or low values are the risk.
+
+        Raises:
+            Refusal, LeakageError: as `fit`.
+        """
+        rows = train.take(eligible(train, target, self.settings))
+        _enough(rows, target)
+        self.leakage.check("fit", rows.keys["prompt_id"], f"{kind} {target}")
+        labels = outcome(rows, target)
+        single = {"entropy": "entropy", "position": "relative_position"}
+        names = tuple(feature_names) if kind == "logistic" else (single[kind],)
+        data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]].astype(
+            np.float64
+        )
+        means, scales = np.nanmean(data, axis=0), np.nanstd(data, axis=0)
+        scales = np.where(scales > 0, scales, 1.0)
+        standardised = np.nan_to_num((data - means) / scales)
+        if kind == "logistic":
+            fit = LogisticRegression(class_weight="balanced", max_iter=1000, C=1.0)
+            fit.fit(standardised, labels)
+            coefficients = fit.coef_[0]
+            odds = labels.mean() / (1 - labels.mean())
+            intercept = float(fit.intercept_[0] + np.log(odds))  # undoes the balanced weights
+        else:
+            sign = 1.0 if roc_auc_score(labels, standardised[:, 0]) >= 0.5 else -1.0
+            coefficients, intercept = np.array([sign]), 0.0
+        return Predictor(
+            kind=kind,
+            target=target,
+            horizon_tokens=self.horizon_tokens,
+            feature_names=names,
+            feature_version=schema.FEATURE_VERSION,
+            model={
+                "means": means.tolist(),
+                "scales": scales.tolist(),
+                "coefficients": coefficients.tolist(),
+                "intercept": intercept,
+            },
+            provenance=_provenance(rows, target, self.seed),
+        )
+
+    def calibrate(
+        self,
+        predictor: Predictor,
+        rows: Rows,
+        method: Literal["isotonic", "platt", "none"],
+        purpose: str,
+    ) -> Predictor:
+        """Fit the map from log-odds to probabilities on tokens before the onset, compressed only.
+
+        Where the prompts hold no positive or no negative token the map stays the identity, and says
+        so.
+
+        Args:
+            predictor: as fitted.
+            rows: tokens of the calibration prompts that `calibration_parts` sets aside for this.
+            method: ``platt`` (Platt 1999, slope kept positive so that the ranking stays),
+                ``isotonic``, or ``none``.
+            purpose: kept in the record of matrices.
+        """
+        used = rows.take(rows.before_onset(predictor.target) & rows.compressed())
+        prompts = used.keys["prompt_id"].unique().sort().to_list()
+        provenance = predictor.provenance | {"probability_prompts": prompts}
+        labels = used.label(predictor.target)
+        if method == "none" or labels.all() or not labels.any():
+            note = None if method == "none" else "too few calibration prompts: no onset among them"
+            mapping = CalibrationMap(note=note)
+        else:
+            self.leakage.check("probability_calibration", used.keys["prompt_id"], purpose)
+            mapping = _fit_map(predictor.log_odds(used.features), labels, method)
+        return predictor.model_copy(update={"calibration": mapping, "provenance": provenance})
+
+    def out_of_fold(
+        self,
+        train: Rows,
+        target: str,
+        feature_names: Sequence[str],
+        purpose: str,
+        *,
+        formulation: Formulation | None = None,
+        parameters: Parameters | None = None,
+    ) -> Floats:
+        """Score each train token with a model that never saw its prompt: (n,) in (0, 1].
+
+        Prompt-grouped cross-validation with the configured number of folds; each fold holds harmed
+        prompts, and the rounds are chosen on prompts inside the other folds. A score is the rank
+        among the tokens of its fold: a model whose train folds held less harm scores its own fold
+        lower, so log-odds of different folds must not be compared (with independent labels their
+        AUROC falls under 0.5).
+
+        Returns:
+            NaN for prompts without an eligible token.
+
+        Raises:
+            Refusal: fewer harmed prompts than twice the folds.
+            LeakageError: as in `fit`.
+        """
+        usable = eligible(train, target, self.settings)
+        folds = _folds(train.take(usable), target, self.settings.search_folds)
+        self.leakage.check("out_of_fold", train.keys["prompt_id"], purpose)
+        fold_of = train.keys["prompt_id"].replace_strict(folds, default=-1, return_dtype=pl.Int32)
+        fold = fold_of.to_numpy()
+        layout = self._layout(target, feature_names, formulation or self.settings.formulation)
+        bins = layout.bins
+        options = self._options(
+            self.parameters if parameters is None else parameters, len(train.features)
+        )
+        scores = np.full(len(fold), np.nan)
+        for number in range(self.settings.search_folds):
+            fitted = train.take(usable & (fold != number))
+            booster, rounds, weight = self._stopped_fit(fitted, layout, options)
+            inside = fold == number
+            data = train.features[inside][:, layout.columns]
+            raw = booster.inplace_predict(
+                lead_rows(data, bins) if bins else data,
+                iteration_range=(0, rounds),
+                predict_type="margin",
+            )
+            margin = raw.astype(np.float64) - np.log(weight)
+            log_odds = survival_log_odds(margin.reshape(-1, bins)) if bins else margin
+            scores[inside] = stats.rankdata(log_odds) / len(log_odds)
+        return scores
+
+    def _stopped_fit(
+        self, rows: Rows, layout: "_Layout", options: Mapping[str, Any]
+    ) -> tuple[xgboost.Booster, int, float]:
+        """A booster on part of the prompts, the rounds best for the others, the class weight."""
+        settings = self.settings
+        stopping = _stopping_prompts(rows, layout.target, settings.early_stopping_share)
+        watching = as_bools(rows.keys["prompt_id"].is_in(stopping))
+        fitted, watched = rows.take(~watching), rows.take(watching)
+        assert_disjoint(
+            {"fit": fitted.keys["prompt_id"], "early stopping": watched.keys["prompt_id"]}
+        )
+        weight = _class_weight(rows, layout)
+        matrix = _matrix(fitted, layout, weight, None)
+        watch = _matrix(watched, layout, weight, matrix)
+        booster = xgboost.train(
+            dict(options),
+            matrix,
+            settings.max_rounds,
+            evals=[(watch, "stopping")],
+            early_stopping_rounds=settings.early_stopping_rounds,
+            verbose_eval=False,
+        )
+        return booster, booster.best_iteration + 1, weight
+
+    def _layout(
+        self, target: str, feature_names: Sequence[str], formulation: Formulation
+    ) -> "_Layout":
+        columns = [schema.FEATURE_NAMES.index(name) for name in feature_names]
+        bins = min(LEAD_BINS, self.horizon_tokens) if formulation == "discrete_time" else 0
+        return _Layout(target, columns, bins, self.horizon_tokens)
+
+    def _options(self, parameters: Mapping[str, float | int], rows: int) -> dict[str, Any]:
+        """XGBoost's options; under 100,000 rows a second thread costs more than it gives."""
+        return {
+            "objective": "binary:logistic",
+            "eval_metric": "logloss",
+            "tree_method": "hist",
+            "seed": self.seed,
+            "nthread": self.threads if rows >= _ROWS_PER_THREAD else 1,
+        } | dict(parameters)
+
+
+def make_trainer(
+    splits: Table, settings: config.Predictor, *, horizon_tokens: int, seed: int, threads: int = 1
+) -> Trainer:
+    """A trainer for these splits; arguments as the attributes of `Trainer`.
+
+    Raises:
+        LeakageError: a prompt is in two splits.
+    """
+    known = read_splits(splits)
+    return Trainer(known, settings, horizon_tokens, seed, threads, LeakageCheck(known))
+
+
+def _fit_map(
+    log_odds: Floats, labels: Bools, method: Literal["isotonic", "platt"]
+) -> CalibrationMap:
+    if method == "isotonic":
+        fit = IsotonicRegression(y_min=1e-4, y_max=1 - 1e-4, out_of_bounds="clip")
+        fit.fit(log_odds, labels)
+        return CalibrationMap(
+            method="isotonic", x=fit.X_thresholds_.tolist(), y=fit.y_thresholds_.tolist()
+        )
+    positives = int(labels.sum())
+    # Platt's own targets: a Laplace-like correction, so that separable scores stay finite
+    high, low = (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2)
+    wanted = np.where(labels, high, low)
+
+    def loss(point: Floats) -> tuple[float, Floats]:
+        margin = point[0] * log_odds + point[1]
+        residual = expit(margin) - wanted
+        value = np.mean(np.logaddexp(0, margin) - wanted * margin)
+        return float(value), np.array([np.mean(residual * log_odds), np.mean(residual)])
+
+    found = optimize.minimize(
+        loss,
+        np.array([1.0, 0.0]),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0.05, 20.0), (-50.0, 50.0)],
+    )
+    return CalibrationMap(method="platt", slope=float(found.x[0]), intercept=float(found.x[1]))
+
+
+def _enough(rows: Rows, target: str) -> None:
+    positive = outcome(rows, target)
+    harmed = rows.keys.filter(positive)["prompt_id"].n_unique()
+    if harmed < MIN_HARMED_PROMPTS:
+        raise Refusal(
+            f"{harmed} train prompts have a token within the horizon of an onset of {target}; "
+            f"at least {MIN_HARMED_PROMPTS} are needed"
+        )
+    if positive.all():
+        raise Refusal(f"every train token lies within the horizon of an onset of {target}")
+
+
+def _stopping_prompts(rows: Rows, target: str, share: float) -> list[str]:
+    """Prompts that choose the number of rounds: a share of the harmed and of the other ones."""
+    harmed = set(rows.keys.filter(outcome(rows, target))["prompt_id"])
+    others = set(rows.keys["prompt_id"]) - harmed
+    chosen: list[str] = []
+    for group in (harmed, others):
+        ordered = hash_order(group, "early stopping")
+        chosen += ordered[: min(max(round(share * len(ordered)), 1), len(ordered) - 1)]
+    return sorted(chosen)
+
+
+def _class_weight(rows: Rows, layout: _Layout) -> float:
+    _, labels = _expand(rows, layout)
+    return float(np.clip((~labels).sum() / max(labels.sum(), 1), 1.0, MAX_CLASS_WEIGHT))
+
+
+def _expand(rows: Rows, layout: _Layout) -> tuple[Bools, Bools]:
+    """Which (row, stretch) pairs are at risk, flattened, and the event of those at risk."""
+    target, bins = layout.target, layout.bins
+    if not bins:
+        return np.ones(len(rows.features), np.bool_), outcome(rows, target)
+    steps = rows.keys[f"steps_to_{target}"].fill_null(np.iinfo(np.int32).max).to_numpy()
+    edges = np.round(np.linspace(0, layout.horizon_tokens, bins + 1))
+    distance = np.maximum(steps, 0)[:, None]
+    at_risk = distance >= edges[None, :-1]
+    event = at_risk & (distance < edges[None, 1:])
+    return at_risk.ravel(), event.ravel()[at_risk.ravel()]
+
+
+def _matrix(
+    rows: Rows, layout: _Layout, weight: float, reference: xgboost.QuantileDMatrix | None
+) -> xgboost.QuantileDMatrix:
+    at_risk, labels = _expand(rows, layout)
+    data = rows.features[:, layout.columns]
+    if layout.bins:
+        data = lead_rows(data, layout.bins)[at_risk]
+    weights = np.where(labels, weight, 1.0)
+    return xgboost.QuantileDMatrix(
+        data, labels, weight=weights / weights.mean(), ref=reference, nthread=1
+    )
+
+
+def _provenance(rows: Rows, target: str, seed: int) -> dict[str, Any]:
+    labels = outcome(rows, target)
+    content = hashlib.sha256(np.ascontiguousarray(rows.features).tobytes())
+    content.update(labels.tobytes())
+    prompts = rows.keys["prompt_id"].unique().sort().to_list()
+    content.update("".join(prompts).encode())
+    return {
+        "seed": seed,
+        "data_digest": content.hexdigest()[:16],
+        "train_prompts": len(prompts),
+        "train_prompts_digest": digest(prompts),
+        "train_rows": len(labels),
+        "positive_rows": int(labels.sum()),
+        "harmed_prompts": rows.keys.filter(labels)["prompt_id"].n_unique(),
+        "versions": {
+            name: metadata.version(name) for name in ("xgboost", "scikit-learn", "numpy", "polars")
+        },
+    }
+
+
+def _folds(rows: Rows, target: str, folds: int) -> dict[str, int]:
+    """Fold of each prompt, the harmed ones dealt out evenly."""
+    harmed = set(rows.keys.filter(outcome(rows, target))["prompt_id"])
+    others = set(rows.keys["prompt_id"]) - harmed
+    if len(harmed) < 2 * folds:
+        raise Refusal(f"{len(harmed)} harmed train prompts; {folds} folds need {2 * folds}")
+    dealt = hash_order(harmed, "fold") + hash_order(others, "fold")
+    return {prompt: index % folds for index, prompt in enumerate(dealt)}
