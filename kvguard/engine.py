@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from kvguard.models import check_architecture, position_limit
 from kvguard.prefill import Prefilled, Prefix, attention_layers, is_pressed, prefill
 from kvguard.presses import Phases, PressError, fresh, phases
+from kvguard.probes import CacheProbe
 from kvguard.sampling import Decoding, token_scores
 from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, peaks
 from kvguard.slots import ATTENTION_NAME, Slots
@@ -62,6 +63,7 @@ class Completion:
         prefilled_tokens: tokens of prefill-shaped passes; a shared prefix counts for every request.
         decode_steps: single-token passes, those of dropped tokens included.
         wasted_tokens: generated, then dropped by an observer.
+        probes: what the prefill measured, (25,) `schema.PROBE_NAMES`; None where not asked for.
     """
 
     request: Request
@@ -79,6 +81,7 @@ class Completion:
     prefilled_tokens: int = 0
     decode_steps: int = 0
     wasted_tokens: int = 0
+    probes: NDArray[np.float32] | None = None
 
 
 def batch_size_for(
@@ -151,7 +154,9 @@ class Session:
 
     ``generate`` drives it; an `Observer` may rewind, stop or relax rows between two steps.
     Arrays have one entry a row; rows ``0 .. active - 1`` are in use. ``signals`` is (rows, tokens,
-    28); those of a small batch's newest tokens are missing until `settle_signals`.
+    28); those of a small batch's newest tokens are missing until `settle_signals`. With ``probes``
+    every prefill measures what its press removes; ``marked`` are tokens that carry facts, see
+    `probes.marked_tokens`.
     """
 
     def __init__(
@@ -162,6 +167,8 @@ class Session:
         press: BasePress | None = None,
         rows: int,
         prefix: Prefix | None = None,
+        probes: bool = False,
+        marked: NDArray[np.bool_] | None = None,
     ) -> None:
         check_architecture(model.config)
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
@@ -173,6 +180,7 @@ class Session:
             )
         self.model, self.decoding, self.press, self.prefix = model, decoding, press, prefix
         self.admission_press = press
+        self.probes, self.marked = probes, marked
         self.phases: Phases = phases(press)
         if self.phases.decode is not None and model.config._attn_implementation == "eager":
             raise PressError("compression while decoding needs sdpa attention, got 'eager'")
@@ -208,6 +216,9 @@ class Session:
     def free(self) -> int:
         """Rows that could be admitted."""
         return self.slots.rows - self.slots.active
+
+    def _probe(self, request: Request) -> CacheProbe:
+        return CacheProbe(self.model, request.prompt_ids, self.marked)
 
     @torch.inference_mode()
     def admit(self, request: Request) -> Completion | None:
@@ -248,6 +259,7 @@ class Session:
                 fresh(split.prefill),
                 prefix=self.prefix,
                 seed=request.seed,
+                probe=self._probe(request) if self.probes else None,
             )
         except (AssertionError, IndexError, ValueError, RuntimeError) as error:
             completion.error = f"{type(error).__name__}: {error}"
@@ -260,6 +272,7 @@ class Session:
         completion.cache_bytes_before = ready.bytes_before
         completion.cache_bytes_after = ready.bytes_after
         completion.prefilled_tokens = len(request.prompt_ids)
+        completion.probes = ready.probes
         try:
             self.slots.insert(row, ready.cache, ready.masked)
         except torch.OutOfMemoryError as error:

@@ -10,11 +10,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from kvpress import BasePress
+from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from kvguard.presses import reads_attention_weights
+from kvguard.probes import CacheProbe
 
 
 class Prefilled(NamedTuple):
@@ -27,6 +30,7 @@ class Prefilled(NamedTuple):
         bytes_before: of the cache before compression.
         bytes_after: after it, hidden entries left out.
         tokens: how many tokens the model really processed (without a reused prefix).
+        probes: (25,) float32 in the order of `schema.PROBE_NAMES`, where a probe was given.
     """
 
     cache: DynamicCache
@@ -35,6 +39,7 @@ class Prefilled(NamedTuple):
     bytes_before: int
     bytes_after: int
     tokens: int
+    probes: NDArray[np.float32] | None = None
 
 
 def cache_bytes(cache: DynamicCache) -> int:
@@ -134,6 +139,7 @@ def prefill(
     *,
     prefix: Prefix | None = None,
     seed: int = 0,
+    probe: CacheProbe | None = None,
 ) -> Prefilled:
     """Prefill one sequence, alone and unpadded, and compress its cache.
 
@@ -143,6 +149,7 @@ def prefill(
         press: compresses at prefill; used as it is, so pass a fresh one. None: no compression.
         prefix: reused where the sequence starts with it and the press allows it.
         seed: of presses that draw random numbers; the global generator is left as it was.
+        probe: measures what the press removes; of these ``token_ids``.
 
     Raises:
         AssertionError, ValueError, RuntimeError: whatever the press says of this sequence, e.g.
@@ -167,6 +174,8 @@ def prefill(
         for layer in layers:
             handle = layer.register_forward_hook(measure, with_kwargs=True)
             stack.callback(handle.remove)
+        if probe is not None:
+            stack.enter_context(probe.before_press(layers))
         if press is not None:
             devices = [model.device] if model.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -175,13 +184,15 @@ def prefill(
                 stack.enter_context(press(model))
             else:
                 stack.enter_context(_press_on_whole(model, press, usable, len(token_ids)))
+        if probe is not None:
+            stack.enter_context(probe.after_press(layers))
         output = model(
             input_ids=ids,
             past_key_values=cache,
             use_cache=True,
             cache_position=positions,
             position_ids=positions[None],
-            logits_to_keep=1,
+            logits_to_keep=1 if probe is None else max(1, probe.replay_tokens),
         )
     masked = _masked_entries(layers, cache)
     bytes_after = 0
@@ -192,7 +203,9 @@ def prefill(
         if hidden is not None:
             bytes_after -= held // hidden.numel() * int(hidden.sum())
     forget_masks(layers)
-    return Prefilled(cache, masked, output.logits[:, -1], bytes_before, bytes_after, ids.shape[1])
+    probes = None if probe is None else probe.finish(cache, output.logits[0])
+    logits = output.logits[:, -1]
+    return Prefilled(cache, masked, logits, bytes_before, bytes_after, ids.shape[1], probes)
 
 
 @contextmanager

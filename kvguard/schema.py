@@ -116,7 +116,8 @@ PROBE_NAMES: tuple[str, ...] = (
     "prompt_nll",  # nats per token, of the last prompt tokens
     "prompt_tokens",
 )
-"""What `probes.CacheProbe` measures of one request at prefill; larger is riskier but for agreement."""
+"""What `probes.CacheProbe` measures of one request at prefill; larger is riskier,
+except for ``replay_agreement``."""
 
 PROBES: dict[str, pl.DataType] = _trace_key_types | {name: pl.Float32() for name in PROBE_NAMES}
 """One row per trace; null where a probe is undefined (see `probes`)."""

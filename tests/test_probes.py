@@ -18,7 +18,10 @@ from kvpress import (
 )
 from transformers import DynamicCache
 
+from kvguard.engine import Request, Session, generate
+from kvguard.prefill import prefill_prefix
 from kvguard.probes import REPLAY_TOKENS, WINDOW_TOKENS, CacheProbe, marked_tokens
+from kvguard.sampling import Decoding
 from kvguard.schema import PROBE_NAMES
 
 
@@ -171,3 +174,28 @@ def test_marked_tokens_are_digits_and_capitals(tiny_tokenizer):
         (token,) = tiny_tokenizer.encode(text, add_special_tokens=False)
         assert marked[token] == expected, text
     assert not marked[tiny_tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_engine_measures_every_request_and_decodes_the_same(tiny_llama, share):
+    start = prompt(40, seed=8)
+    requests = [Request(str(i), start + prompt(20 + i, seed=i)) for i in range(3)]
+    prefix = prefill_prefix(tiny_llama, start) if share else None
+    decoding = Decoding(max_new_tokens=6, end_token_ids=())
+    answers = {}
+    for probes in (False, True):
+        session = Session(
+            tiny_llama,
+            decoding,
+            press=SnapKVPress(0.5, window_size=8),
+            rows=2,
+            prefix=prefix,
+            probes=probes,
+        )
+        done = {each.request.key: each for each in generate(session, requests)}
+        answers[probes] = {key: each.token_ids for key, each in done.items()}
+    assert answers[True] == answers[False]
+    for request in requests:
+        alone, _ = probe(tiny_llama, request.prompt_ids, SnapKVPress(0.5, window_size=8))
+        expected = np.array(list(alone.values()), np.float32)
+        np.testing.assert_allclose(done[request.key].probes, expected, rtol=2e-3, atol=2e-4)
