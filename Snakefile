@@ -26,6 +26,7 @@ wildcard_constraints:
     ratio=any_of(ratio for _, ratio in experiment.conditions),
     policy=any_of(experiment.live.policies),
     shard=r"\d\d+",
+    figure=any_of(FIGURES),
 
 
 localrules:
@@ -47,7 +48,7 @@ rule all:
 
 rule figures:
     input:
-        collect("<results>/figures/{figure}.pdf", figure=FIGURES),
+        collect("<results>/figures/{figure}.{suffix}", figure=FIGURES, suffix=["pdf", "png"]),
 
 
 rule paper:

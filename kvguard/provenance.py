@@ -86,6 +86,98 @@ def library_digest(script: str | Path, package: Path = PACKAGE) -> str:
     return digest({"modules": {path.stem: _source(path).code for path in files}, "schema": tables})
 
 
+def definition_digest(module: str, name: str, package: Path = PACKAGE) -> str:
+    """First 16 hex digits of a SHA-256 over one definition of a module and all that it uses.
+
+    Names are followed through the module's own definitions and through imports from kvguard. Of
+    other packages nothing counts, nor do comments, docstrings, formatting and the modules in
+    `NOT_RESULTS`.
+
+    Args:
+        module: a module of the library, e.g. "plot_failures".
+        name: a function, class or constant at its top level.
+        package: the folder of the library.
+
+    Raises:
+        KeyError: the module defines no such name.
+    """
+    if name not in _definitions(package / f"{module}.py"):
+        raise KeyError(f"module {module!r} defines no {name!r}")
+    found: dict[str, str] = {}
+    waiting = [(module, name)]
+    while waiting:
+        module, name = waiting.pop()
+        path = package / f"{module}.py"
+        if f"{module}.{name}" in found or module in NOT_RESULTS or not path.is_file():
+            continue
+        definition = _definitions(path).get(name)
+        if definition is None:
+            continue
+        found[f"{module}.{name}"] = definition.code
+        waiting.extend((other or module, used) for other, used in definition.uses)
+    return digest(dict(sorted(found.items())))
+
+
+def data_digest(name: str) -> str:
+    """SHA-256 of a file that the package carries in ``kvguard/data``."""
+    return file_sha256(PACKAGE / "data" / name)
+
+
+class _Definition(NamedTuple):
+    """One name at the top level of a module."""
+
+    code: str  # without comments, docstrings and formatting; "" for an import
+    uses: frozenset[tuple[str | None, str]]  # (module of the library, None for its own; name)
+
+
+def _definitions(path: Path) -> dict[str, _Definition]:
+    status = path.stat()
+    return _read_definitions(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _read_definitions(path: Path, _time: int, _size: int) -> dict[str, _Definition]:
+    found: dict[str, _Definition] = {}
+    modules: dict[str, str] = {}  # local name -> module of the library
+    definitions: list[tuple[list[str], ast.stmt]] = []
+    tree = ast.parse(path.read_text(), filename=str(path))
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module="kvguard"):
+                modules.update({alias.asname or alias.name: alias.name for alias in node.names})
+            case ast.ImportFrom(module=str(name)) if name.startswith("kvguard."):
+                for alias in node.names:
+                    uses = frozenset({(name.removeprefix("kvguard."), alias.name)})
+                    found[alias.asname or alias.name] = _Definition("", uses)
+    for statement in tree.body:
+        match statement:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                definitions.append(([statement.name], statement))
+            case ast.Assign(targets=targets):
+                names = [part.id for target in targets for part in _names(target)]
+                definitions.append((names, statement))
+            case ast.AnnAssign(target=target):
+                definitions.append(([part.id for part in _names(target)], statement))
+    for names, statement in definitions:
+        used: set[tuple[str | None, str]] = set()
+        for part in ast.walk(statement):
+            if isinstance(part, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                part.body = [line for line in part.body if not _is_text(line)] or [ast.Pass()]
+            elif isinstance(part, ast.Name):
+                used.add((None, part.id))
+            elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+                used.update(
+                    [(modules[part.value.id], part.attr)] if part.value.id in modules else []
+                )
+        definition = _Definition(ast.unparse(statement), frozenset(used))
+        found.update(dict.fromkeys(names, definition))
+    return found
+
+
+def _names(node: ast.expr) -> list[ast.Name]:
+    return [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+
+
 class _Source(NamedTuple):
     """What one file contributes to a digest."""
 

@@ -181,6 +181,17 @@ PREDICTIONS: dict[str, pl.DataType] = _token_key_types | {
     "hazard": pl.Float32(),  # calibrated probability that the onset lies within the horizon
 }
 
+TIMELINE: dict[str, pl.DataType] = _token_key_types | {
+    "token_id": pl.Int32(),
+    "token_text": pl.String(),
+    "entropy": pl.Float32(),
+    "chosen_logprob": pl.Float32(),
+    "llr": pl.Float32(),  # null: not audited
+    "audit_is_argmax": pl.Boolean(),
+    "hazard": pl.Float32(),  # null: no prediction
+    "mode": pl.Int8(),  # controller.Mode after the token; null: no prediction in the whole trace
+}
+
 RUNS: dict[str, pl.DataType] = _trace_key_types | {
     "policy": pl.String(),  # a name of policies.POLICIES
     "source": pl.String(),  # "live" or "simulation"

@@ -5,7 +5,8 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kvguard.config import BASELINE, ConfigError, parse_config
-from kvguard.provenance import library_digest
+from kvguard.figures import FIGURES
+from kvguard.provenance import data_digest, definition_digest, library_digest
 from kvguard.splits import split_prompts
 
 
@@ -137,6 +138,29 @@ def policy_settings():
     }
 
 
+def figure_files(wildcards):
+    """The tables that a figure shows, and the certificate where it names operating points."""
+    entry = FIGURES[wildcards.figure]
+    files = {
+        table: f"<results>/{'' if table in LARGE_TABLES else 'tables/'}{table}.parquet"
+        for table in entry.tables
+    }
+    if any(argument.startswith("operating_point") for argument in entry.arguments):
+        files["certificate"] = "<results>/models/certificate.json"
+    return files
+
+
+def figure_digest(name):
+    """Digest of the code that draws one figure, of its entry in the registry and of the plot style."""
+    entry = FIGURES[name]
+    return [
+        definition_digest(entry.module, entry.function),
+        data_digest("kvguard.mplstyle"),
+        [*entry.tables, *entry.arguments],
+        dict(entry.fixed),
+    ]
+
+
 def captions():
     """Texts beside the report's figures and tables."""
     return sorted((Path(workflow.basedir) / "reports" / "captions").glob("*.rst"))
@@ -158,20 +182,8 @@ def table_report(name):
     )
 
 
-FIGURES = (
-    "rates",
-    "failure_kinds",
-    "excess",
-    "sensitivity",
-    "trace",
-    "predictor",
-    "lead_time",
-    "policies",
-    "pareto_memory",
-    "pareto_prefill",
-    "simulation_gap",
-    "memory",
-)
+LARGE_TABLES = ("timeline", "outcomes", "simulation", "predictions", "splits")
+"""Tables that lie in the results folder itself."""
 
 TABLES = {
     "condition_summary": "Failures",

@@ -1,120 +1,34 @@
 # What people look at: figures, tables as CSV, the viewer, the report; and the manifest of the run.
 
 
-rule draw_figures:
+rule draw_figure:
     input:
-        condition_summary="<results>/tables/condition_summary.parquet",
-        excess="<results>/tables/excess.parquet",
-        sensitivity="<results>/tables/sensitivity.parquet",
-        timeline="<results>/timeline.parquet",
-        outcomes="<results>/outcomes.parquet",
-        predictor_curves="<results>/tables/predictor_curves.parquet",
-        lead_times="<results>/tables/lead_times.parquet",
-        policies="<results>/tables/policies.parquet",
-        memory="<results>/tables/memory.parquet",
-        pareto="<results>/tables/pareto.parquet",
-        certificate="<results>/models/certificate.json",
+        unpack(figure_files),
     output:
-        rates=report(
-            "<results>/figures/rates.png",
-            caption="../reports/captions/rates.rst",
+        png=report(
+            "<results>/figures/{figure}.png",
+            caption="../reports/captions/figure.rst",
             category="Figures",
-            subcategory="Failures",
-            labels={"figure": "rates"},
+            subcategory=lambda wildcards: FIGURES[wildcards.figure].section,
+            labels=lambda wildcards: {"figure": FIGURES[wildcards.figure].title},
         ),
-        failure_kinds=report(
-            "<results>/figures/failure_kinds.png",
-            caption="../reports/captions/failure_kinds.rst",
-            category="Figures",
-            subcategory="Failures",
-            labels={"figure": "kinds of failure"},
-        ),
-        excess=report(
-            "<results>/figures/excess.png",
-            caption="../reports/captions/excess.rst",
-            category="Figures",
-            subcategory="Failures",
-            labels={"figure": "excess failures"},
-        ),
-        sensitivity=report(
-            "<results>/figures/sensitivity.png",
-            caption="../reports/captions/sensitivity.rst",
-            category="Figures",
-            subcategory="Failures",
-            labels={"figure": "sensitivity to the definitions"},
-        ),
-        trace=report(
-            "<results>/figures/trace.png",
-            caption="../reports/captions/trace.rst",
-            category="Figures",
-            subcategory="Failures",
-            labels={"figure": "one answer"},
-        ),
-        predictor=report(
-            "<results>/figures/predictor.png",
-            caption="../reports/captions/predictor.rst",
-            category="Figures",
-            subcategory="Predictor",
-            labels={"figure": "curves before onset"},
-        ),
-        lead_time=report(
-            "<results>/figures/lead_time.png",
-            caption="../reports/captions/lead_time.rst",
-            category="Figures",
-            subcategory="Predictor",
-            labels={"figure": "lead time"},
-        ),
-        policies=report(
-            "<results>/figures/policies.png",
-            caption="../reports/captions/policies.rst",
-            category="Figures",
-            subcategory="Guard",
-            labels={"figure": "policies, live"},
-        ),
-        pareto_memory=report(
-            "<results>/figures/pareto_memory.png",
-            caption="../reports/captions/pareto.rst",
-            category="Figures",
-            subcategory="Guard",
-            labels={"figure": "harm against memory"},
-        ),
-        pareto_prefill=report(
-            "<results>/figures/pareto_prefill.png",
-            caption="../reports/captions/pareto.rst",
-            category="Figures",
-            subcategory="Guard",
-            labels={"figure": "harm against prefill"},
-        ),
-        simulation_gap=report(
-            "<results>/figures/simulation_gap.png",
-            caption="../reports/captions/simulation_gap.rst",
-            category="Figures",
-            subcategory="Guard",
-            labels={"figure": "simulation against live"},
-        ),
-        memory=report(
-            "<results>/figures/memory.png",
-            caption="../reports/captions/memory.rst",
-            category="Figures",
-            subcategory="Guard",
-            labels={"figure": "memory of one request"},
-        ),
-        pdf=collect("<results>/figures/{figure}.pdf", figure=FIGURES),
+        pdf="<results>/figures/{figure}.pdf",
     log:
-        "<results>/logs/draw_figures.log",
+        "<results>/logs/draw_figure/{figure}.log",
     benchmark:
-        "<results>/benchmarks/draw_figures.tsv"
+        "<results>/benchmarks/draw_figure/{figure}.tsv"
     conda:
         "../envs/kvguard.yaml"
-    threads: experiment.jobs.small.threads
+    threads: 1
     resources:
         **job("small"),
     params:
         presses=[press.name for press in experiment.presses],
         operating_point=experiment.live.operating_point,
-        library=library("draw_figures"),
+        caption=lambda wildcards: FIGURES[wildcards.figure].caption,
+        library=lambda wildcards: figure_digest(wildcards.figure),
     script:
-        "../workflow_scripts/draw_figures.py"
+        "../workflow_scripts/draw_figure.py"
 
 
 rule export_tables:
@@ -144,7 +58,6 @@ rule render_viewer:
         outcomes="<results>/outcomes.parquet",
         prompts="<results>/prompts/prompts.parquet",
         certificate="<results>/models/certificate.json",
-        template=workflow.source_path("../reports/viewer.html"),
     output:
         viewer=report(
             "<results>/viewer.html",
@@ -163,6 +76,7 @@ rule render_viewer:
         **job("small"),
     params:
         title=experiment.name,
+        template=data_digest("viewer.html"),
         operating_point=experiment.live.operating_point,
         library=library("render_viewer"),
     script:
@@ -230,7 +144,7 @@ rule write_manifest:
 
 rule render_report:
     input:
-        rules.draw_figures.output,
+        rules.figures.input,
         rules.export_tables.output,
         rules.render_viewer.output,
         config="<results>/config.json",

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from kvguard import config, figures, schema
+from kvguard import config, plot_predictor, schema
 from kvguard.ablation import FEATURE_GROUPS, ablate, leave_one_out, permute_labels
 from kvguard.evaluate_predictor import (
     RUN_TOKENS,
@@ -330,8 +330,8 @@ def test_lead_times_have_their_sign(tables: dict[str, pl.DataFrame]) -> None:
 
 
 def test_figures_take_the_tables(tables: dict[str, pl.DataFrame]) -> None:
-    figures.plot_predictor(tables["predictor_curves"])
-    figures.plot_lead_time(tables["lead_times"].filter(target="any"))
+    plot_predictor.plot_predictor(tables["predictor_curves"])
+    plot_predictor.plot_lead_time(tables["lead_times"].filter(target="any"))
     curves = tables["predictor_curves"].filter(target="any", predictor="hazard", curve="roc")
     assert curves["y"].is_sorted()
     assert (curves["y"].first(), curves["y"].last()) == (pytest.approx(0, abs=0.1), 1.0)

@@ -1,5 +1,7 @@
 """Figures show the numbers of their frames, refuse frames that lack some, and are written whole."""
 
+import importlib
+import inspect
 import itertools
 import math
 from pathlib import Path
@@ -12,16 +14,17 @@ from hypothesis import strategies as st
 from matplotlib.container import ErrorbarContainer
 from synthetic import make_run, write_run
 
-from kvguard import figures, schema
+from kvguard import plot_failures, plot_policies, plot_predictor, schema
 from kvguard.compare_policies import summarize_runs
 from kvguard.config import OperatingPoint, load_config
 from kvguard.database import build_database, condition_summary, read_view
 from kvguard.evaluate_controller import Frames, simulate_model
-from kvguard.figures import MissingData
+from kvguard.figures import FIGURES, draw_figure
+from kvguard.plot_style import KINDS, WELL_KNOWN, MissingData, press_styles, save_figure, spread
 
 PRESSES = ("snapkv", "streaming_llm", "expected_attention")
 RATIOS = ("0.500", "0.750")
-RATES = ("accuracy", "agreement", "cfr", *figures.KINDS)
+RATES = ("accuracy", "agreement", "cfr", *KINDS)
 
 
 def interval(value, reach=0.1):
@@ -66,7 +69,7 @@ def timeline(length, press="snapkv"):
 def curves(targets=("any", "looping")):
     rows = []
     kinds = ("roc", "precision_recall", "calibration")
-    for target, predictor, kind in itertools.product(targets, figures._PREDICTORS, kinds):
+    for target, predictor, kind in itertools.product(targets, plot_predictor._PREDICTORS, kinds):
         for x in np.linspace(0, 1, 5):
             rows.append(
                 {
@@ -137,7 +140,8 @@ def policies(names=("none", "guard_rewind", "verify_all"), presses=PRESSES, rati
     rows = []
     for name, press, ratio in itertools.product(names, presses, ratios):
         row = {"policy": name, "model": "tiny", "press": press, "ratio": ratio, "requests": 6}
-        for place, metric in enumerate(figures.POLICY_METRICS):
+        row["source"] = "live"
+        for place, metric in enumerate(plot_policies.POLICY_METRICS):
             value = 0.1 * (place + names.index(name)) * float(ratio)
             row |= {f"{metric}{end}": number for end, number in interval(value, 0.05).items()}
         rows.append(row)
@@ -177,11 +181,11 @@ def pareto():
 
 
 def draw_pareto(frame):
-    return figures.plot_pareto(frame, cost="kv_bytes_mean", operating_points=POINTS)
+    return plot_policies.plot_pareto(frame, cost="kv_bytes_mean", operating_points=POINTS)
 
 
 def draw_trace(tokens):
-    return figures.plot_trace(
+    return plot_failures.plot_trace(
         tokens,
         press="snapkv",
         title="snapkv 0.75: costs $5 or $6",
@@ -191,24 +195,24 @@ def draw_trace(tokens):
 
 
 DRAWN = {
-    "rates": (figures.plot_rates, lambda: only("requests", "accuracy", "agreement", "cfr")),
-    "failure_kinds": (figures.plot_failure_kinds, lambda: only("requests", *figures.KINDS)),
-    "excess": (figures.plot_excess, lambda: only("prompts", "excess_cfr", "excess_error")),
+    "rates": (plot_failures.plot_rates, lambda: only("requests", "accuracy", "agreement", "cfr")),
+    "failure_kinds": (plot_failures.plot_failure_kinds, lambda: only("requests", *KINDS)),
+    "excess": (plot_failures.plot_excess, lambda: only("prompts", "excess_cfr", "excess_error")),
     "trace": (draw_trace, lambda: timeline(20)),
-    "predictor": (figures.plot_predictor, curves),
-    "lead_time": (figures.plot_lead_time, alarms),
-    "sensitivity": (figures.plot_sensitivity, sensitivity),
-    "memory": (lambda frame: figures.plot_memory(frame, title="one request"), memory),
-    "policies": (figures.plot_policies, policies),
+    "predictor": (plot_predictor.plot_predictor, curves),
+    "lead_time": (plot_predictor.plot_lead_time, alarms),
+    "sensitivity": (plot_failures.plot_sensitivity, sensitivity),
+    "memory": (lambda frame: plot_policies.plot_memory(frame, title="one request"), memory),
+    "policies": (plot_policies.plot_policies, policies),
     "pareto": (draw_pareto, pareto),
-    "simulation_gap": (figures.plot_simulation_gap, both_sources),
+    "simulation_gap": (plot_policies.plot_simulation_gap, both_sources),
 }
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_every_figure_is_saved_as_pdf_and_png(name, tmp_path):
     plot, frame = DRAWN[name]
-    pdf, png = figures.save_figure(plot(frame()), tmp_path / "made" / f"{name}_0.750")
+    pdf, png = save_figure(plot(frame()), tmp_path / "made" / f"{name}_0.750")
     assert (pdf.name, png.name) == (f"{name}_0.750.pdf", f"{name}_0.750.png")
     assert pdf.read_bytes().startswith(b"%PDF-")
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -227,8 +231,8 @@ def test_each_column_is_needed_and_named(name):
 
 
 def test_a_saved_figure_carries_no_date(tmp_path):
-    first = figures.save_figure(figures.plot_excess(summary()), tmp_path / "a")
-    second = figures.save_figure(figures.plot_excess(summary()), tmp_path / "b")
+    first = save_figure(plot_failures.plot_excess(summary()), tmp_path / "a")
+    second = save_figure(plot_failures.plot_excess(summary()), tmp_path / "b")
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     assert b"CreationDate" not in first[0].read_bytes()
 
@@ -246,7 +250,7 @@ def error_bars(axes):
 
 def test_rates_are_drawn_with_their_intervals_and_the_baseline_as_a_band():
     frame = summary()
-    axes = figures.plot_rates(frame).axes
+    axes = plot_failures.plot_rates(frame).axes
     assert [panel.get_title(loc="left") for panel in axes] == [
         "accuracy",
         "agrees with uncompressed",
@@ -254,10 +258,10 @@ def test_rates_are_drawn_with_their_intervals_and_the_baseline_as_a_band():
     ]
     for panel, metric in zip(axes, ("accuracy", "agreement", "cfr"), strict=True):
         bars = error_bars(panel)
-        assert set(bars) == {figures.press_styles(PRESSES)[press].label for press in PRESSES}
+        assert set(bars) == {press_styles(PRESSES)[press].label for press in PRESSES}
         for press in PRESSES:
             rows = frame.filter(pl.col("press") == press).sort("ratio")
-            y, low, high = bars[figures.press_styles([press])[press].label]
+            y, low, high = bars[press_styles([press])[press].label]
             assert y == pytest.approx(rows[metric].to_list())
             assert low == pytest.approx(rows[f"{metric}_low"].to_list())
             assert high == pytest.approx(rows[f"{metric}_high"].to_list())
@@ -272,7 +276,7 @@ def test_an_undefined_rate_leaves_a_gap_and_an_undefined_metric_says_so():
     frame = summary().with_columns(
         accuracy=pl.when(pl.col("ratio") != "0.750").then("accuracy"), agreement=None
     )
-    accuracy, agreement, _ = figures.plot_rates(frame).axes
+    accuracy, agreement, _ = plot_failures.plot_rates(frame).axes
     assert {len(y) for y, _, _ in error_bars(accuracy).values()} == {1}
     assert [text.get_text() for text in agreement.texts] == ["undefined"]
     assert not error_bars(agreement)
@@ -280,34 +284,34 @@ def test_an_undefined_rate_leaves_a_gap_and_an_undefined_metric_says_so():
 
 def test_a_press_has_one_colour_in_all_figures():
     both = ["snapkv", "my_press"]
-    expected = figures.press_styles(both)
+    expected = press_styles(both)
     frame = summary(presses=("my_press",))
-    lines = figures.plot_rates(frame, presses=both).axes[0].containers
+    lines = plot_failures.plot_rates(frame, presses=both).axes[0].containers
     assert lines[0].lines[0].get_color() == expected["my_press"].colour
-    ends = figures.plot_lead_time(alarms(["my_press"]), presses=both).axes[0].lines
+    ends = plot_predictor.plot_lead_time(alarms(["my_press"]), presses=both).axes[0].lines
     assert ends[0].get_color() == expected["my_press"].colour
 
 
-@given(st.sets(st.sampled_from([*figures._WELL_KNOWN, "a", "b", "c", "d", "e"])))
+@given(st.sets(st.sampled_from([*WELL_KNOWN, "a", "b", "c", "d", "e"])))
 @settings(deadline=None)
 def test_presses_differ_in_colour_and_marker(names):
-    styles = figures.press_styles(names)
+    styles = press_styles(names)
     looks = [(style.colour, style.marker) for style in styles.values()]
     assert len(set(looks)) == len(looks)
-    assert styles == figures.press_styles(sorted(names, reverse=True))
+    assert styles == press_styles(sorted(names, reverse=True))
     if len(names) <= 8:
         assert len({style.colour for style in styles.values()}) == len(styles)
 
 
 def test_excess_leaves_the_baseline_out_and_keeps_values_below_zero():
     frame = summary().with_columns(pl.col("^excess_cfr.*$") - 0.5)
-    (axes,) = figures.plot_excess(frame).axes
+    (axes,) = plot_failures.plot_excess(frame).axes
     drawn = [c.lines[0].get_xdata()[0] for c in axes.containers if c.get_label() == "excess_cfr"]
     expected = frame.filter(pl.col("press") != "none")["excess_cfr"].to_list()
     assert sorted(drawn) == pytest.approx(sorted(expected))
     assert min(drawn) < 0
     with pytest.raises(MissingData):
-        figures.plot_excess(frame.filter(pl.col("press") == "none"))
+        plot_failures.plot_excess(frame.filter(pl.col("press") == "none"))
 
 
 @pytest.mark.parametrize("length", [1, 2, 40, 300])
@@ -343,7 +347,7 @@ def test_a_trace_without_predictor_or_audit_says_so():
 def test_lead_time_counts_requests_that_never_alarmed():
     both = alarms(["snapkv"], ("any", "looping"))
     others = pl.when(pl.col("target") == "any").then("lead_time_tokens")
-    lead, delay = figures.plot_lead_time(both.with_columns(lead_time_tokens=others)).axes[:2]
+    lead, delay = plot_predictor.plot_lead_time(both.with_columns(lead_time_tokens=others)).axes[:2]
     # 4 harmed requests; leads 10, 2, -4 and never: a quarter each, drawn from early to late
     assert lead.lines[0].get_xdata().tolist() == [-10, -10, -2, 4]
     assert lead.lines[0].get_ydata().tolist() == [0, 0.25, 0.5, 0.75]
@@ -351,7 +355,7 @@ def test_lead_time_counts_requests_that_never_alarmed():
 
 
 def test_predictor_states_its_score_with_the_interval():
-    figure = figures.plot_predictor(curves(["any"]))
+    figure = plot_predictor.plot_predictor(curves(["any"]))
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert texts.count("AUROC 0.81 [0.70, 0.90]") == 1
     roc = figure.axes[0]
@@ -359,7 +363,7 @@ def test_predictor_states_its_score_with_the_interval():
 
 
 def test_policies_are_drawn_in_mebibytes_and_in_order():
-    figure = figures.plot_policies(policies())
+    figure = plot_policies.plot_policies(policies())
     rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert rows == ["compression alone", "verify all", "guard: rewind"]
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -379,20 +383,20 @@ def test_pareto_shows_settings_rivals_and_operating_points_with_known_harm():
 
 
 def test_live_is_paired_with_the_simulation_of_the_same_condition():
-    excess = figures.plot_simulation_gap(both_sources()).axes[0]
+    excess = plot_policies.plot_simulation_gap(both_sources()).axes[0]
     points = [line for line in excess.lines if line.get_markersize() and line.get_marker() in "os^"]
     assert len(points) == policies().height
     assert sorted(line.get_ydata()[0] for line in points) == sorted(policies()["excess_cfr"])
     for line in points:
         assert line.get_xdata()[0] == pytest.approx(line.get_ydata()[0] + 0.05)
     with pytest.raises(MissingData):
-        figures.plot_simulation_gap(both_sources().filter(pl.col("source") == "live"))
+        plot_policies.plot_simulation_gap(both_sources().filter(pl.col("source") == "live"))
 
 
 def test_pareto_joins_the_settings_that_no_other_beats():
     x = np.array([3.0, 1.0, 2.0, 2.5, 1.0])
     y = np.array([0.1, 0.5, 0.3, 0.4, 0.6])
-    front_x, front_y = figures._front(x, y)
+    front_x, front_y = plot_policies._front(x, y)
     beaten = [
         any(a <= x[i] and b <= y[i] and (a, b) != (x[i], y[i]) for a, b in zip(x, y, strict=True))
         for i in range(len(x))
@@ -405,7 +409,7 @@ def test_pareto_joins_the_settings_that_no_other_beats():
 @settings(deadline=None)
 def test_labels_at_line_ends_keep_their_order_and_distance(heights, gap_size):
     wanted = np.sort(np.array(heights))
-    placed = figures._spread(wanted, gap_size)
+    placed = spread(wanted, gap_size)
     assert (np.diff(placed) >= gap_size - 1e-9).all()
     if (np.diff(wanted) >= gap_size).all():
         assert placed == pytest.approx(wanted)
@@ -421,7 +425,7 @@ def test_labels_at_line_ends_keep_their_order_and_distance(heights, gap_size):
 )
 def test_no_label_leaves_the_figure_or_hides_another(models, ratios, requests):
     frame = summary(models, (*PRESSES, "another_press"), ratios, requests)
-    for plot in (figures.plot_rates, figures.plot_excess):
+    for plot in (plot_failures.plot_rates, plot_failures.plot_excess):
         figure = plot(frame)
         figure.draw_without_rendering()
         page = figure.bbox
@@ -442,9 +446,9 @@ def test_figures_draw_what_the_database_says(tmp_path):
     database = tmp_path / "kvguard.duckdb"
     build_database(database, run.prompts, run.traces, run.tokens, run.outcomes)
     summary_view = condition_summary(database)
-    figures.plot_failure_kinds(summary_view)
-    figures.plot_excess(read_view(database, "excess"))
-    cfr = figures.plot_rates(summary_view).axes[2]
+    plot_failures.plot_failure_kinds(summary_view)
+    plot_failures.plot_excess(read_view(database, "excess"))
+    cfr = plot_failures.plot_rates(summary_view).axes[2]
     y, _, _ = error_bars(cfr)["SnapKV"]
     outcomes = pl.read_parquet(run.outcomes).filter(pl.col("press") == "snapkv")
     planted = outcomes.group_by("ratio").agg(pl.col("catastrophe").mean()).sort("ratio")
@@ -466,11 +470,28 @@ def test_figures_draw_what_the_simulation_says():
     made = simulate_model(frames, run.prompts, experiment, POINTS, lambda ids: str(ids))
     summary_table = summarize_runs(made["simulation"], run.outcomes, bootstrap_samples=20)
     compressed = summary_table.filter(pl.col("press") != "none")
-    figures.plot_policies(compressed)
-    figures.plot_simulation_gap(
-        pl.concat([compressed, compressed.with_columns(source=pl.lit("live"))])
-    )
+    live = compressed.with_columns(source=pl.lit("live"))
+    plot_policies.plot_policies(live)
+    plot_policies.plot_simulation_gap(pl.concat([compressed, live]))
     for cost in ("kv_bytes_mean", "prefilled_tokens"):
-        figure = figures.plot_pareto(made["pareto"], cost=cost, operating_points=POINTS)
+        figure = plot_policies.plot_pareto(made["pareto"], cost=cost, operating_points=POINTS)
         shown = {c.get_label() for axes in figure.axes for c in axes.containers}
         assert {"none", "always_safe"} <= shown
+
+
+def test_the_registry_names_functions_that_take_what_it_gives_them():
+    for name, entry in FIGURES.items():
+        function = getattr(importlib.import_module(f"kvguard.{entry.module}"), entry.function)
+        parameters = inspect.signature(function).parameters
+        positional = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert len(positional) == len(entry.tables), name
+        given = {*entry.arguments, *entry.fixed}
+        assert given <= set(parameters), name
+        needed = {p.name for p in parameters.values() if p.default is p.empty}
+        assert needed <= given | {p.name for p in positional}, name
+        assert entry.caption.endswith("."), name
+
+
+def test_a_figure_without_rows_says_so():
+    figure = draw_figure("excess", {"excess": pl.DataFrame()}, presses=PRESSES)
+    assert "no such request" in figure.texts[0].get_text()

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from kvguard.config import load_config, overlay
-from kvguard.provenance import library_digest, library_modules
+from kvguard.figures import FIGURES
+from kvguard.provenance import definition_digest, library_digest, library_modules
 
 CHECKOUT = Path(__file__).parent.parent
 PARTS = ("Snakefile", "rules", "workflow_scripts", "profiles", "envs", "reports", "kvguard")
@@ -101,14 +102,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def edited(finished: Path) -> Callable[[str, str], Path]:
-    """Append code to a file of the finished copy; taken back after the test."""
+def edited(finished: Path) -> Callable[..., Path]:
+    """Append code to a file of the finished copy, or replace some of it; undone after the test."""
     originals: dict[Path, str] = {}
 
-    def edit(name: str, code: str) -> Path:
+    def edit(name: str, code: str, replaced: str = "") -> Path:
         path = finished / name
-        originals.setdefault(path, path.read_text())
-        path.write_text(originals[path] + code)
+        text = originals.setdefault(path, path.read_text())
+        assert replaced in text
+        path.write_text(text.replace(replaced, code, 1) if replaced else text + code)
         return finished
 
     yield edit  # type: ignore[misc]
@@ -120,9 +122,20 @@ def test_a_finished_run_has_nothing_to_do(finished: Path) -> None:
     assert planned(finished) == {}
 
 
-def test_an_edited_figure_redraws_and_nothing_upstream(edited: Callable[[str, str], Path]) -> None:
-    folder = edited("kvguard/figures.py", "\n\nGRID_WIDTH = 3\n")
-    assert planned(folder, "all", "figures") == {"draw_figures": 1, "render_report": 1}
+def test_an_edited_figure_redraws_itself_alone(edited: Callable[..., Path]) -> None:
+    folder = edited(
+        "kvguard/plot_failures.py", '"excess_cfr": "failures"', '"excess_cfr": "catastrophes"'
+    )
+    assert planned(folder, "all", "figures") == {"draw_figure": 1, "render_report": 1}
+    assert planned(folder, "results/figures/excess.png") == {"draw_figure": 1}
+
+
+def test_a_new_look_redraws_every_figure_and_nothing_upstream(
+    edited: Callable[..., Path],
+) -> None:
+    folder = edited("kvguard/data/kvguard.mplstyle", "font.size: 9", "font.size: 8")
+    jobs = planned(folder, "all", "figures")
+    assert jobs == {"draw_figure": len(FIGURES), "render_report": 1}
 
 
 def test_an_edited_signal_generates_again(edited: Callable[[str, str], Path]) -> None:
@@ -319,13 +332,34 @@ def scripts() -> list[str]:
 def test_generation_depends_on_what_makes_tokens_and_on_no_picture() -> None:
     modules = library_modules(CHECKOUT / "workflow_scripts/generate.py")
     assert {"signals", "engine", "audit", "presses", "prompts", "models"} <= set(modules)
-    assert not {"figures", "gallery", "viewer", "train", "calibration", "live"} & set(modules)
+    assert not {"plot_style", "viewer", "train", "calibration", "live"} & set(modules)
 
 
 @pytest.mark.parametrize("script", scripts())
-def test_only_figures_depend_on_figures(script: str) -> None:
+def test_only_figures_depend_on_plots(script: str) -> None:
     modules = library_modules(CHECKOUT / "workflow_scripts" / f"{script}.py")
-    assert ("figures" in modules) == (script == "draw_figures")
+    assert any(name.startswith("plot_") for name in modules) == (script == "draw_figure")
+
+
+def test_a_definition_is_followed_through_its_module_and_its_imports(tmp_path: Path) -> None:
+    drawing = (
+        "from kvguard.b import g\nA = 1\ndef f():\n    return g() + A\ndef other():\n    return 2\n"
+    )
+    (tmp_path / "a.py").write_text(drawing)
+    (tmp_path / "b.py").write_text("B = 1\ndef g():\n    return B\ndef h():\n    return 1\n")
+    before = definition_digest("a", "f", tmp_path)
+    (tmp_path / "a.py").write_text(drawing.replace("return 2", "return 3"))
+    (tmp_path / "b.py").write_text(
+        'B = 1\ndef g():\n    """B."""\n    return B\ndef h(): return 2\n'
+    )
+    assert definition_digest("a", "f", tmp_path) == before
+    (tmp_path / "a.py").write_text(drawing.replace("A = 1", "A = 2"))
+    assert definition_digest("a", "f", tmp_path) != before
+    (tmp_path / "a.py").write_text(drawing)
+    (tmp_path / "b.py").write_text("B = 2\ndef g():\n    return B\n")
+    assert definition_digest("a", "f", tmp_path) != before
+    with pytest.raises(KeyError, match="'absent'"):
+        definition_digest("a", "absent", tmp_path)
 
 
 def test_digest_follows_imports_inside_functions(tmp_path: Path) -> None:
@@ -364,7 +398,8 @@ def test_every_rule_has_a_script_a_log_and_all_it_should_state() -> None:
         assert f'"<results>/benchmarks/{name}' in text
         assert "../envs/kvguard.yaml" in text
         if name != "record_run":
-            assert f'library=library("{name}")' in text, name
+            digest = f'library=library("{name}")'
+            assert digest in text or "library=lambda wildcards: figure_digest" in text, name
 
 
 @pytest.mark.parametrize("script", scripts())

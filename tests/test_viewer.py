@@ -9,6 +9,7 @@ from synthetic import make_run
 
 from kvguard import schema, viewer
 from kvguard.config import OperatingPoint
+from kvguard.timeline import build_timeline, choose_example, token_texts
 
 POINT = OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=4)
 
@@ -51,7 +52,7 @@ def predictions(run):
 
 @pytest.fixture(scope="module")
 def timeline(run, texts, predictions):
-    return viewer.build_timeline(
+    return build_timeline(
         run.tokens.sample(fraction=1, shuffle=True, seed=0), texts, predictions, POINT
     )
 
@@ -62,7 +63,7 @@ def page_data(html):
 
 
 def test_token_texts_keep_the_space_that_decoding_alone_would_lose():
-    table = viewer.token_texts(Spaces(), [1, 0, 1, 2, 4])
+    table = token_texts(Spaces(), [1, 0, 1, 2, 4])
     assert table.rows() == [(0, " the"), (1, " apple"), (2, "s"), (4, "</script>")]
 
 
@@ -78,9 +79,7 @@ def test_modes_follow_the_controller_and_are_unknown_without_a_prediction(timeli
 def test_timeline_refuses_a_token_without_text(run, texts, predictions):
     missing = texts["token_id"][3]
     with pytest.raises(ValueError, match=str(missing)):
-        viewer.build_timeline(
-            run.tokens, texts.filter(pl.col("token_id") != missing), predictions, POINT
-        )
+        build_timeline(run.tokens, texts.filter(pl.col("token_id") != missing), predictions, POINT)
 
 
 def test_page_holds_every_token_and_survives_hostile_text(run, timeline, texts):
@@ -149,16 +148,16 @@ def test_missing_numbers_become_null(run, timeline):
 
 
 def test_the_example_is_a_warned_catastrophe(run, timeline):
-    keys = viewer.choose_example(timeline, run.outcomes)
+    keys = choose_example(timeline, run.outcomes)
     outcome = run.outcomes.filter([pl.col(k) == v for k, v in keys.items()]).row(0, named=True)
     assert outcome["press"] != "none"
     assert outcome["catastrophe"]
     assert outcome["onset"] > 13  # SAFE is reached at token 13 everywhere
     without = run.outcomes.filter(~pl.col("catastrophe").fill_null(True))
-    quiet = viewer.choose_example(timeline, without)
+    quiet = choose_example(timeline, without)
     chosen = without.filter([pl.col(k) == v for k, v in quiet.items()])
     assert chosen["max_windowed_llr"][0] == (
         without.filter(pl.col("press") != "none")["max_windowed_llr"].max()
     )
     with pytest.raises(ValueError, match="compressed"):
-        viewer.choose_example(timeline.filter(pl.col("press") == "none"), run.outcomes)
+        choose_example(timeline.filter(pl.col("press") == "none"), run.outcomes)

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from kvguard import joblog
 from kvguard.certificate import load_certificate
 from kvguard.config import OperatingPoint
-from kvguard.schema import PREDICTIONS, read_table, write_table
-from kvguard.viewer import TIMELINE, build_timeline, token_texts
+from kvguard.schema import PREDICTIONS, TIMELINE, read_table, write_table
+from kvguard.timeline import build_timeline, token_texts
 
 
 def main(

@@ -10,8 +10,8 @@ from kvguard.schema import atomic_path
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("draw_figures", "export_tables", "render_viewer")
-"""Rules whose outputs the report shows."""
+TARGETS = ("figures", "export_tables", "render_viewer")
+"""Rules whose inputs or outputs the report shows."""
 
 
 def main(snakefile: Path, config: Path, target: Path) -> None:

@@ -7,8 +7,8 @@ import polars as pl
 from kvguard import joblog
 from kvguard.certificate import load_certificate
 from kvguard.config import OperatingPoint
-from kvguard.schema import OUTCOMES, PROMPTS, atomic_path, read_table
-from kvguard.viewer import TIMELINE, render_viewer
+from kvguard.schema import OUTCOMES, PROMPTS, TIMELINE, atomic_path, read_table
+from kvguard.viewer import render_viewer
 
 
 def main(
