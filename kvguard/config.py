@@ -286,6 +286,8 @@ class Generation(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     share_prefix: bool = True
     audit: bool = True
+    probes: bool = True
+    """Measure at prefill what a press removes (`kvguard.probes`)."""
 
 
 class Detection(Section):

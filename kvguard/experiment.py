@@ -23,9 +23,10 @@ from kvguard.joblog import progress
 from kvguard.models import LoadedModel
 from kvguard.prefill import Prefix, prefill_prefix
 from kvguard.presses import build_press
+from kvguard.probes import marked_tokens
 from kvguard.prompts import Example, Prompt, format_prompt, shared_prefix_tokens
 from kvguard.sampling import Decoding
-from kvguard.schema import AUDIT, TOKENS, TRACES, check, conform
+from kvguard.schema import AUDIT, PROBE_NAMES, TOKENS, TRACES, check, conform
 from kvguard.signals import SIGNAL_NAMES
 
 logger = logging.getLogger(__name__)
@@ -134,12 +135,15 @@ def run_shard(
     ready = prepare_requests(model, prompts, examples, experiment)
     if model.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.model.device)
+    probes = press is not None and experiment.generation.probes
     session = Session(
         model.model,
         ready.decoding,
         press=None if press is None else build_press(press, ratio),
         rows=ready.rows,
         prefix=ready.prefix,
+        probes=probes,
+        marked=marked_tokens(model.tokenizer, model.model.config.vocab_size) if probes else None,
     )
     name = config.BASELINE if press is None else press.name
     keys = {"model": model.name, "press": name, "ratio": ratio}
@@ -232,6 +236,11 @@ def tokens_frame(
     return check(conform(frame, TOKENS), TOKENS, "tokens")
 
 
+def finite_or_none(values: NDArray[np.float32]) -> list[float | None]:
+    """Numbers for a table: null where undefined."""
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
 def trace_row(completion: Completion, model: LoadedModel, decoding: Decoding) -> dict[str, object]:
     request = completion.request
     ok = completion.error is None
@@ -239,7 +248,9 @@ def trace_row(completion: Completion, model: LoadedModel, decoding: Decoding) ->
     decoded = len(held) > 0
     text = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     device = model.model.device
-    return {
+    measured = completion.probes
+    probes = [None] * len(PROBE_NAMES) if measured is None else finite_or_none(measured)
+    return dict(zip(PROBE_NAMES, probes, strict=True)) | {
         "prompt_id": request.key,
         "seed": request.seed,
         "status": "ok" if ok else "error",

@@ -156,7 +156,6 @@ class CacheProbe:
     def _prompt(self, logits: torch.Tensor) -> dict[str, float]:
         count = min(len(logits), self.replay_tokens)
         values = {
-            "prompt_tokens": float(len(self.token_ids)),
             "attention_entropy": float(torch.stack(self.entropies).mean()),
             "first_entropy": float(_entropy(logits[-1:])[0]),
         }
@@ -231,24 +230,24 @@ class CacheProbe:
         }
 
 
-def marked_tokens(tokenizer: Any) -> NDArray[np.bool_]:
-    """Tokens of a vocabulary that carry facts: those with a digit or a capital inside a word.
+def marked_tokens(tokenizer: Any, size: int) -> NDArray[np.bool_]:
+    """Tokens of a vocabulary that carry facts: numbers, codes and names.
 
     Args:
         tokenizer: a transformers tokenizer.
+        size: the model's vocabulary; embeddings behind the tokenizer's tokens are not marked.
 
     Returns:
-        (vocabulary,) bool. A token counts where its text holds a digit or begins, after white
-        space, with a capital letter: numbers, codes and names.
+        (size,) bool. A token is marked where its text holds a digit or begins, after white space,
+        with a capital letter.
     """
-    size = len(tokenizer)
     marked = np.zeros(size, np.bool_)
+    known = min(size, len(tokenizer))
     special = set(tokenizer.all_special_ids)
-    for token in range(size):
-        if token in special:
-            continue
-        text = tokenizer.decode([token]).strip()
-        marked[token] = any(letter.isdigit() for letter in text) or text[:1].isupper()
+    for token, text in enumerate(tokenizer.batch_decode([[token] for token in range(known)])):
+        word = text.strip()
+        fact = word[:1].isupper() or any(letter.isdigit() for letter in word)
+        marked[token] = fact and token not in special
     return marked
 
 

@@ -67,28 +67,6 @@ PROMPTS: dict[str, pl.DataType] = {
     "reference_answer": pl.String(),  # in canonical form, see prompts.canonical_number
 }
 
-TRACES: dict[str, pl.DataType] = _trace_key_types | {
-    "shard": pl.Int32(),
-    "seed": pl.Int64(),
-    "status": pl.String(),  # "ok" or "error"
-    "error": pl.String(),  # null when ok
-    "prompt_tokens": pl.Int32(),
-    "generated_tokens": pl.Int32(),
-    "max_new_tokens": pl.Int32(),
-    "stop_reason": pl.String(),  # "eos" or "length"; null on error
-    "text": pl.String(),
-    "cache_bytes_before": pl.Int64(),  # prompt cache, uncompressed, bytes really allocated
-    "cache_bytes_after": pl.Int64(),  # the same cache after the press, masked entries excluded
-    "kv_kept_bytes_mean": pl.Float64(),  # mean over the decode steps of this row
-    "kv_masked_bytes_mean": pl.Float64(),  # allocated but hidden by a head-wise press
-    "kv_padding_bytes_mean": pl.Float64(),  # allocated for this row, holding nothing
-    "kv_allocated_bytes_peak": pl.Int64(),
-    "prefill_seconds": pl.Float64(),
-    "decode_seconds": pl.Float64(),  # this row's share of the batch's decode time
-    "audit_seconds": pl.Float64(),
-    "device_bytes_peak": pl.Int64(),  # null where the device does not say
-}
-
 PROBE_NAMES: tuple[str, ...] = (
     "evicted_mass_mean",  # share of the last prompt tokens' attention on evicted entries
     "evicted_mass_max",  # of the head with the largest share
@@ -114,13 +92,38 @@ PROBE_NAMES: tuple[str, ...] = (
     "attention_entropy",  # nats, of the last prompt tokens' attention, mean over heads and layers
     "first_entropy",  # nats, of the first new token under the uncompressed model
     "prompt_nll",  # nats per token, of the last prompt tokens
-    "prompt_tokens",
 )
 """What `probes.CacheProbe` measures of one request at prefill; larger is riskier,
 except for ``replay_agreement``."""
 
-PROBES: dict[str, pl.DataType] = _trace_key_types | {name: pl.Float32() for name in PROBE_NAMES}
-"""One row per trace; null where a probe is undefined (see `probes`)."""
+PROBES: dict[str, pl.DataType] = {name: pl.Float32() for name in PROBE_NAMES}
+"""Columns of TRACES; null where a probe is undefined (see `probes`) or was not asked for."""
+
+TRACES: dict[str, pl.DataType] = (
+    _trace_key_types
+    | {
+        "shard": pl.Int32(),
+        "seed": pl.Int64(),
+        "status": pl.String(),  # "ok" or "error"
+        "error": pl.String(),  # null when ok
+        "prompt_tokens": pl.Int32(),
+        "generated_tokens": pl.Int32(),
+        "max_new_tokens": pl.Int32(),
+        "stop_reason": pl.String(),  # "eos" or "length"; null on error
+        "text": pl.String(),
+        "cache_bytes_before": pl.Int64(),  # prompt cache, uncompressed, bytes really allocated
+        "cache_bytes_after": pl.Int64(),  # the same cache after the press, masked entries excluded
+        "kv_kept_bytes_mean": pl.Float64(),  # mean over the decode steps of this row
+        "kv_masked_bytes_mean": pl.Float64(),  # allocated but hidden by a head-wise press
+        "kv_padding_bytes_mean": pl.Float64(),  # allocated for this row, holding nothing
+        "kv_allocated_bytes_peak": pl.Int64(),
+        "prefill_seconds": pl.Float64(),
+        "decode_seconds": pl.Float64(),  # this row's share of the batch's decode time
+        "audit_seconds": pl.Float64(),
+        "device_bytes_peak": pl.Int64(),  # null where the device does not say
+    }
+    | PROBES
+)
 
 TOKENS: dict[str, pl.DataType] = _token_key_types | {"token_id": pl.Int32()} | SIGNALS | AUDIT
 

@@ -59,7 +59,6 @@ def test_nothing_is_removed_without_a_press(tiny_llama):
             assert values[name] == pytest.approx(0, abs=1e-5), name
     assert values["replay_kl_max"] == pytest.approx(0, abs=1e-5)
     assert values["replay_agreement"] == 1
-    assert values["prompt_tokens"] == 60
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
@@ -169,7 +168,8 @@ def test_a_probe_changes_nothing(tiny_llama):
 
 
 def test_marked_tokens_are_digits_and_capitals(tiny_tokenizer):
-    marked = marked_tokens(tiny_tokenizer)
+    marked = marked_tokens(tiny_tokenizer, 160)
+    assert marked.shape == (160,)
     for text, expected in (("7", True), ("Q", True), ("q", False), ("-", False)):
         (token,) = tiny_tokenizer.encode(text, add_special_tokens=False)
         assert marked[token] == expected, text
