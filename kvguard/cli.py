@@ -69,8 +69,8 @@ SHOWN_SETTINGS = (
     "detection_rate",
     "lead_tokens",
     "excess_cfr",
-    "prefilled_tokens",
-    "wasted_tokens",
+    "tokens_prefilled",
+    "tokens_wasted",
 )
 SHOWN_POLICIES = (
     "policy",
@@ -80,8 +80,8 @@ SHOWN_POLICIES = (
     "agreement",
     "excess_cfr",
     "excess_error",
-    "prefilled_tokens",
-    "wasted_tokens",
+    "tokens_prefilled",
+    "tokens_wasted",
     "decode_steps",
 )
 """What `eval-controller` and `live` print of their tables."""

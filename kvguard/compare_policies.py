@@ -196,7 +196,7 @@ def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:
         policy=pl.lit("guard_rewind"), source=pl.lit("simulation"), known=pl.lit(1.0)
     )
     table = constant_frontier(pl.concat([summary, rows], how="diagonal_relaxed"))
-    goals = ("excess_cfr", "kv_bytes_mean", "prefilled_tokens", "decode_steps")  # all: lower
+    goals = ("excess_cfr", "kv_bytes_mean", "tokens_prefilled", "decode_steps")  # all: lower
     frames = []
     for _, part in table.with_row_index("order").group_by(CONDITION):
         values = part.select(pl.col(goals).cast(pl.Float64)).to_numpy()  # (n, 4)

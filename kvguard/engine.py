@@ -60,9 +60,9 @@ class Completion:
         kv_bytes: (decode steps, 3) kept, masked and padding bytes at each step.
         prefill_seconds: for this request alone.
         decode_seconds: its share of each step of the batch.
-        prefilled_tokens: tokens of prefill-shaped passes; a shared prefix counts for every request.
+        tokens_prefilled: tokens of prefill-shaped passes; a shared prefix counts for every request.
         decode_steps: single-token passes, those of dropped tokens included.
-        wasted_tokens: generated, then dropped by an observer.
+        tokens_wasted: generated, then dropped by an observer.
         probes: what the prefill measured, (25,) `schema.PROBE_NAMES`; None where not asked for.
     """
 
@@ -78,9 +78,9 @@ class Completion:
     kv_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    prefilled_tokens: int = 0
+    tokens_prefilled: int = 0
     decode_steps: int = 0
-    wasted_tokens: int = 0
+    tokens_wasted: int = 0
     probes: NDArray[np.float32] | None = None
 
 
@@ -271,7 +271,7 @@ class Session:
         row = self.active
         completion.cache_bytes_before = ready.bytes_before
         completion.cache_bytes_after = ready.bytes_after
-        completion.prefilled_tokens = len(request.prompt_ids)
+        completion.tokens_prefilled = len(request.prompt_ids)
         completion.probes = ready.probes
         try:
             self.slots.insert(row, ready.cache, ready.masked)
@@ -436,7 +436,7 @@ class Session:
         """
         self.settle_signals()
         dropped = int(self.lengths[row]) - kept
-        self.rows[row].completion.wasted_tokens += dropped
+        self.rows[row].completion.tokens_wasted += dropped
         self.slots.insert(row, ready.cache, ready.masked)
         self.rows[row].held = ready.logits[0]
         self.lengths[row] = kept

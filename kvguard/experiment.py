@@ -268,7 +268,11 @@ def trace_row(completion: Completion, model: LoadedModel, decoding: Decoding) ->
         "kv_allocated_bytes_peak": int(held.sum(axis=1).max()) if decoded else None,
         "prefill_seconds": completion.prefill_seconds,
         "decode_seconds": completion.decode_seconds,
-        "device_bytes_peak": (
+        "allocator_bytes_peak": (
             torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         ),
+        "tokens_prefilled": completion.tokens_prefilled,
+        "decode_steps": completion.decode_steps,
+        "tokens_wasted": completion.tokens_wasted,
+        "seconds": completion.prefill_seconds + completion.decode_seconds,
     }

@@ -166,7 +166,7 @@ FIGURES = {
         "Grey and black marks are the other policies whose outcome the stored traces "
         "tell. Bars are 95 % intervals over prompts. Down and left is better.",
         arguments=("presses", "operating_points"),
-        fixed={"cost": "prefilled_tokens"},
+        fixed={"cost": "tokens_prefilled"},
     ),
     "simulation_gap": FigureEntry(
         "plot_policies",

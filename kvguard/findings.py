@@ -289,7 +289,7 @@ def _guarded(tables: Mapping[str, pl.DataFrame], described: Mapping[str, Any]) -
                 *(_measured(row, name) for name in ("alarmed", "excess_cfr", "excess_error")),
                 _measured(beside, "excess_cfr") if known else "unknown",
                 f"{row['kv_bytes_mean'] / 2**20:.1f}",
-                *(f"{row[name]:.0f}" for name in ("prefilled_tokens", "wasted_tokens")),
+                *(f"{row[name]:.0f}" for name in ("tokens_prefilled", "tokens_wasted")),
             ]
         )
     every = described["controller"].get("check_every_tokens", 1)

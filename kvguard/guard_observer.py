@@ -417,7 +417,7 @@ class GuardObserver:
             seed=request.seed,
             prefix=session.prefix,
         )
-        completion.prefilled_tokens += len(request.prompt_ids) + len(tokens)
+        completion.tokens_prefilled += len(request.prompt_ids) + len(tokens)
         report = self._report(session, row)
         held = cache_bytes(audit.scored.cache)
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, held)
@@ -459,7 +459,7 @@ class GuardObserver:
             prefix=session.prefix,
             seed=request.seed,
         )
-        completion.prefilled_tokens += len(request.prompt_ids) + kept
+        completion.tokens_prefilled += len(request.prompt_ids) + kept
         report = self._report(session, row)
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, ready.bytes_after)
         self._put(session, row, kept, ready, press, None)
@@ -504,8 +504,8 @@ class GuardObserver:
         """Complete and return the report of a finished request."""
         key = completion.request.key
         report = self.reports.setdefault(key, RowReport(key=key))
-        report.tokens_wasted = completion.wasted_tokens
-        report.tokens_prefilled = completion.prefilled_tokens
+        report.tokens_wasted = completion.tokens_wasted
+        report.tokens_prefilled = completion.tokens_prefilled
         report.decode_steps = completion.decode_steps
         report.seconds = completion.prefill_seconds + completion.decode_seconds
         report.stop_reason, report.error = completion.stop_reason, completion.error

@@ -61,7 +61,7 @@ def run_policy_shard(
 
     Returns:
         RUNS, source "live", one row a prompt in the prompts' order. What a request failed with is
-        in its row. ``prefilled_tokens`` counts a shared prefix for every pass that starts with it,
+        in its row. ``tokens_prefilled`` counts a shared prefix for every pass that starts with it,
         as if nothing were shared; ``seconds`` are those of the shared computation.
     """
     ready = prepare_requests(model, prompts, examples, experiment)
@@ -179,10 +179,6 @@ _REPORT = {
         "unrecoverable",
         "kv_bytes_mean",
         "kv_bytes_peak",
-        "prefilled_tokens",
-        "decode_steps",
-        "wasted_tokens",
-        "seconds",
     )
 }
 
@@ -198,10 +194,6 @@ def _report_row(completion: Completion, report: RowReport) -> dict[str, object]:
         "unrecoverable": report.unrecoverable,
         "kv_bytes_mean": report.kv_bytes_mean,
         "kv_bytes_peak": report.kv_bytes_peak,
-        "prefilled_tokens": report.tokens_prefilled,
-        "decode_steps": report.decode_steps,
-        "wasted_tokens": report.tokens_wasted,
-        "seconds": report.seconds,
     }
 
 

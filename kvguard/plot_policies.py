@@ -114,8 +114,8 @@ POLICY_METRICS = {
     "excess_error": ("excess error", "share"),
     "alarmed": ("requests alarmed", "share"),
     "kv_bytes_mean": ("KV memory (MiB)", "mebibytes"),
-    "prefilled_tokens": ("tokens prefilled", "count"),
-    "wasted_tokens": ("tokens wasted", "count"),
+    "tokens_prefilled": ("tokens prefilled", "count"),
+    "tokens_wasted": ("tokens wasted", "count"),
 }
 """Benefit and cost of a policy, per request: columns of the policy tables, title, unit."""
 
@@ -253,7 +253,7 @@ def plot_pareto(
         pareto: `compare_policies.pareto`: one row per (model, press, ratio, policy), and for the
             guard's grid per setting (``tau_low``, ``tau_high``, ``k``, ``j``; null: no grid), with
             the cost and ``excess_cfr`` with its interval. Rows whose harm is null are left out.
-        cost: a key of `POLICY_METRICS`: "kv_bytes_mean" or "prefilled_tokens".
+        cost: a key of `POLICY_METRICS`: "kv_bytes_mean" or "tokens_prefilled".
         operating_points: settings by name.
         presses: all presses of the experiment, for stable colours.
 

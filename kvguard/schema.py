@@ -58,6 +58,21 @@ AUDIT: dict[str, pl.DataType] = {
 }
 """What a teacher-forced pass of the uncompressed model says about each token."""
 
+COSTS: dict[str, pl.DataType] = {
+    # Bytes allocated for this request's share of the batch's caches, summed over its model steps;
+    # padding, checks and recoveries included. The shares of a batch sum to what it allocates.
+    "device_byte_steps": pl.Int64(),
+    "device_bytes_peak": pl.Int64(),  # of the whole batch's caches while the request was in it
+    "host_byte_steps": pl.Int64(),  # of its cold cache, summed over the same steps
+    "bytes_moved": pl.Int64(),  # between host and device, both ways
+    "tokens_prefilled": pl.Int64(),  # by passes of more than one token; a shared prefix counts
+    "decode_steps": pl.Int64(),  # single-token passes, those of dropped tokens included
+    "tokens_wasted": pl.Int64(),  # generated, then dropped
+    "checks": pl.Int64(),  # passes of the uncompressed model over drafted tokens
+    "seconds": pl.Float64(),  # prefill and its share of the batch's steps and checks
+}
+"""What a request costs, the same columns in every table; null where unknown; lower is better."""
+
 PROMPTS: dict[str, pl.DataType] = {
     "prompt_id": pl.String(),
     "task": pl.String(),
@@ -218,10 +233,7 @@ RUNS: dict[str, pl.DataType] = _trace_key_types | {
     "catastrophe": pl.Boolean(),
     "kv_bytes_mean": pl.Float64(),  # allocated for this row, mean over its decode steps
     "kv_bytes_peak": pl.Int64(),
-    "prefilled_tokens": pl.Int64(),
-    "decode_steps": pl.Int64(),
-    "wasted_tokens": pl.Int64(),
-    "seconds": pl.Float64(),
+    **COSTS,
 }
 """One row per (trace, policy): the live experiment and its offline simulation share it."""
 

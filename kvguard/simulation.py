@@ -184,6 +184,8 @@ def simulate_policies(
     frame = pl.concat(frames, how="diagonal").with_columns(
         source=pl.lit("simulation"), seconds=pl.lit(None, pl.Float64)
     )
+    unknown = [name for name in schema.COSTS if name not in frame.columns]
+    frame = frame.with_columns(pl.lit(None).alias(name) for name in unknown)
     return schema.check(schema.conform(frame, schema.RUNS), schema.RUNS, "simulation")
 
 
@@ -313,7 +315,7 @@ def _costs(policy: Policy, requests: StoredRequests, ending: Ending) -> dict[str
     costs = {}
     for name in COSTS:
         value = np.where(ending.recovers, getattr(recovery, name), getattr(own, name))
-        sure = settled if name in ("prefilled_tokens", "wasted_tokens") else known
+        sure = settled if name in ("tokens_prefilled", "tokens_wasted") else known
         costs[name] = pl.Series(np.where(sure, value, np.nan)).fill_nan(None)
     return costs
 

@@ -306,9 +306,9 @@ def play(name, request, baseline, holdback=16, rate=None, every=1):
         "unrecoverable": unrecoverable,
         "kv_bytes_mean": float(np.mean(bytes_)) if bytes_ else None,
         "kv_bytes_peak": max([*bytes_, *peak_of_passes], default=None),
-        "prefilled_tokens": prefilled,
+        "tokens_prefilled": prefilled,
         "decode_steps": len(bytes_),
-        "wasted_tokens": wasted,
+        "tokens_wasted": wasted,
     }
 
 
@@ -654,7 +654,7 @@ def test_pareto_marks_what_nothing_else_beats():
     )
     table = pareto(grid, summary)
     assert table.height == grid.height + summary.height
-    goals = ["excess_cfr", "kv_bytes_mean", "prefilled_tokens", "decode_steps"]
+    goals = ["excess_cfr", "kv_bytes_mean", "tokens_prefilled", "decode_steps"]
     for _, part in table.group_by("press", "ratio"):
         rows = part.select(*goals, "efficient").rows()
         for *mine, efficient in rows:
@@ -890,8 +890,8 @@ def test_simulation_predicts_the_live_guard_request_by_request(
         assert set(part["reason"]) <= allowed, policy
     same = found.filter(pl.col("reason") == "same").select("prompt_id", "policy")
     assert same["policy"].n_unique() >= len(names) - len(unknown)
-    columns = ["text", "alarm_steps", "unrecoverable", "prefilled_tokens", "decode_steps"]
-    columns += ["wasted_tokens", "catastrophe", *OUTCOME_COLUMNS]
+    columns = ["text", "alarm_steps", "unrecoverable", "tokens_prefilled", "decode_steps"]
+    columns += ["tokens_wasted", "catastrophe", *OUTCOME_COLUMNS]
     columns += ["rewound_to", "kv_bytes_mean"] if phase == "prefill" else []
     keys = ["prompt_id", "policy"]
     one, other = (

@@ -473,7 +473,7 @@ def test_figures_draw_what_the_simulation_says():
     live = compressed.with_columns(source=pl.lit("live"))
     plot_policies.plot_policies(live)
     plot_policies.plot_simulation_gap(pl.concat([compressed, live]))
-    for cost in ("kv_bytes_mean", "prefilled_tokens"):
+    for cost in ("kv_bytes_mean", "tokens_prefilled"):
         figure = plot_policies.plot_pareto(made["pareto"], cost=cost, operating_points=POINTS)
         shown = {c.get_label() for axes in figure.axes for c in axes.containers}
         assert {"none", "always_safe"} <= shown

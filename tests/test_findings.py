@@ -75,7 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _policies() -> pl.DataFrame:
     """A guard live and simulated, and a rival whose outcome the simulation does not know."""
-    costs = {"kv_bytes_mean": 3.0 * 2**20, "prefilled_tokens": 40.0, "wasted_tokens": 7.0}
+    costs = {"kv_bytes_mean": 3.0 * 2**20, "tokens_prefilled": 40.0, "tokens_wasted": 7.0}
     one = {"model": "m", "press": "snapkv", "ratio": "0.500", "requests": 20, **costs}
     one |= {"alarmed": 0.4, "alarmed_low": 0.2, "alarmed_high": 0.6}
     one |= {"excess_error": 0.0, "excess_error_low": None, "excess_error_high": None}

@@ -54,7 +54,7 @@ def test_every_policy_runs_live(tiny: LoadedModel, baseline: pl.DataFrame, polic
     assert runs["prompt_id"].to_list() == [prompt.prompt_id for prompt in some_prompts()]
     assert runs["source"].unique().to_list() == ["live"]
     assert (runs["status"] == "ok").all()
-    assert (runs["prefilled_tokens"] > 0).all()
+    assert (runs["tokens_prefilled"] > 0).all()
 
 
 @pytest.mark.parametrize("policy", ["verify_all", "always_safe"])

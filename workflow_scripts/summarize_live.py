@@ -10,7 +10,7 @@ from kvguard.compare_policies import (
     summarize_differences,
     summarize_runs,
 )
-from kvguard.memory import memory_of_rewind
+from kvguard.costs import memory_of_rewind
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
 
 

@@ -5,8 +5,14 @@ import pytest
 from synthetic import make_run
 
 from kvguard import schema
-from kvguard.costs import recovery_cost, trace_memory
-from kvguard.memory import MEMORY, choose_guarded, memory_of_rewind, memory_steps
+from kvguard.costs import (
+    MEMORY,
+    choose_guarded,
+    memory_of_rewind,
+    memory_steps,
+    recovery_cost,
+    trace_memory,
+)
 
 RUN = make_run(num_prompts=6, max_new_tokens=64, error_rate=0)
 
