@@ -1,0 +1,87 @@
+"""What the probes at prefill cost, in decoding steps of the same request.
+
+    python benchmarks/probes.py [--lengths 400 4096] [--repeats 9]
+
+SmolLM2 in float32, 2 threads, one prompt of text that long, snapkv at 0.500. A prefill with and one
+without `probes.CacheProbe` alternate; then single decoding steps of that row. Writes
+results/bench/probes.json: per prompt length the medians in seconds (``prefill``, ``probed``,
+``step``), ``steps`` = (probed - prefill) / step, goal at most 1, and ``of_prefill``, the same
+difference over the prefill.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from generation import PRESS, load_embedded
+
+from kvguard.config import load_config
+from kvguard.engine import Request, Session
+from kvguard.prefill import prefill
+from kvguard.presses import build_press
+from kvguard.probes import CacheProbe, marked_tokens
+from kvguard.sampling import Decoding
+
+TARGET = Path("results/bench/probes.json")
+STEPS = 24
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Measure every length and write the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[400, 4096])
+    parser.add_argument("--repeats", type=int, default=9)
+    given = parser.parse_args()
+    torch.set_num_threads(2)
+    loaded = load_embedded(load_config("config.yaml"))
+    model = loaded.model
+    marked = marked_tokens(loaded.tokenizer, model.config.vocab_size)
+    words = loaded.tokenizer.encode(Path(__file__).read_text(), add_special_tokens=False)
+    results = {}
+    for length in given.lengths:
+        ids = (words * (length // len(words) + 1))[:length]
+
+        def probed(ids: list[int] = ids) -> object:
+            probe = CacheProbe(model, ids, marked)
+            return prefill(model, ids, build_press(PRESS, "0.500"), probe=probe)
+
+        def plain(ids: list[int] = ids) -> object:
+            return prefill(model, ids, build_press(PRESS, "0.500"))
+
+        plain()
+        probed()
+        pairs = [(seconds(plain), seconds(probed)) for _ in range(given.repeats)]
+        session = Session(model, Decoding(STEPS), press=build_press(PRESS, "0.500"), rows=1)
+        session.admit(Request("0", ids))
+        steps = []
+        for _ in range(STEPS - 1):
+            session.choose()
+            steps.append(seconds(session.advance))
+        prefilled, with_probe = (statistics.median(each) for each in zip(*pairs, strict=True))
+        extra = statistics.median(two - one for one, two in pairs)
+        step = statistics.median(steps)
+        results[str(length)] = {
+            "prefill": prefilled,
+            "probed": with_probe,
+            "step": step,
+            "steps": extra / step,
+            "of_prefill": extra / prefilled,
+        }
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    TARGET.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
