@@ -107,7 +107,7 @@ Name = Annotated[
         "a name is letters, digits, '_', '.' and '-', and starts with a letter or digit",
     ),
 ]
-Ratio = Annotated[str, BeforeValidator(ratio_text)]
+Ratio = Annotated[str, BeforeValidator(ratio_text, json_schema_input_type=float | str)]
 Sha256 = Annotated[
     str, _written_as(r"[0-9a-f]{64}", "a SHA-256 is 64 lower-case hexadecimal digits")
 ]
