@@ -5,10 +5,11 @@ RUNS ?= results
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARALLEL := --numprocesses $(CORES) --dist loadfile
 SNAKEMAKE := $(BIN)/snakemake --resources gpu=1 --cores
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt fmt-check lint typecheck figures phase2 status bench findings envs clean
+.PHONY: help demo test test-quick check fmt fmt-check lint typecheck figures phase2 status bench findings docs schema envs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -23,7 +24,10 @@ demo: $(READY) ## the whole pipeline on config.yaml: figures, tables, results/re
 	@echo "The report is results/report.html, the figures are in results/figures."
 
 test: $(READY) ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-quick: $(READY) ## the tests that need neither the embedded model nor Snakemake, in 3 minutes
+	$(BIN)/python -m pytest $(PARALLEL) -m "unit and not slow"
 
 check: fmt-check lint typecheck ## formatting, lint and types, changing nothing
 
@@ -58,8 +62,14 @@ bench: $(READY) ## every benchmark; writes results/bench/<claim>.json
 findings: $(READY) ## docs/findings.md from the tables of finished runs: make findings RUNS="results ..."
 	$(BIN)/kvguard findings $(addprefix --results-dir ,$(RUNS)) --output docs/findings.md
 
+docs: $(READY) ## API pages from the docstrings: site/index.html
+	$(BIN)/python docs/write_api.py site
+
+schema: $(READY) ## write config.schema.json from the configuration's models
+	$(BIN)/python -m kvguard.config_schema
+
 envs: $(READY) ## write envs/*.yaml from the pins of pyproject.toml and constraints.txt
 	$(BIN)/python envs/write_envs.py
 
 clean: ## remove results and caches, keep the environment
-	rm -rf results .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf results site .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -147,8 +147,16 @@ def smollm2(smollm2_folder: Path) -> LoadedModel:
     return load_model(smollm2_folder, dtype="float32", device="cpu", attention="sdpa")
 
 
+WORKFLOW_TESTS = ("test_pipeline", "test_cli")
+"""Modules whose tests start Snakemake or the command line."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that uses the embedded model, so that it can be left out."""
+    """Mark every test as workflow, real_model or unit, so that each kind runs alone."""
     for item in items:
+        if item.path.stem in WORKFLOW_TESTS:
+            item.add_marker(pytest.mark.workflow)
         if {"smollm2", "smollm2_folder"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.real_model)
+        if not any(item.iter_markers("workflow")) and not any(item.iter_markers("real_model")):
+            item.add_marker(pytest.mark.unit)

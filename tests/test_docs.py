@@ -1,9 +1,17 @@
 """The documentation names what is there: modules, files, commands, rules."""
 
+import json
 import re
+import runpy
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
+
+import kvguard
+from kvguard.config import overlay
+from kvguard.config_schema import config_schema
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +53,47 @@ def test_readme_states_the_two_commands_and_only_make_targets_that_exist():
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:    |`)make ([a-z0-9-]+)", readme))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_the_schema_of_the_configuration_is_fresh_and_accepts_every_experiment():
+    written = json.loads((ROOT / "config.schema.json").read_text())
+    assert written == config_schema(), "run `make schema`"
+    validator = jsonschema.Draft202012Validator(written)
+    base = yaml.safe_load((ROOT / "config.yaml").read_text())
+    for path in (None, *sorted((ROOT / "experiments").glob("*.yaml"))):
+        values = base if path is None else overlay(base, yaml.safe_load(path.read_text()))
+        assert [error.message for error in validator.iter_errors(values)] == [], path
+    assert list(validator.iter_errors(base | {"sed": 1}))
+
+
+def test_the_quickstart_answers_and_reports(tmp_path, tiny_model, tiny_tokenizer, capsys):
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    example = runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
+    answer = example["main"](str(tmp_path), max_new_tokens=12)
+    assert answer
+    printed = capsys.readouterr().out
+    assert printed.startswith(answer)
+    assert printed.count("RowReport") >= 1
+
+
+def test_the_citation_names_the_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == kvguard.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {kvguard.__version__}" in changes
+
+
+def test_contributing_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in re.findall(
+        r"`((?:kvguard|tests|rules|workflow_scripts|docs|experiments)/[^`*<{]+)`", text
+    ):
+        assert (ROOT / name).exists(), name
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", text):
+        path = ROOT / "kvguard" / f"{module}.py"
+        assert path.is_file(), module
+        assert re.search(rf"^(?:def |class |    \w*){{0,2}}{name}\b", path.read_text(), re.M), name
 
 
 def _rules():
