@@ -51,11 +51,18 @@ PRESS = Press.model_validate(
 def load_experiment(prompts: int, max_new_tokens: int) -> Config:
     """GSM8K from local files if they are there, else the default task."""
     generation = {"max_new_tokens": max_new_tokens, "batch_size": 32, "shard_size": prompts}
-    overrides = {"task": {"num_prompts": prompts}, "generation": generation}
+    overrides = {"generation": generation}
     try:
-        return load_config("config.yaml", "experiments/gsm8k_local.yaml", overrides=overrides)
+        base = load_config("config.yaml", "experiments/gsm8k_local.yaml", overrides=overrides)
     except ConfigError:
-        return load_config("config.yaml", overrides=overrides)
+        base = load_config("config.yaml", overrides=overrides)
+    return resized(base, prompts)
+
+
+def resized(experiment: Config, prompts: int) -> Config:
+    """The experiment's first task alone, with so many prompts."""
+    task = experiment.tasks[0].model_copy(update={"num_prompts": prompts, "max_new_tokens": None})
+    return experiment.model_copy(update={"tasks": [task]})
 
 
 def load_embedded(experiment: Config, dtype: str = "float32") -> LoadedModel:
@@ -138,7 +145,7 @@ def compare(
     tokens = sum(len(completion.token_ids) for completion in done.values())
     same = [done[key].token_ids == answer for key, answer in answers.items()]
     return {
-        "task": experiment.task.name,
+        "task": experiment.tasks[0].name,
         "prompts": len(prompts),
         "generated_tokens": tokens,
         "speedup": sequential_seconds / engine_seconds,
@@ -193,9 +200,8 @@ def scaling(model: LoadedModel, experiment: Config, small: int = 8) -> dict[str,
         generation = experiment.generation.model_copy(
             update={"max_new_tokens": 16, "batch_size": small}
         )
-        task = experiment.task.model_copy(update={"num_prompts": count})
-        sized = experiment.model_copy(update={"generation": generation, "task": task})
-        prompts, examples = load_task(task, sized.seed)
+        sized = resized(experiment.model_copy(update={"generation": generation}), count)
+        prompts, examples = load_task(sized.tasks[0], sized.seed)
         _, seconds[count] = timed(
             lambda p=prompts, e=examples, s=sized: run_engine(  # type: ignore[misc]
                 model, prepare_requests(model, p, e, s)
@@ -235,7 +241,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     experiment = load_experiment(arguments.prompts, arguments.max_new_tokens)
-    prompts, examples = load_task(experiment.task, experiment.seed)
+    prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     model = load_embedded(experiment)
     ready = prepare_requests(model, prompts, examples, experiment)
     scaled = scaling(model, experiment)

@@ -221,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(2)
     predictor: HazardModel = load_predictor(path) if path.is_file() else rules_predictor()
     experiment = load_experiment(32, STEPS)
-    prompts, examples = load_task(experiment.task, experiment.seed)
+    prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     model = load_embedded(experiment)
     ready = prepare_requests(model, prompts, examples, experiment)
     result: dict[str, object] = {

@@ -80,7 +80,7 @@ def measure(
     experiment: Config, dtype: str, margin_nats: float
 ) -> tuple[dict[str, object], dict[str, object]]:
     """Own gaps and gaps at divergences in one dtype."""
-    prompts, examples = load_task(experiment.task, experiment.seed)
+    prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     model = load_embedded(experiment, dtype)
     ready = prepare_requests(model, prompts, examples, experiment)
     own = decode(model, ready, compressed=False)
@@ -135,7 +135,7 @@ def main() -> None:
     margin_nats = experiment.live.margin_nats
     measured = [measure(experiment, dtype, margin_nats) for dtype in DTYPES]
     result = {
-        "task": experiment.task.name,
+        "task": experiment.tasks[0].name,
         "prompts": arguments.prompts,
         "max_new_tokens": arguments.max_new_tokens,
         "default_margin_nats": margin_nats,

@@ -140,12 +140,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     experiment = load_experiment(max(BATCHES), WARM_UP + 2 * arguments.steps)
-    prompts, examples = load_task(experiment.task, experiment.seed)
+    prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     model = load_embedded(experiment)
     ready = prepare_requests(model, prompts, examples, experiment)
     measured = [profile_batch(model, ready, rows, arguments.steps) for rows in BATCHES]
     result = {
-        "task": experiment.task.name,
+        "task": experiment.tasks[0].name,
         "threads": arguments.threads,
         "steps": arguments.steps,
         "batches": [summary for summary, _ in measured],

@@ -92,6 +92,9 @@ Configs = Annotated[
 ]
 ResultsDir = Annotated[Path, typer.Option(help="Folder that holds the results of a run.")]
 NumPrompts = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="A task of the config; default: its first.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show the jobs, run none.")]
 Cores = Annotated[int, typer.Option(min=1, help="CPU cores that Snakemake may use.")]
 
@@ -118,6 +121,7 @@ def run(
         str, typer.Option(help="Share of cache entries to remove, 0 <= r < 1.")
     ] = "0.5",
     num_prompts: NumPrompts = 10,
+    task: TaskName = None,
     model: Annotated[str | None, typer.Option(help="A model of the config.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
@@ -128,7 +132,7 @@ def run(
 ) -> None:
     """Answer a few prompts under one press and show what happened to each."""
     experiment = press_experiment(
-        config_layers(config), press, compression_ratio, num_prompts, max_new_tokens, seed
+        config_layers(config), press, compression_ratio, num_prompts, task, max_new_tokens, seed
     )
     entry = _model_entry(experiment, model)
     joblog.configure_logging()
@@ -138,7 +142,7 @@ def run(
     from kvguard.prompts import load_task, prompts_frame
     from kvguard.schema import TRACE_KEYS
 
-    prompts, examples = load_task(experiment.task, experiment.seed)
+    prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     ratio = ratio_text(compression_ratio)
     chosen = experiment.presses[0] if ratio != BASELINE_RATIO else None
     loaded = _prepared_model(experiment, entry, results_dir, chosen)
@@ -149,7 +153,7 @@ def run(
         prompts_frame(prompts), result.traces, result.tokens, experiment.detection
     )
     rows = result.traces.join(outcomes, on=TRACE_KEYS, how="left", maintain_order="left").join(
-        prompts_frame(prompts).select("prompt_id", "reference_answer"),
+        prompts_frame(prompts).select("prompt_id", "reference"),
         on="prompt_id",
         how="left",
         maintain_order="left",
@@ -172,7 +176,7 @@ def _print_answers(rows: "pl.DataFrame", title: str) -> None:
         failed = row["status"] != "ok"
         table.add_row(
             row["prompt_id"],
-            row["reference_answer"],
+            "-" if row["reference"] is None else row["reference"],
             "-" if row["answer"] is None else row["answer"],
             _whole(row["generated_tokens"]),
             _whole(row["first_rejected"]),
@@ -205,7 +209,9 @@ def _kibibytes(value: int | None) -> str:
 
 @commands.command()
 def sweep(
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="Number of prompts.")] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts of each task.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A model of the config, or a hub id such as owner/name.")
     ] = None,
@@ -232,7 +238,7 @@ def sweep(
     arguments += ["--workflow-profile", profile] if profile else []
     arguments += ["--dry-run"] if dry_run else []
     console.print(
-        f"{len(experiment.models)} model(s), {experiment.task.num_prompts} prompts, "
+        f"{len(experiment.models)} model(s), {experiment.num_prompts} prompts, "
         f"{len(experiment.conditions)} conditions; results in {results}"
     )
     with tempfile.TemporaryDirectory() as scratch:
@@ -488,6 +494,7 @@ def eval_controller(
 @commands.command()
 def live(
     num_prompts: NumPrompts = 4,
+    task: TaskName = None,
     press: Annotated[str, typer.Option(help="A press of the config, or e.g. snapkv.")] = "snapkv",
     compression_ratio: Annotated[str, typer.Option(help="Share of entries to remove.")] = "0.75",
     policy: Annotated[
@@ -510,7 +517,7 @@ def live(
     import polars as pl
 
     experiment = press_experiment(
-        config_layers(config), press, compression_ratio, num_prompts, max_new_tokens
+        config_layers(config), press, compression_ratio, num_prompts, task, max_new_tokens
     )
     policies = policy or experiment.live.policies
     values = experiment.model_dump(mode="json", by_alias=True)
@@ -526,7 +533,7 @@ def live(
     from kvguard.live import run_policy_shard
     from kvguard.prompts import load_task, prompts_frame
 
-    prompts, examples = load_task(experiment.task, experiment.seed)
+    prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     loaded = _prepared_model(experiment, entry, results_dir, experiment.presses[0])
     folder = results_dir or Path(experiment.results_dir)
     trained = folder / "models/hazard_predictor.json"

@@ -182,19 +182,40 @@ class LocalModel(Section):
 Model = Annotated[WheelModel | HubModel | LocalModel, Field(discriminator="source")]
 
 
-class GsmSymbolic(Section):
+class TaskSection(Section):
+    """What every task has, whatever its kind."""
+
+    name: Name = Field(default="", description="unique in the experiment; empty: the kind")
+    num_prompts: Count
+    few_shot: int = Field(default=0, ge=0)
+    max_new_tokens: Count | None = Field(
+        default=None, description="longest answer; null: generation.max_new_tokens"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and not values.get("name") and "kind" in values:
+            return {**values, "name": values["kind"]}
+        return values
+
+    @property
+    def files(self) -> list[Path]:
+        """Files outside the results that the task reads."""
+        return []
+
+
+class GsmSymbolic(TaskSection):
     """Grade-school word problems made by the reasoning-gym package; no download."""
 
-    name: Literal["gsm_symbolic"]
-    num_prompts: Count
+    kind: Literal["gsm_symbolic"]
     few_shot: int = Field(default=3, ge=0)
 
 
-class Gsm8k(Section):
+class Gsm8k(TaskSection):
     """GSM8K from the hub, or from local JSON lines with "question" and "answer"."""
 
-    name: Literal["gsm8k"]
-    num_prompts: Count
+    kind: Literal["gsm8k"]
     few_shot: int = Field(default=3, ge=0)
     test_path: ExistingFile | None = Field(default=None, description="null: from the hub")
     train_path: ExistingFile | None = Field(
@@ -213,8 +234,12 @@ class Gsm8k(Section):
             )
         return self
 
+    @property
+    def files(self) -> list[Path]:
+        return [path for path in (self.test_path, self.train_path) if path is not None]
 
-Task = Annotated[GsmSymbolic | Gsm8k, Field(discriminator="name")]
+
+Task = Annotated[GsmSymbolic | Gsm8k, Field(discriminator="kind")]
 
 
 class Press(Section):
@@ -451,7 +476,7 @@ class Config(Section):
         _written_as(r"[\w./-]+", "a results folder is letters, digits, '_', '.', '-' and '/'"),
     ] = "results"
     models: list[Model] = Field(min_length=1)
-    task: Task
+    tasks: list[Task] = Field(min_length=1)
     presses: list[Press] = Field(min_length=1)
     generation: Generation = Generation()
     detection: Detection = Detection()
@@ -465,7 +490,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for field in ("models", "presses"):
+        for field in ("models", "tasks", "presses"):
             names = [entry.name for entry in getattr(self, field)]
             if len(set(names)) != len(names):
                 raise ValueError(f"{field}: every name is used once, got {names}")
@@ -509,9 +534,40 @@ class Config(Section):
         ]
 
     @property
-    def num_shards(self) -> int:
-        """Shards per (model, press, ratio)."""
-        return -(-self.task.num_prompts // self.generation.shard_size)
+    def num_prompts(self) -> int:
+        """Prompts of all tasks together."""
+        return sum(task.num_prompts for task in self.tasks)
+
+    @property
+    def shards(self) -> list[range]:
+        """Places in the run's order of the prompts that each shard holds; one task a shard."""
+        shards, size, start = [], self.generation.shard_size, 0
+        for task in self.tasks:
+            stop = start + task.num_prompts
+            shards += [range(at, min(at + size, stop)) for at in range(start, stop, size)]
+            start = stop
+        return shards
+
+    @property
+    def live_shards(self) -> list[tuple[str, int, int]]:
+        """(task, part, parts) of each shard of the live experiment: one task's test prompts."""
+        shards = []
+        for task in self.tasks:
+            expected = max(round(self.splits.test * task.num_prompts), 1)
+            parts = -(-expected // self.live.shard_size)
+            shards += [(task.name, part, parts) for part in range(parts)]
+        return shards
+
+    def max_new_tokens(self, task: str) -> int:
+        """The longest answer to a task's prompts."""
+        return self.task(task).max_new_tokens or self.generation.max_new_tokens
+
+    def task(self, name: str) -> Task:
+        """The task of that name; KeyError names the known ones."""
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise KeyError(f"no task {name!r} in the config; known: {[t.name for t in self.tasks]}")
 
     def press(self, name: str) -> Press:
         """The press of that name; KeyError names the known ones."""
@@ -641,7 +697,7 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
         tagged = [
             section
             for section in sections
-            for name in ("source", "name")
+            for name in ("source", "kind")
             if name in section.model_fields
             and part in get_args(section.model_fields[name].annotation)
         ]

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kvguard import schema
 from kvguard.config import BASELINE, Detection
-from kvguard.prompts import extract_answer
+from kvguard.tasks import verify
 
 DETECTION_COLUMNS = (*schema.TOKEN_KEYS, "token_id", "audit_gap", "llr")
 """Columns of the tokens table that `detect_outcomes` reads."""
@@ -138,27 +138,39 @@ def detect_outcomes(
         tokens["audit_gap"].cast(pl.Float64).to_numpy(),
         detection,
     )
-    answers = [extract_answer(text) for text in finished["text"].to_list()]
     judged = (
         finished.select(*schema.TRACE_KEYS)
-        .with_columns(*found, pl.Series("answer", answers, dtype=pl.String))
-        .join(
-            prompts.select("prompt_id", "reference_answer"),
-            on="prompt_id",
-            how="left",
-            maintain_order="left",
-        )
-        .with_columns(
-            answered=pl.col("answer").is_not_null(),
-            correct=pl.col("answer").eq_missing(pl.col("reference_answer"))
-            & pl.col("answer").is_not_null(),
-        )
+        .with_columns(*found, *judge_answers(prompts, finished))
+        .with_columns(answered=pl.col("answer").is_not_null())
     )
-    outcomes = traces.select(schema.TRACE_KEYS).join(
+    outcomes = traces.select(*schema.TRACE_KEYS, "task").join(
         judged, on=schema.TRACE_KEYS, how="left", maintain_order="left"
     )
     outcomes = outcomes.with_columns(agrees=agreement(outcomes, outcomes))
     return schema.check(schema.conform(outcomes, schema.OUTCOMES), schema.OUTCOMES, "outcomes")
+
+
+def judge_answers(prompts: pl.DataFrame, texts: pl.DataFrame) -> pl.DataFrame:
+    """The answer of each text, and whether it is right, by its task's own verifier.
+
+    Args:
+        prompts: `schema.PROMPTS`.
+        texts: with ``prompt_id`` and ``text``; a null text is not judged.
+
+    Returns:
+        ``answer`` and ``correct``, one row per row of ``texts``; ``correct`` is null where the task
+        has no right answer.
+    """
+    judged = {
+        prompt_id: (kind, spec)
+        for prompt_id, kind, spec in prompts.select("prompt_id", "kind", "spec").iter_rows()
+    }
+    verdicts = [
+        (None, None) if text is None else verify(*judged[prompt_id], text)[2:0:-1]
+        for prompt_id, text in texts.select("prompt_id", "text").iter_rows()
+    ]
+    types = {name: schema.OUTCOMES[name] for name in ("answer", "correct")}
+    return pl.DataFrame(verdicts, schema=types, orient="row")
 
 
 def agreement(answers: pl.DataFrame, outcomes: pl.DataFrame) -> pl.Series:

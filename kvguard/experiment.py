@@ -79,13 +79,13 @@ def prepare_requests(
 
     Args:
         model: a loaded model.
-        prompts: at least one.
-        examples: few-shot examples, the same for all prompts.
+        prompts: at least one, all of one task.
+        examples: few-shot examples of that task.
         experiment: the whole configuration.
     """
     settings = experiment.generation
     decoding = Decoding(
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=experiment.max_new_tokens(prompts[0].task),
         end_token_ids=model.end_token_ids,
         do_sample=settings.do_sample,
         temperature=settings.temperature,
@@ -103,7 +103,7 @@ def prepare_requests(
         prefix = prefill_prefix(model.model, token_ids[0][:shared])
     rows = settings.batch_size
     if rows == "auto":
-        longest = max(map(len, token_ids)) + settings.max_new_tokens
+        longest = max(map(len, token_ids)) + decoding.max_new_tokens
         rows = batch_size_for(model.model, longest)
     return Prepared(requests, prefix, decoding, min(rows, len(requests)))
 
@@ -122,8 +122,8 @@ def run_shard(
 
     Args:
         model: a loaded model.
-        prompts: this shard's prompts.
-        examples: few-shot examples.
+        prompts: this shard's prompts, all of one task.
+        examples: few-shot examples of that task.
         press: None for the uncompressed baseline.
         ratio: "0.000" for the baseline.
         shard: number, stored in the traces.
@@ -163,6 +163,7 @@ def run_shard(
                 )
             traces[prompt_id] = trace_row(completion, model, ready.decoding) | {
                 **keys,
+                "task": prompts[0].task,
                 "shard": shard,
                 "audit_seconds": time.perf_counter() - started,
             }

@@ -93,10 +93,10 @@ def _title(described: Mapping[str, Any]) -> str:
     presses = "; ".join(
         f"{press['name']} at {', '.join(press['ratios'])}" for press in described["presses"]
     )
-    task = described["task"]
+    tasks = ", ".join(f"{task['name']} ({task['num_prompts']})" for task in described["tasks"])
     return (
         f"## Run `{described['name']}`\n\n"
-        f"Model {models}; {task['num_prompts']} prompts of {task['name']}; presses {presses}; "
+        f"Model {models}; prompts by task: {tasks}; presses {presses}; "
         f"at most {described['generation']['max_new_tokens']} new tokens; seed "
         f"{described['seed']}. Made by Snakemake on this run's configuration, tables "
         f"in `{described['results_dir']}/tables/`."

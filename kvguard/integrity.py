@@ -79,12 +79,11 @@ def verify_results(config: Config, results: str | Path) -> list[Check]:
 
 def expected_shards(config: Config) -> list[Shard]:
     """Every shard that the configuration asks for."""
-    prompts, size = config.task.num_prompts, config.generation.shard_size
     return [
-        Shard(model.name, press, ratio, shard, min(size, prompts - shard * size))
+        Shard(model.name, press, ratio, shard, len(places))
         for model in config.models
         for press, ratio in config.conditions
-        for shard in range(config.num_shards)
+        for shard, places in enumerate(config.shards)
     ]
 
 
@@ -124,8 +123,8 @@ def _check_rows(config: Config, results: Path) -> Problems:
         yield _unless(token_rows == promised, tokens, results, token_rows, promised)
     traces_expected = sum(shard.rows for shard in expected_shards(config))
     expected = {
-        "prompts/prompts.parquet": config.task.num_prompts,
-        "splits.parquet": config.task.num_prompts,
+        "prompts/prompts.parquet": config.num_prompts,
+        "splits.parquet": config.num_prompts,
         "outcomes.parquet": traces_expected,
         "labels.parquet": generated,
         "features.parquet": generated,

@@ -46,8 +46,8 @@ def run_policy_shard(
 
     Args:
         model: a loaded model.
-        prompts: of the test split.
-        examples: few-shot examples.
+        prompts: of the test split, all of one task.
+        examples: few-shot examples of that task.
         press: the press to guard.
         ratio: its ratio.
         policy: one of config.POLICY_NAMES.
@@ -94,10 +94,11 @@ def run_policy_shard(
         released=lambda _key, _tokens: None,  # counts what a streaming user would have seen
     )
     keys = {"model": model.name, "press": press.name, "ratio": ratio}
+    place = {"task": prompts[0].task, "shard": shard}
     traces, tokens, reports = [], [], []
     with progress(len(prompts), f"{press.name} {ratio} {policy} shard {shard:02d}") as advance:
         for completion, report in guarded(session, ready.requests, watch):
-            traces.append(trace_row(completion, model, ready.decoding) | keys | {"shard": shard})
+            traces.append(trace_row(completion, model, ready.decoding) | keys | place)
             reports.append(_report_row(completion, report))
             if completion.error is None:
                 margin = experiment.live.margin_nats
@@ -112,7 +113,9 @@ def run_policy_shard(
     runs = (
         order.join(frame, on="prompt_id", maintain_order="left")
         .join(pl.DataFrame(reports, schema=_REPORT), on="prompt_id", maintain_order="left")
-        .join(outcomes.drop("model", "press", "ratio"), on="prompt_id", maintain_order="left")
+        .join(
+            outcomes.drop("model", "press", "ratio", "task"), on="prompt_id", maintain_order="left"
+        )
         .with_columns(policy=pl.lit(policy), source=pl.lit("live"))
     )
     return check(conform(runs, RUNS), RUNS, "runs")

@@ -1,24 +1,18 @@
-"""Tasks: questions with reference answers, few-shot examples, and answers read out of a text.
+"""Prompts of an experiment's tasks: drawn once, written as a table, formatted as chats."""
 
-A task is two functions in `TASKS`: one that yields questions and worked examples, one that reads
-the answer out of a generated text. Everything else here is shared by all of them.
-"""
-
-import hashlib
 import json
-import re
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
-from itertools import islice, takewhile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from pydantic import BaseModel, ConfigDict
 
 from kvguard import config
 from kvguard.schema import PROMPTS, atomic_path, conform, read_table
+from kvguard.tasks import Question, TaskError, hex_digest
+from kvguard.word_problems import gsm8k, gsm_symbolic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,11 +22,11 @@ TEMPLATE_DATE = "26 Jul 2024"
 
 
 class PromptError(ValueError):
-    """A task that cannot give what was asked; the message names the field and the value."""
+    """A question that cannot be made into a prompt."""
 
 
 class Example(BaseModel):
-    """A worked example: a question and an answer whose last line is ``#### <number>``."""
+    """A worked example: a question and its answer, shown as an earlier turn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,41 +40,52 @@ class Prompt(BaseModel):
     Attributes:
         prompt_id: 16 hex digits over task, question and reference: independent of seed and order.
         task: name of the task.
+        kind: the task's kind, which names the verifier.
+        template: what the question was drawn from; None where no other prompt shares it.
         index: place in this run's order, from 0.
         question: the user's turn.
-        reference: the right answer as the data set writes it.
-        reference_answer: the same in canonical form, see `canonical_number`.
+        reference: the right answer as people read it; None where there is no right answer.
+        spec: JSON, what `tasks.verify` needs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt_id: str
     task: str
+    kind: str
+    template: str | None = None
     index: int
     question: str
-    reference: str
-    reference_answer: str
+    reference: str | None
+    spec: str
 
 
-class Question(NamedTuple):
-    """A question, its right answer as the data set writes it, and the worked answer."""
+Generator = Callable[[Any, int], tuple[Iterator[Question], list[Question]]]
+"""(task section, seed) -> (questions in order, few-shot examples). At least ``num_prompts``
+questions where there are as many; the first n do not depend on n."""
 
-    question: str
-    reference: str
-    worked: str
+GENERATORS: dict[str, Generator] = {
+    "gsm8k": gsm8k,
+    "gsm_symbolic": gsm_symbolic,
+}
+"""Every kind of task and where its questions come from."""
 
 
-class TaskFunctions(NamedTuple):
-    """What a task is made of.
+def load_tasks(
+    tasks: Sequence[config.Task], seed: int
+) -> tuple[list[Prompt], dict[str, list[Example]]]:
+    """The prompts of all tasks, task by task, and each task's few-shot examples.
 
-    Attributes:
-        questions: (task section, seed) -> (questions in order, few-shot examples). At least
-            ``num_prompts`` questions where there are as many; the first n do not depend on n.
-        read_answer: text -> canonical answer, or None when the text has none.
+    Raises:
+        TaskError: as `load_task`.
     """
-
-    questions: Callable[[Any, int], tuple[Iterator[Question], list[Question]]]
-    read_answer: Callable[[str], str | None]
+    prompts: list[Prompt] = []
+    examples = {}
+    for task in tasks:
+        drawn, examples[task.name] = load_task(task, seed)
+        start = len(prompts)
+        prompts += [prompt.model_copy(update={"index": start + prompt.index}) for prompt in drawn]
+    return prompts, examples
 
 
 def load_task(task: config.Task, seed: int) -> tuple[list[Prompt], list[Example]]:
@@ -94,49 +99,43 @@ def load_task(task: config.Task, seed: int) -> tuple[list[Prompt], list[Example]
         seed: the experiment's seed.
 
     Raises:
-        PromptError: the task has fewer questions or examples than asked, its data cannot be read,
-            or a reference answer is not a number.
+        TaskError: the task has fewer questions or examples than asked, its data cannot be read, or
+            a reference answer cannot be verified.
     """
-    questions, examples = TASKS[task.name].questions(task, seed)
+    questions, examples = GENERATORS[task.kind](task, seed)
     if len(examples) < task.few_shot:
-        raise PromptError(f"task.few_shot: {task.few_shot} asked, there are {len(examples)}")
+        raise TaskError(
+            f"tasks.{task.name}.few_shot: {task.few_shot} asked, there are {len(examples)}"
+        )
     prompts: dict[str, Prompt] = {}
     taken = {example.question for example in examples}
-    for question, reference, _ in questions:
+    for entry in questions:
         if len(prompts) == task.num_prompts:
             break
-        answer = canonical_number(reference)
-        if answer is None:
-            raise PromptError(
-                f"task {task.name}: reference {reference!r} of {question!r} is no number"
-            )
-        prompt_id = make_prompt_id(task.name, question, reference)
-        if question not in taken and prompt_id not in prompts:
+        prompt_id = make_prompt_id(task.name, entry.question, entry.reference or "")
+        if entry.question not in taken and prompt_id not in prompts:
             prompts[prompt_id] = Prompt(
                 prompt_id=prompt_id,
                 task=task.name,
+                kind=task.kind,
+                template=entry.template,
                 index=len(prompts),
-                question=question,
-                reference=reference,
-                reference_answer=answer,
+                question=entry.question,
+                reference=entry.reference,
+                spec=json.dumps(entry.spec, ensure_ascii=False),
             )
     if len(prompts) < task.num_prompts:
-        raise PromptError(
-            f"task.num_prompts: {task.num_prompts} asked, {task.name} has {len(prompts)} different "
-            "questions that are not few-shot examples"
+        raise TaskError(
+            f"tasks.{task.name}.num_prompts: {task.num_prompts} asked, there are {len(prompts)} "
+            "different questions that are not few-shot examples"
         )
     turns = [Example(question=entry.question, answer=entry.worked) for entry in examples]
     return list(prompts.values()), turns
 
 
-def read_answer(task: str, text: str) -> str | None:
-    """The canonical answer of a generated text under that task, or None when it has none."""
-    return TASKS[task].read_answer(text)
-
-
 def make_prompt_id(task: str, question: str, reference: str) -> str:
     """First 16 hex digits of the SHA-256 over task, question and reference answer."""
-    return _hex_digest(task, question, reference)[:16]
+    return hex_digest(task, question, reference)[:16]
 
 
 def format_prompt(
@@ -200,224 +199,14 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return [Prompt.model_validate(row) for row in rows]
 
 
-def write_examples(path: str | Path, examples: Sequence[Example]) -> None:
-    """Write few-shot examples as a JSON list, all or nothing."""
+def write_examples(path: str | Path, examples: Mapping[str, Sequence[Example]]) -> None:
+    """Write each task's few-shot examples as JSON, all or nothing."""
     with atomic_path(path) as temporary:
-        rows = [example.model_dump() for example in examples]
+        rows = {task: [turn.model_dump() for turn in turns] for task, turns in examples.items()}
         temporary.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def read_examples(path: str | Path) -> list[Example]:
-    """Few-shot examples that `write_examples` wrote."""
-    return [Example.model_validate(row) for row in json.loads(Path(path).read_text("utf-8"))]
-
-
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}}(?![0-9]))?"
-_NUMBER = re.compile(
-    rf"""
-    [\s(\[{{:≈]* (?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?\s*)?
-    (?P<sign>[-+]?) \s*
-    (?:
-        (?:(?P<whole>{_INTEGER})\s+(?=[0-9.]))?
-        (?P<over>[-+]?{_DECIMAL}) \s*/\s* (?P<under>[-+]?{_DECIMAL})
-      | (?P<plain>{_DECIMAL})
-    )
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
-_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("\u2212\u2013\u2010\u2011\ufe63\uff0d", "-"),
-        **{
-            character: " " + unicodedata.normalize("NFKC", character).replace("\u2044", "/")
-            for character in map(chr, (0xBC, 0xBD, 0xBE, *range(0x2153, 0x215F)))
-        },
-    }
-)
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" \1/\2"),
-        (r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 "),
-        (r"(?<=[0-9])(?:\{,\}|,?\\[,!;]|[\u00a0\u2009\u202f])(?=[0-9]{3})", ","),
-        (r"\\(?:left|right|boxed|quad|[()\[\],!;: ])", " "),
-        (r"\b(?:USD|EUR|GBP|INR|CAD|AUD|US(?=\s?\\?\$)|Rs\.?)\s*(?=[-+.0-9\\$£€₹])", ""),
-        (r"[\\$£€¥₹₩*_`~]", ""),
-    )
-]
-_MARKER = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")
-_BOXED = re.compile(r"\\boxed\s*\{")
-
-
-def canonical_number(text: str) -> str | None:
-    """The number that a text starts with, written so that equal values compare equal.
-
-    Signs, thousands separators, currency, LaTeX, decimals, fractions and mixed numbers are read;
-    what follows the number (units, a percent sign, a full stop) is not. After "a = b", b counts.
-
-    Args:
-        text: e.g. "$1,000.00", "-3 apples", r"\\frac{1}{2}", "1 1/2 cups", "50%".
-
-    Returns:
-        An integer ("1000") or a fraction in lowest terms ("3/2"); None where no number is.
-    """
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = text.translate(_CHARACTERS)
-    found = _NUMBER.match(text.rpartition("=")[2]) or _NUMBER.match(text)
-    if found is None:
-        return None
-    parts = {name: part.replace(",", "") for name, part in found.groupdict().items() if part}
-    try:
-        if "plain" in parts:
-            value = Fraction(parts["plain"])
-        else:
-            value = Fraction(parts["over"]) / Fraction(parts["under"])
-            value += int(parts.get("whole", "0"))
-        return str(-value if parts.get("sign") == "-" else value)
-    except (ValueError, ZeroDivisionError):  # more digits than Python converts, or a zero below
-        return None
-
-
-def extract_answer(text: str) -> str | None:
-    """The final answer of a text, in canonical form: the last ``#### number``, else the last box.
-
-    Args:
-        text: a generated text.
-
-    Returns:
-        See `canonical_number`; None when neither ``####`` nor ``\\boxed{}`` holds a number, which
-        is not the same as a wrong answer.
-    """
-    for content in reversed(_MARKER.findall(text)):
-        if (answer := canonical_number(content)) is not None:
-            return answer
-    for opening in reversed(list(_BOXED.finditer(text))):
-        content = _braced(text, opening.end())
-        if content is not None and (answer := canonical_number(content)) is not None:
-            return answer
-    return None
-
-
-def _braced(text: str, start: int) -> str | None:
-    """The text from ``start`` to the brace that closes it; None when nothing does."""
-    depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[start : start + brace.start()]
-    return None
-
-
-# Tasks
-
-
-def _gsm_symbolic(task: config.GsmSymbolic, seed: int) -> tuple[Iterator[Question], list[Question]]:
-    """Word problems from the templates of GSM-Symbolic (Mirzadeh et al., 2410.05229).
-
-    The few-shot examples come from templates of their own: a worked answer to the same template
-    would give an evaluated question's solution away.
-    """
-    import reasoning_gym
-
-    def generate(purpose: str, size: int) -> Iterator[tuple[int, Question]]:
-        source = reasoning_gym.create_dataset(
-            "gsm_symbolic", seed=int(_hex_digest(str(seed), purpose)[:8], 16), size=size
-        )
-        for template, entry in zip(source.task_indices, source, strict=True):
-            worked = _worked_answer(entry["metadata"]["answer_cot"], entry["answer"])
-            yield template, Question(entry["question"], entry["answer"], worked)
-
-    examples: dict[int, Question] = {}
-    for template, question in generate("few-shot examples", 100 * task.few_shot + 1):
-        if len(examples) < task.few_shot:
-            examples.setdefault(template, question)
-    candidates = generate("questions", 10 * task.num_prompts + 1000)
-    questions = (question for template, question in candidates if template not in examples)
-    return questions, list(examples.values())
-
-
-def _gsm8k(task: config.Gsm8k, seed: int) -> tuple[Iterator[Question], list[Question]]:
-    """GSM8K (Cobbe et al., 2110.14168): test questions, few-shot examples from train.
-
-    Both are ordered by a hash of seed and content, so that neither the file's order nor the number
-    of prompts decides which come first. Calculator annotations (``<<1+1=2>>``) are taken out of
-    the examples: they were meant for models that call a calculator.
-    """
-    test = _in_seeded_order(_gsm8k_rows(task, task.test_path, "test"), seed)
-    asked = {question.question for question in test}
-    examples: list[Question] = []
-    if task.few_shot:
-        train = _in_seeded_order(_gsm8k_rows(task, task.train_path, "train"), seed)
-        unseen = (question for question in train if question.question not in asked)
-        examples = list(islice(unseen, task.few_shot))
-    return iter(test), examples
-
-
-def _in_seeded_order(questions: list[Question], seed: int) -> list[Question]:
-    return sorted(questions, key=lambda q: _hex_digest(str(seed), q.question, q.reference))
-
-
-def _gsm8k_rows(task: config.Gsm8k, path: Path | None, split: str) -> list[Question]:
-    if path is not None:
-        rows = [
-            _json_row(line, f"{path}:{number}")
-            for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1)
-            if line.strip()
-        ]
-    else:
-        rows = [
-            (row["question"], row["answer"], f"{task.repository} {split}")
-            for row in _hub_rows(task.repository, task.revision, split)
-        ]
-    questions = []
-    for question, answer, place in rows:
-        reference = answer.rpartition("####")[2].strip()
-        if canonical_number(reference) is None:
-            raise PromptError(f"{place}: the answer ends in no number: {answer[-80:]!r}")
-        worked = _worked_answer(re.sub(r"<<[^<>]*>>", "", answer), reference)
-        questions.append(Question(question.strip(), reference, worked))
-    return questions
-
-
-def _json_row(line: str, place: str) -> tuple[str, str, str]:
-    try:
-        row = json.loads(line)
-        question, answer = row["question"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PromptError(
-            f'{place}: expected one JSON object with "question" and "answer" a line: {error!r}'
-        ) from None
-    if not (isinstance(question, str) and isinstance(answer, str) and question.strip()):
-        raise PromptError(f'{place}: "question" and "answer" must be texts, got {row!r}')
-    return question, answer, place
-
-
-def _hub_rows(repository: str, revision: str | None, split: str) -> list[dict[str, str]]:
-    import datasets
-
-    try:
-        return list(datasets.load_dataset(repository, "main", revision=revision, split=split))
-    except (OSError, ValueError) as error:
-        raise PromptError(
-            f"task.repository: {repository!r} at {revision} could not be read from the hub; "
-            f"without the hub, give test_path and train_path: {error}"
-        ) from error
-
-
-def _worked_answer(text: str, reference: str) -> str:
-    """The worked answer with one last line ``#### <reference>``."""
-    steps = text.rpartition("####")[0] if "####" in text else ""
-    return f"{steps.rstrip()}\n#### {reference}".strip()
-
-
-def _hex_digest(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
-
-
-TASKS: dict[str, TaskFunctions] = {
-    "gsm8k": TaskFunctions(_gsm8k, extract_answer),
-    "gsm_symbolic": TaskFunctions(_gsm_symbolic, extract_answer),
-}
-"""Every task by the name that it has in the configuration; its fields are a section there."""
+def read_examples(path: str | Path) -> dict[str, list[Example]]:
+    """Few-shot examples that `write_examples` wrote, by task."""
+    written = json.loads(Path(path).read_text("utf-8"))
+    return {task: [Example.model_validate(row) for row in rows] for task, rows in written.items()}

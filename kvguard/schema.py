@@ -74,12 +74,14 @@ COSTS: dict[str, pl.DataType] = {
 """What a request costs, the same columns in every table; null where unknown; lower is better."""
 
 PROMPTS: dict[str, pl.DataType] = {
-    "prompt_id": pl.String(),
-    "task": pl.String(),
+    "prompt_id": pl.String(),  # unique across tasks
+    "task": pl.String(),  # the task's name in the configuration
+    "kind": pl.String(),  # what `tasks.verify` goes by
+    "template": pl.String(),  # of the prompts drawn from the same one; null: the task has none
     "index": pl.Int32(),
     "question": pl.String(),
-    "reference": pl.String(),  # the reference answer as the data set gives it
-    "reference_answer": pl.String(),  # in canonical form, see prompts.canonical_number
+    "reference": pl.String(),  # the right answer as people read it; null: there is none
+    "spec": pl.String(),  # JSON: what `tasks.verify` needs to judge a text
 }
 
 PROBE_NAMES: tuple[str, ...] = (
@@ -117,6 +119,7 @@ PROBES: dict[str, pl.DataType] = {name: pl.Float32() for name in PROBE_NAMES}
 TRACES: dict[str, pl.DataType] = (
     _trace_key_types
     | {
+        "task": pl.String(),
         "shard": pl.Int32(),
         "seed": pl.Int64(),
         "status": pl.String(),  # "ok" or "error"
@@ -143,6 +146,7 @@ TRACES: dict[str, pl.DataType] = (
 TOKENS: dict[str, pl.DataType] = _token_key_types | {"token_id": pl.Int32()} | SIGNALS | AUDIT
 
 OUTCOMES: dict[str, pl.DataType] = _trace_key_types | {
+    "task": pl.String(),
     "looping": pl.Boolean(),
     "looping_onset": pl.Int32(),
     "non_termination": pl.Boolean(),
@@ -162,7 +166,12 @@ OUTCOMES: dict[str, pl.DataType] = _trace_key_types | {
 }
 """One row per trace; every outcome is null for a trace whose status is "error"."""
 
-SPLITS: dict[str, pl.DataType] = {"prompt_id": pl.String(), "split": pl.String()}
+SPLITS: dict[str, pl.DataType] = {
+    "prompt_id": pl.String(),
+    "task": pl.String(),
+    "template": pl.String(),  # prompts of one template are in one split; null: each by itself
+    "split": pl.String(),
+}
 SPLIT_NAMES = ("train", "calibration", "test")
 
 LABELS: dict[str, pl.DataType] = (
@@ -211,6 +220,7 @@ TIMELINE: dict[str, pl.DataType] = _token_key_types | {
 }
 
 RUNS: dict[str, pl.DataType] = _trace_key_types | {
+    "task": pl.String(),
     "policy": pl.String(),  # a name of policies.POLICIES
     "source": pl.String(),  # "live" or "simulation"
     "shard": pl.Int32(),

@@ -35,9 +35,8 @@ from numpy.typing import NDArray
 from kvguard import config, schema
 from kvguard.controller import NEVER, Mode, first_alarm, stack_settings
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
-from kvguard.detectors import agreement, loop_onsets
+from kvguard.detectors import agreement, judge_answers, loop_onsets
 from kvguard.policies import Action, Observation, Policy, is_alarm, look_at, make_policy
-from kvguard.prompts import extract_answer
 from kvguard.schema import CONDITION, TRACE_KEYS
 from kvguard.stored_requests import NOWHERE, StoredRequests
 
@@ -160,7 +159,7 @@ def simulate_policies(
     rate: float | FloatArray | None = random_rate
     if rate is None and controller is not None:
         rate = alarm_rates(requests, controller)
-    failed = requests.failed.select(*TRACE_KEYS, "shard", "status", "error")
+    failed = requests.failed.select(*TRACE_KEYS, "task", "shard", "status", "error")
     frames = []
     for name in dict.fromkeys(policies):
         if name == "constant":
@@ -271,7 +270,7 @@ def _runs(
     frame = gathered.select(
         pl.when(pl.Series(known)).then(pl.col(name)).alias(name) for name in gathered.columns
     ).with_columns(
-        table.select(*TRACE_KEYS, "shard", "status", "error"),
+        table.select(*TRACE_KEYS, "task", "shard", "status", "error"),
         policy=pl.lit(policy.name),
         alarmed=pl.Series(ending.alarmed),
         stopped=pl.Series(ending.stopped),
@@ -331,19 +330,13 @@ def _judge_stopped(
     if not runs["stopped"].any():
         return runs
     table = requests.table.select("amnesia", "amnesia_onset")
-    whole = pl.concat([runs.drop("amnesia"), table], how="horizontal").join(
-        prompts.select("prompt_id", "reference_answer"),
-        on="prompt_id",
-        how="left",
-        maintain_order="left",
-    )
+    whole = pl.concat([runs.drop("amnesia"), table], how="horizontal")
     rest, cut = whole.filter(~pl.col("stopped")), whole.filter(pl.col("stopped"))
     cut = cut.with_columns(token_ids=pl.col("token_ids").list.head("draft"))
     ids = cut["token_ids"].explode().to_numpy()
     bounds = np.concatenate([[0], np.cumsum(cut["draft"].to_numpy())])
     loops = loop_onsets(ids, bounds, detection.loop_window_tokens, detection.loop_repeats) >= 0
     texts = [None if decode is None else decode(tokens) for tokens in cut["token_ids"].to_list()]
-    answers = [None if text is None else extract_answer(text) for text in texts]
     window_ends = pl.col("amnesia_onset") + detection.amnesia_window_tokens
     cut = cut.with_columns(
         stop_reason=pl.lit("stopped"),
@@ -353,15 +346,13 @@ def _judge_stopped(
         non_termination=pl.lit(False),
         # The onset is that of the first window, which counts if it lies within what is left.
         amnesia=pl.col("amnesia") & (window_ends <= pl.col("draft")).fill_null(False),
-        answer=pl.Series(answers, dtype=pl.String),
     )
     read = pl.lit(decode is not None)
-    right = pl.col("answer").eq_missing(pl.col("reference_answer")) & pl.col("answer").is_not_null()
+    cut = cut.with_columns(*judge_answers(prompts, cut))
     cut = cut.with_columns(
         catastrophe=pl.any_horizontal(
             pl.col("looping", "non_termination", "amnesia").fill_null(False)
         ),
-        correct=pl.when(read).then(right),
         agrees=pl.when(read).then(agreement(cut, requests.table)),
     )
     return pl.concat([rest, cut])

@@ -78,7 +78,7 @@ def load_requests(
         tokens[bounds[:-1]]
         .select(TRACE_KEYS)
         .join(finished, on=TRACE_KEYS, how="left", maintain_order="left")
-        .join(outcomes, on=TRACE_KEYS, how="left", maintain_order="left")
+        .join(outcomes.drop("task"), on=TRACE_KEYS, how="left", maintain_order="left")
         .with_columns(row=pl.int_range(pl.len()))
     )
     if table.height != finished.height:

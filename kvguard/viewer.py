@@ -52,7 +52,7 @@ def render_viewer(
     kept = shown.head(max(1, max_requests // max(conditions, 1)))
     requests = (
         traces.join(kept, on="prompt_id")
-        .join(outcomes, on=schema.TRACE_KEYS, how="left")
+        .join(outcomes.drop("task"), on=schema.TRACE_KEYS, how="left")
         .sort("index", "model", pl.col("press") != config.BASELINE, "press", "ratio")
     )
     timeline = timeline.join(requests, on=schema.TRACE_KEYS, how="semi")
@@ -93,7 +93,7 @@ def _requests(requests: pl.DataFrame, timeline: pl.DataFrame) -> list[dict[str, 
     fields = [
         *schema.TRACE_KEYS,
         "question",
-        "reference_answer",
+        "reference",
         "status",
         "error",
         "stop_reason",

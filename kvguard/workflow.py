@@ -48,16 +48,18 @@ def press_experiment(
     press: str,
     ratio: str,
     num_prompts: int,
+    task: str | None = None,
     max_new_tokens: int | None = None,
     seed: int | None = None,
 ) -> Config:
-    """The experiment of one press at one ratio.
+    """The experiment of one task under one press at one ratio.
 
     Args:
         layers: configuration files.
         press: a name in the configuration, a kvpress class, or its short form ("streaming_llm").
         ratio: fraction of entries to remove; 0 runs the model uncompressed.
         num_prompts: how many.
+        task: a name in the configuration; None takes its first task.
         max_new_tokens: None keeps the configuration's.
         seed: None keeps the configuration's.
 
@@ -73,10 +75,11 @@ def press_experiment(
     # A ratio of 0 is the uncompressed run; the press entry needs some ratio to be valid.
     entry["ratios"] = [wanted if wanted != BASELINE_RATIO else "0.500"]
     generation: dict[str, Any] = {"shard_size": num_prompts}
+    asked: dict[str, Any] = {"num_prompts": num_prompts}
     if max_new_tokens is not None:
-        generation["max_new_tokens"] = max_new_tokens
+        generation["max_new_tokens"] = asked["max_new_tokens"] = max_new_tokens
     over: dict[str, Any] = {
-        "task": {"num_prompts": num_prompts},
+        "tasks": [_task_entry(base, task) | asked],
         "presses": [entry],
         "generation": generation,
         "live": {"conditions": []},
@@ -84,6 +87,15 @@ def press_experiment(
     if seed is not None:
         over["seed"] = seed
     return parse_config(overlay(base.model_dump(mode="json", by_alias=True), over))
+
+
+def _task_entry(base: Config, name: str | None) -> dict[str, Any]:
+    """The configuration entry of a task; the first one when no name is given."""
+    try:
+        task = base.tasks[0] if name is None else base.task(name)
+    except KeyError as error:
+        raise ConfigError(f"--task: {error.args[0]}") from None
+    return task.model_dump(mode="json")
 
 
 def press_entry(base: Config, name: str) -> dict[str, Any]:
@@ -146,7 +158,9 @@ def sweep_overlay(
     over: dict[str, Any] = {}
     name = base.models[0].name
     if num_prompts is not None:
-        over["task"] = {"num_prompts": num_prompts}
+        over["tasks"] = [
+            _task_entry(base, task.name) | {"num_prompts": num_prompts} for task in base.tasks
+        ]
     if model is not None:
         entry = model_entry(base, model, revision)
         name = entry["name"]

@@ -7,24 +7,18 @@ from snakemake.exceptions import WorkflowError
 from kvguard.config import BASELINE, ConfigError, parse_config
 from kvguard.figures import FIGURES
 from kvguard.provenance import data_digest, definition_digest, library_digest
-from kvguard.splits import split_prompts
+from kvguard.splits import check_split_sizes
 
 
 def read_config(values):
     """The checked configuration; a wrong one ends Snakemake with the field and what it accepts."""
     try:
         checked = parse_config(values)
-        split_sizes(checked)
+        for task in checked.tasks:
+            check_split_sizes(task.name, task.num_prompts, checked.splits)
     except (ConfigError, ValueError) as error:
         raise WorkflowError(str(error)) from None
     return checked
-
-
-def split_sizes(checked):
-    """Number of prompts in each split; how many there are does not depend on which they are."""
-    numbers = map(str, range(checked.task.num_prompts))
-    splits = split_prompts(numbers, checked.splits, checked.seed)
-    return dict(splits["split"].value_counts().iter_rows())
 
 
 def any_of(names):
@@ -66,9 +60,8 @@ def model_files(wildcards):
 
 
 def task_files():
-    """Files outside the results that the task reads."""
-    paths = [getattr(experiment.task, name, None) for name in ("test_path", "train_path")]
-    return [path for path in paths if path is not None]
+    """Files outside the results that the tasks read."""
+    return [path for task in experiment.tasks for path in task.files]
 
 
 def press_settings(wildcards):
@@ -91,7 +84,7 @@ def every_trace(pattern):
             model=model.name,
             press=press,
             ratio=ratio,
-            shard=[f"{shard:02d}" for shard in range(experiment.num_shards)],
+            shard=[f"{shard:02d}" for shard in range(len(experiment.shards))],
         )
     ]
 
@@ -103,7 +96,7 @@ def live_conditions():
 
 def every_live_run(pattern):
     """Paths of all (model, press, ratio, policy, shard) of the live experiment."""
-    shards = -(-split_sizes(experiment)["test"] // experiment.live.shard_size)
+    shards = len(experiment.live_shards)
     return [
         path
         for press, ratio in live_conditions()

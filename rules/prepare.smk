@@ -57,7 +57,7 @@ rule prepare_prompts:
     resources:
         **job("small"),
     params:
-        task=section("task"),
+        tasks=section("tasks"),
         seed=experiment.seed,
         library=library("prepare_prompts"),
     script:

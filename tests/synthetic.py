@@ -7,6 +7,7 @@ the 32 tokens before the onset, so that a predictor has something to learn.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def make_run(
     if max_new_tokens < 56:
         raise ValueError(f"max_new_tokens must be at least 56 to plant loops, got {max_new_tokens}")
     prompts = _prompts(num_prompts)
-    references = prompts["reference_answer"].to_list()
+    references = prompts["reference"].to_list()
     traces: list[dict[str, Any]] = []
     outcomes: list[dict[str, Any]] = []
     tokens: list[pl.DataFrame] = []
@@ -88,20 +89,25 @@ def make_run(
         last = number == len(conditions) - 1
         for index, prompt_id in enumerate(prompts["prompt_id"].to_list()):
             keys = {"model": model, "press": press, "ratio": ratio, "prompt_id": prompt_id}
+            task = {"task": "synthetic"}
             slot = (index + 5 * number) % num_prompts
             forced = error_rate > 0 and last and slot == len(KINDS)
             failed = forced or bool(rng.random() < error_rate and slot >= len(KINDS))
             plan = _plan(rng, slot, float(ratio), max_new_tokens)
-            trace = keys | {
-                "shard": index // shard_size,
-                "seed": seed,
-                "max_new_tokens": max_new_tokens,
-                "prompt_tokens": 100 + index,
-            }
+            trace = (
+                keys
+                | task
+                | {
+                    "shard": index // shard_size,
+                    "seed": seed,
+                    "max_new_tokens": max_new_tokens,
+                    "prompt_tokens": 100 + index,
+                }
+            )
             if failed:
                 error = "ValueError: the prompt is too short for the press"
                 traces.append(trace | {"status": "error", "error": error, "generated_tokens": 0})
-                outcomes.append(keys)
+                outcomes.append(keys | task)
                 continue
             frame, text, answer, rejected = _generate(
                 rng, plan, float(ratio), int(references[index])
@@ -130,6 +136,7 @@ def make_run(
             )
             outcomes.append(
                 keys
+                | task
                 | _planted(plan, frame["llr"].to_numpy(), max_new_tokens)
                 | {
                     "first_rejected": rejected,
@@ -181,10 +188,12 @@ def _prompts(num_prompts: int) -> pl.DataFrame:
             {
                 "prompt_id": hashlib.sha256(identity.encode()).hexdigest()[:16],
                 "task": "synthetic",
+                "kind": "gsm8k",
+                "template": None,
                 "index": index,
                 "question": question,
-                "reference": reference,
-                "reference_answer": answer,
+                "reference": answer,
+                "spec": json.dumps({"answer": answer}),
             }
         )
     return pl.DataFrame(rows, schema=schema.PROMPTS)

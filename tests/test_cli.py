@@ -137,7 +137,7 @@ def short(smollm2_folder: Path, tmp_path: Path) -> str:
     checkpoints.mkdir()
     (checkpoints / "smollm2-135m").symlink_to(smollm2_folder)
     overlay = tmp_path / "short.yaml"
-    overlay.write_text("task: {few_shot: 0}\n")
+    overlay.write_text("tasks: [{kind: gsm_symbolic, num_prompts: 2, few_shot: 0}]\n")
     return f"--num-prompts 2 --max-new-tokens 6 --config {overlay} --results-dir {tmp_path}"
 
 
@@ -214,7 +214,7 @@ def test_status_counts_jobs_per_stage(tmp_path: Path) -> None:
     rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     table = {row[1].strip(): (row[2].strip(), row[3].strip()) for row in rows}
     config = load_config(CHECKOUT / "config.yaml")
-    assert table["generate"] == ("0", str(len(config.conditions) * config.num_shards))
+    assert table["generate"] == ("0", str(len(config.conditions) * len(config.shards)))
     assert table["prepare_model"] == ("0", "1")
 
 

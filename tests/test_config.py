@@ -24,6 +24,7 @@ from kvguard.config import (
 
 CHECKOUT = Path(__file__).parent.parent
 SHIPPED: dict[str, Any] = yaml.safe_load((CHECKOUT / "config.yaml").read_text())
+TASK = {"kind": "gsm_symbolic", "num_prompts": 9}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 ABSENT = object()
 
@@ -68,7 +69,7 @@ def test_shipped_configuration() -> None:
         "streaming_llm",
         "expected_attention",
     }
-    assert config.task.name == "gsm_symbolic"
+    assert [task.name for task in config.tasks] == ["gsm_symbolic"]
 
 
 def test_paper_is_two_models_and_sixteen_conditions() -> None:
@@ -81,7 +82,7 @@ def test_paper_is_two_models_and_sixteen_conditions() -> None:
     repositories = {model.repository for model in config.models if model.source == "hub"}
     assert repositories == {"Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"}
     assert {model.dtype for model in config.models} == {"bfloat16"}
-    assert config.task.num_prompts == 500
+    assert config.num_prompts == 500
     assert config.generation.max_new_tokens == 512
     assert config.jobs.model.gpu == 1
     assert config.press("observed_attention").attention == "eager"
@@ -93,9 +94,9 @@ def test_gsm8k_local_takes_its_paths_from_the_config(tmp_path: Path) -> None:
     for field in ("test_path", "train_path"):
         path = tmp_path / f"{field}.jsonl"
         path.write_text("{}\n")
-        values["task"][field] = str(path)
+        values["tasks"][0][field] = str(path)
     config = load_config(CHECKOUT / "config.yaml", overrides=values)
-    assert config.task.num_prompts == 100
+    assert config.num_prompts == 100
     assert len(config.conditions) == 7
 
 
@@ -153,11 +154,12 @@ def test_importing_the_configuration_imports_neither_torch_nor_kvpress() -> None
         ("presses.1.name", "none", "presses.1.name", "uncompressed baseline", "'none'"),
         ("presses.1.name", "../x", "presses.1.name", "letters, digits", "'../x'"),
         ("presses", None, "presses", "list", "None"),
-        ("task.num_prompts", -3, "task.num_prompts", "greater than or equal to 1", "-3"),
-        ("task.num_prompts", 0, "task.num_prompts", "greater than or equal to 1", "0"),
-        ("task.num_prompts", "many", "task.num_prompts", "integer", "'many'"),
-        ("task.few_shot", -1, "task.few_shot", "greater than or equal to 0", "-1"),
-        ("task.name", "mmlu", "task.name", "'gsm_symbolic', 'gsm8k'", "'mmlu'"),
+        ("tasks.0.num_prompts", -3, "tasks.0.num_prompts", "greater than or equal to 1", "-3"),
+        ("tasks.0.num_prompts", 0, "tasks.0.num_prompts", "greater than or equal to 1", "0"),
+        ("tasks.0.num_prompts", "many", "tasks.0.num_prompts", "integer", "'many'"),
+        ("tasks.0.few_shot", -1, "tasks.0.few_shot", "greater than or equal to 0", "-1"),
+        ("tasks.0.kind", "mmlu", "tasks.0.kind", "'gsm_symbolic', 'gsm8k'", "'mmlu'"),
+        ("tasks", [TASK, TASK], "tasks", "once", "'gsm_symbolic', 'gsm_symbolic'"),
         ("generation.max_new_tokens", -1, "generation.max_new_tokens", "or equal to 1", "-1"),
         ("generation.batch_size", -2, "generation.batch_size", "'auto'", "-2"),
         ("generation.temperature", 0, "generation.temperature", "greater than 0", "0"),
@@ -207,8 +209,8 @@ def test_a_bad_value_is_named(
     ("path", "meant"),
     [
         ("generation.max_new_token", "generation.max_new_tokens"),
-        ("taks", "task"),
-        ("task.num_prompt", "task.num_prompts"),
+        ("taks", "tasks"),
+        ("tasks.0.num_prompt", "tasks.0.num_prompts"),
         ("models.0.wheel_sha265", "models.0.wheel_sha256"),
         ("presses.0.ratio", "presses.0.ratios"),
         ("presses.0.clas", "presses.0.class"),
@@ -227,45 +229,46 @@ def test_known_keys_are_those_of_the_chosen_source_or_task() -> None:
     known = line.partition("Known here: ")[2]
     assert "wheel_sha256" in known
     assert "revision" not in known
-    (line,) = lines(changed("task.test_path", "x"))
+    (line,) = lines(changed("tasks.0.test_path", "x"))
     assert "few_shot" in line
     assert "train_path" not in line
 
 
 def test_a_missing_key_is_named() -> None:
-    assert lines(changed("task.num_prompts", ABSENT)) == [
-        "task.num_prompts: required, but not given"
+    assert lines(changed("tasks.0.num_prompts", ABSENT)) == [
+        "tasks.0.num_prompts: required, but not given"
     ]
 
 
 def test_every_mistake_is_listed_at_once() -> None:
     values = changed("generation.max_new_tokens", -1)
-    values["task"]["num_prompts"] = 0
+    values["tasks"][0]["num_prompts"] = 0
     values["presses"][1]["ratios"] = [2]
     fields = {line.partition(":")[0] for line in lines(values)}
-    assert fields == {"generation.max_new_tokens", "task.num_prompts", "presses.1.ratios.0"}
+    assert fields == {"generation.max_new_tokens", "tasks.0.num_prompts", "presses.1.ratios.0"}
 
 
 def test_missing_data_files_are_named(tmp_path: Path) -> None:
-    task = {"name": "gsm8k", "num_prompts": 5, "test_path": "no.jsonl", "train_path": "none.jsonl"}
-    test_line, train_line = lines(changed("task", task))
-    assert test_line.startswith("task.test_path: no file at no.jsonl")
-    assert train_line.startswith("task.train_path: no file at none.jsonl")
+    task = {"kind": "gsm8k", "num_prompts": 5, "test_path": "no.jsonl", "train_path": "none.jsonl"}
+    test_line, train_line = lines(changed("tasks.0", task))
+    assert test_line.startswith("tasks.0.test_path: no file at no.jsonl")
+    assert train_line.startswith("tasks.0.train_path: no file at none.jsonl")
 
 
 def test_hub_data_needs_a_revision(tmp_path: Path) -> None:
-    task: dict[str, Any] = {"name": "gsm8k", "num_prompts": 5}
-    (line,) = lines(changed("task", task))
-    assert line.startswith("task.revision: ")
+    task: dict[str, Any] = {"kind": "gsm8k", "num_prompts": 5}
+    (line,) = lines(changed("tasks.0", task))
+    assert line.startswith("tasks.0.revision: ")
     assert "full commit hash" in line
-    (line,) = lines(changed("task", task | {"revision": "main"}))
+    (line,) = lines(changed("tasks.0", task | {"revision": "main"}))
     assert (
-        line == "task.revision: a full commit hash is 40 lower-case hexadecimal digits, got 'main'"
+        line
+        == "tasks.0.revision: a full commit hash is 40 lower-case hexadecimal digits, got 'main'"
     )
     data = tmp_path / "test.jsonl"
     data.write_text("{}\n")
     local = task | {"test_path": str(data), "few_shot": 0}
-    assert parse_config(changed("task", local)).task.num_prompts == 5
+    assert parse_config(changed("tasks.0", local)).num_prompts == 5
 
 
 def test_hub_models_are_pinned() -> None:
@@ -362,16 +365,16 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 
 def test_overlays_merge_mappings_and_replace_lists(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text(
-        "task: {num_prompts: 7}\npresses: [{name: k, class: KnormPress, ratios: [0.3]}]\n"
+        "tasks: [{kind: gsm_symbolic, num_prompts: 7}]\n"
+        "presses: [{name: k, class: KnormPress, ratios: [0.3]}]\n"
     )
     config = load_config(
-        CHECKOUT / "config.yaml", tmp_path / "more.yaml", overrides={"task": {"few_shot": 1}}
+        CHECKOUT / "config.yaml",
+        tmp_path / "more.yaml",
+        overrides={"generation": {"max_new_tokens": 9}},
     )
-    assert (config.task.name, config.task.num_prompts, config.task.few_shot) == (
-        "gsm_symbolic",
-        7,
-        1,
-    )
+    assert (config.num_prompts, config.tasks[0].few_shot) == (7, 3)
+    assert (config.generation.max_new_tokens, config.generation.shard_size) == (9, 24)
     assert config.conditions == [("none", "0.000"), ("k", "0.300")]
 
 
@@ -397,12 +400,33 @@ def test_ratios_have_three_decimals(thousandths: int) -> None:
     assert ratio_text(text) == text
 
 
-@pytest.mark.parametrize("prompts", [1, 23, 24, 25, 48, 49])
-def test_shards_hold_every_prompt_once(prompts: int) -> None:
-    config = parse_config(changed("task.num_prompts", prompts))
-    size = config.generation.shard_size
-    shards = [range(prompts)[start : start + size] for start in range(0, prompts, size)]
-    assert config.num_shards == len(shards)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 30))
+def test_shards_hold_every_prompt_once_and_one_task_each(counts: list[int], size: int) -> None:
+    values = changed("generation.shard_size", size)
+    values["tasks"] = [TASK | {"name": f"t{i}", "num_prompts": n} for i, n in enumerate(counts)]
+    config = parse_config(values)
+    task_of = [task.name for task in config.tasks for _ in range(task.num_prompts)]
+    places = [place for shard in config.shards for place in shard]
+    assert places == list(range(config.num_prompts)) == list(range(len(task_of)))
+    for shard in config.shards:
+        assert 1 <= len(shard) <= size
+        assert len({task_of[place] for place in shard}) == 1
+
+
+def test_a_task_is_named_by_its_kind_unless_told_otherwise() -> None:
+    two = [TASK, TASK | {"name": "short", "max_new_tokens": 12}]
+    config = parse_config(changed("tasks", two))
+    assert [task.name for task in config.tasks] == ["gsm_symbolic", "short"]
+    assert config.max_new_tokens("gsm_symbolic") == config.generation.max_new_tokens
+    assert config.max_new_tokens("short") == 12
+    with pytest.raises(KeyError, match=r"no task 'long'.*gsm_symbolic.*short"):
+        config.task("long")
+
+
+def test_live_shards_divide_each_tasks_test_prompts() -> None:
+    values = changed("live", {"shard_size": 10})
+    values["tasks"] = [TASK | {"name": "a", "num_prompts": 100}, TASK | {"name": "b"}]
+    assert parse_config(values).live_shards == [("a", 0, 3), ("a", 1, 3), ("a", 2, 3), ("b", 0, 1)]
 
 
 def test_names_that_are_not_there_list_those_that_are() -> None:

@@ -187,7 +187,7 @@ def test_a_run_of_errors_alone_has_undefined_shares(tmp_path):
 
 
 def test_splits_are_loaded_when_given(files, run, tmp_path):
-    splits = run.prompts.select("prompt_id", split=pl.lit("test"))
+    splits = run.prompts.select("prompt_id", "task", "template", split=pl.lit("test"))
     schema.write_table(splits, tmp_path / "splits.parquet", schema.SPLITS)
     target = tmp_path / "kvguard.duckdb"
     build_database(

@@ -1,5 +1,6 @@
 """The offline simulation against a guard played by hand, request by request and token by token."""
 
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -96,10 +97,12 @@ def make_run(seed=0, num_prompts=14, conditions=(("snapkv", "0.500"), ("snapkv",
             {
                 "prompt_id": prompt_id,
                 "task": "t",
+                "kind": "gsm8k",
+                "template": None,
                 "index": index,
                 "question": "q",
-                "reference": f"#### {reference}",
-                "reference_answer": str(reference),
+                "reference": str(reference),
+                "spec": json.dumps({"answer": str(reference)}),
             }
         )
         length = int(rng.choice([12, 20, 30, MAX_NEW_TOKENS]))
@@ -142,6 +145,7 @@ def add_trace(rng, traces, tokens, predictions, prompt_id, index, press, ratio, 
     traces.append(
         keys
         | {
+            "task": "t",
             "shard": index // 8,
             "seed": 1000 + index,
             "status": "ok",
@@ -386,7 +390,7 @@ def test_alarms_at_the_last_token(name, holdback):
 def test_outcomes_of_simulated_requests_are_those_of_their_tokens(name):
     run = make_run(3)
     simulated = simulate(run, [name], random_rate=0.6).filter(pl.col("token_ids").is_not_null())
-    references = dict(run.prompts.select("prompt_id", "reference_answer").iter_rows())
+    references = dict(run.prompts.select("prompt_id", "reference").iter_rows())
     llr = {
         key: part["llr"].to_list()
         for key, part in run.tokens.sort(*KEYS, "position").group_by(KEYS, maintain_order=True)
@@ -809,11 +813,12 @@ def test_simulation_predicts_the_live_guard_request_by_request(
     prompts = [
         Prompt(
             prompt_id=f"{7919 * index + 1:016x}",
-            task="t",
+            task="gsm_symbolic",
+            kind="gsm_symbolic",
             index=index,
             question="".join(rng.choice(list("abcdefgh "), 30 + 5 * index)),
-            reference="#### 1",
-            reference_answer="1",
+            reference="1",
+            spec='{"answer": "1"}',
         )
         for index in range(8)
     ]
@@ -823,7 +828,7 @@ def test_simulation_predicts_the_live_guard_request_by_request(
         {
             "name": "x",
             "models": [hub],
-            "task": {"name": "gsm_symbolic", "num_prompts": 8},
+            "tasks": [{"kind": "gsm_symbolic", "num_prompts": 8}],
             "presses": [press | {"phase": phase, "interval_tokens": 8}],
             "generation": {"max_new_tokens": 40, "batch_size": 3},
             "detection": {"divergence_window_tokens": 8},

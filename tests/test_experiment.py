@@ -30,11 +30,12 @@ def some_prompts(count: int = 5) -> list[Prompt]:
     return [
         Prompt(
             prompt_id=make_prompt_id("gsm8k", f"{i} {question}", "3"),
-            task="gsm8k",
+            task="gsm_symbolic",
+            kind="gsm_symbolic",
             index=i,
             question=f"{i} {question}",
             reference="3",
-            reference_answer="3",
+            spec='{"answer": "3"}',
         )
         for i, question in enumerate(questions[:count])
     ]
@@ -162,7 +163,7 @@ def test_automatic_batch_size_runs(tiny: LoadedModel) -> None:
 def test_the_default_experiment_equals_generate(smollm2: LoadedModel) -> None:
     """Every (press, ratio) of config.yaml, on its own prompts, alone and in a batch."""
     experiment = configured(max_new_tokens=10, batch_size=24)
-    prompts, examples = load_task(experiment.task, experiment.seed)
+    prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     for name, ratio in experiment.conditions:
         press_ = None if name == BASELINE else experiment.press(name)
         answers = []

@@ -64,7 +64,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seed": 0,
         "results_dir": "results",
         "models": [{"name": "m"}],
-        "task": {"name": "none", "num_prompts": 80},
+        "tasks": [{"name": "none", "num_prompts": 80}],
         "presses": [{"name": "snapkv", "ratios": ["0.500", "0.750"]}],
         "generation": {"max_new_tokens": 60},
         "controller": {"check_every_tokens": 8},

@@ -35,7 +35,7 @@ def make_config() -> Config:
                     "revision": "0" * 40,
                 }
             ],
-            "task": {"name": "gsm_symbolic", "num_prompts": PROMPTS},
+            "tasks": [{"kind": "gsm_symbolic", "num_prompts": PROMPTS}],
             "presses": [{"name": "snapkv", "class": "SnapKVPress", "ratios": [0.5, 0.75]}],
             "generation": {"max_new_tokens": 64, "shard_size": SHARD},
         }
@@ -67,9 +67,9 @@ def results(tmp_path: Path, run: SyntheticRun) -> Path:
         pl.lit(0.0, pl.Float32).alias(name) for name in schema.FEATURE_NAMES
     )
     schema.write_table(features, tmp_path / "features.parquet", schema.FEATURES)
-    predictions = keys.join(splits, on="prompt_id", maintain_order="left").with_columns(
-        target=pl.lit("any"), hazard=pl.lit(0.25, pl.Float32)
-    )
+    predictions = keys.join(
+        splits.select("prompt_id", "split"), on="prompt_id", maintain_order="left"
+    ).with_columns(target=pl.lit("any"), hazard=pl.lit(0.25, pl.Float32))
     schema.write_table(predictions, tmp_path / "predictions.parquet", schema.PREDICTIONS)
     none = pl.DataFrame(schema=schema.RUNS)
     schema.write_table(none, tmp_path / "simulation.parquet", schema.RUNS)

@@ -29,8 +29,9 @@ PRESS = {
     "ratios": [0.5, 0.75],
 }
 
+TASK = {"kind": "gsm_symbolic", "num_prompts": 8}
 SMALL = {
-    "task": {"num_prompts": 8},
+    "tasks": [TASK],
     "presses": [PRESS],
     "generation": {"shard_size": 4},
     "live": {"conditions": [], "policies": ["none", "guard_rewind", "random"]},
@@ -210,17 +211,19 @@ def test_a_missing_shard_is_the_only_generation(finished: Path) -> None:
             "presses.0.ratios.0",
             "[0, 1)",
         ),
-        ({"task": {"num_prompts": -3}}, "task.num_prompts", "greater than or equal"),
+        ({"tasks": [TASK | {"num_prompts": -3}]}, "tasks.0.num_prompts", "greater than or equal"),
         ({"generation": {"max_new_token": 5}}, "generation.max_new_token", "unknown key"),
-        ({"task": {"num_prompts": 2}}, "2 prompts cannot fill", "at least"),
+        ({"tasks": [TASK | {"num_prompts": 2}]}, "2 prompts cannot fill", "at least"),
         (
             {
-                "task": {
-                    "name": "gsm8k",
-                    "num_prompts": 8,
-                    "test_path": "nowhere.jsonl",
-                    "train_path": "nowhere.jsonl",
-                }
+                "tasks": [
+                    {
+                        "kind": "gsm8k",
+                        "num_prompts": 8,
+                        "test_path": "nowhere.jsonl",
+                        "train_path": "nowhere.jsonl",
+                    }
+                ]
             },
             "test_path",
             "no file at nowhere.jsonl",

@@ -19,24 +19,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from kvguard.answers import canonical_number, extract_answer
 from kvguard.config import Gsm8k, GsmSymbolic
 from kvguard.models import LoadedModel
 from kvguard.prompts import (
     Example,
     PromptError,
-    canonical_number,
-    extract_answer,
     format_prompt,
     load_task,
+    load_tasks,
     make_prompt_id,
     prompts_frame,
-    read_answer,
     read_examples,
     read_prompts,
     shared_prefix_tokens,
     write_examples,
 )
 from kvguard.schema import PROMPTS, check, write_table
+from kvguard.tasks import TaskError, Verdict, verify
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -185,9 +185,10 @@ def test_any_text_is_read_or_not_but_never_an_error(text: str) -> None:
     assert answer is None or str(Fraction(answer)) == answer
 
 
-def test_every_task_reads_answers() -> None:
-    assert read_answer("gsm8k", "#### 1,000") == "1000"
-    assert read_answer("gsm_symbolic", "no idea") is None
+def test_a_marked_number_is_right_or_wrong_and_no_answer_is_wrong() -> None:
+    assert verify("gsm8k", {"answer": "1000"}, "#### 1,000") == Verdict(1.0, True, "1000")
+    assert verify("gsm8k", '{"answer": "1000"}', "#### 999") == Verdict(0.0, False, "999")
+    assert verify("gsm_symbolic", {"answer": "3"}, "no idea") == Verdict(0.0, False, None)
 
 
 # GSM8K
@@ -219,7 +220,7 @@ def gsm8k(tmp_path: Path, **changes: Any) -> Gsm8k:
         "test_path": test_path,
         "train_path": train_path,
     } | changes
-    return Gsm8k(name="gsm8k", **values)
+    return Gsm8k(kind="gsm8k", **values)
 
 
 def test_gsm8k_prompts_and_examples(tmp_path: Path) -> None:
@@ -227,7 +228,9 @@ def test_gsm8k_prompts_and_examples(tmp_path: Path) -> None:
     assert [prompt.index for prompt in prompts] == list(range(10))
     for prompt in prompts:
         number = int(re.findall(r"has (\d+)", prompt.question)[0])
-        assert prompt.reference == prompt.reference_answer == str(number - 1)
+        assert prompt.reference == str(number - 1)
+        assert verify(prompt.kind, prompt.spec, f"So #### {number - 1}").right
+        assert not verify(prompt.kind, prompt.spec, f"So #### {number}").right
         assert "Test" in prompt.question
     assert len(examples) == 3
     for example in examples:
@@ -269,12 +272,12 @@ def test_a_question_twice_in_the_data_is_asked_once(tmp_path: Path) -> None:
     rows = gsm8k_rows(["Ann", "Ben"])
     write_rows(tmp_path / "test.jsonl", rows + rows)
     assert len(load_task(gsm8k(tmp_path, num_prompts=2), seed=0)[0]) == 2
-    with pytest.raises(PromptError, match=r"task\.num_prompts: 3 asked, gsm8k has 2"):
+    with pytest.raises(TaskError, match=r"tasks\.gsm8k\.num_prompts: 3 asked, there are 2"):
         load_task(gsm8k(tmp_path, num_prompts=3), seed=0)
 
 
 def test_more_examples_than_there_are(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"task\.few_shot: 25 asked, there are 20"):
+    with pytest.raises(TaskError, match=r"tasks\.gsm8k\.few_shot: 25 asked, there are 20"):
         load_task(gsm8k(tmp_path, few_shot=25), seed=0)
 
 
@@ -291,7 +294,7 @@ def test_more_examples_than_there_are(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(line: str, said: str, tmp_path: Path) -> None:
     rows = [json.dumps(row) for row in gsm8k_rows(["Ann"])]
     (tmp_path / "test.jsonl").write_text("\n".join([*rows, "", line]) + "\n")
-    with pytest.raises(PromptError, match=said) as error:
+    with pytest.raises(TaskError, match=said) as error:
         load_task(gsm8k(tmp_path, num_prompts=2), seed=0)
     assert f"{tmp_path / 'test.jsonl'}:3" in str(error.value)
 
@@ -308,7 +311,7 @@ def test_hub_data_comes_from_the_pinned_revision(
         return [json.loads(line) for line in lines]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    hub = Gsm8k(name="gsm8k", num_prompts=10, revision=REVISION)
+    hub = Gsm8k(kind="gsm8k", num_prompts=10, revision=REVISION)
     assert load_task(hub, seed=0) == local
     assert asked == [("openai/gsm8k", "main", REVISION, split) for split in ("test", "train")]
 
@@ -318,18 +321,18 @@ def test_no_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(PromptError, match=r"task\.repository: 'openai/gsm8k'.*test_path"):
-        load_task(Gsm8k(name="gsm8k", num_prompts=10, revision=REVISION), seed=0)
+    with pytest.raises(TaskError, match=r"tasks\.gsm8k\.repository: 'openai/gsm8k'.*test_path"):
+        load_task(Gsm8k(kind="gsm8k", num_prompts=10, revision=REVISION), seed=0)
 
 
 # GSM-Symbolic
 
 
 def test_gsm_symbolic_is_a_prefix_of_a_larger_run() -> None:
-    few = load_task(GsmSymbolic(name="gsm_symbolic", num_prompts=6), seed=0)
-    many = load_task(GsmSymbolic(name="gsm_symbolic", num_prompts=40), seed=0)
+    few = load_task(GsmSymbolic(kind="gsm_symbolic", num_prompts=6), seed=0)
+    many = load_task(GsmSymbolic(kind="gsm_symbolic", num_prompts=40), seed=0)
     assert (few[0], few[1]) == (many[0][:6], many[1])
-    other = load_task(GsmSymbolic(name="gsm_symbolic", num_prompts=40), seed=1)
+    other = load_task(GsmSymbolic(kind="gsm_symbolic", num_prompts=40), seed=1)
     shared = {p.prompt_id for p in many[0]} & {p.prompt_id for p in other[0]}
     assert len(shared) <= 2  # seeds do not overlap like neighbouring streams would
 
@@ -337,7 +340,7 @@ def test_gsm_symbolic_is_a_prefix_of_a_larger_run() -> None:
 def test_gsm_symbolic_is_the_same_in_every_process() -> None:
     script = (
         "from kvguard.config import GsmSymbolic; from kvguard.prompts import load_task; "
-        "prompts, examples = load_task(GsmSymbolic(name='gsm_symbolic', num_prompts=60), 0); "
+        "prompts, examples = load_task(GsmSymbolic(kind='gsm_symbolic', num_prompts=60), 0); "
         "print([p.prompt_id for p in prompts], [e.answer for e in examples])"
     )
     seen = {
@@ -360,7 +363,7 @@ def skeleton(question: str) -> list[str]:
 
 
 def test_gsm_symbolic_examples_come_from_other_templates() -> None:
-    prompts, examples = load_task(GsmSymbolic(name="gsm_symbolic", num_prompts=200), seed=0)
+    prompts, examples = load_task(GsmSymbolic(kind="gsm_symbolic", num_prompts=200), seed=0)
 
     def likeness(one: str, other: str) -> float:
         return SequenceMatcher(None, skeleton(one), skeleton(other), autojunk=False).ratio()
@@ -377,7 +380,7 @@ def test_gsm_symbolic_examples_come_from_other_templates() -> None:
 
 def test_gsm_symbolic_examples_end_in_their_answer() -> None:
     for seed in range(4):
-        task = GsmSymbolic(name="gsm_symbolic", num_prompts=5, few_shot=8)
+        task = GsmSymbolic(kind="gsm_symbolic", num_prompts=5, few_shot=8)
         prompts, examples = load_task(task, seed)
         assert len({example.question for example in examples}) == 8
         for example in examples:
@@ -386,11 +389,11 @@ def test_gsm_symbolic_examples_end_in_their_answer() -> None:
             assert "".join(steps).strip()
             assert "####" not in "".join(steps)
         for prompt in prompts:
-            assert Fraction(prompt.reference_answer) == Fraction(prompt.reference)
+            assert Fraction(json.loads(prompt.spec)["answer"]) == Fraction(prompt.reference)
 
 
 def test_no_examples_when_none_are_asked() -> None:
-    task = GsmSymbolic(name="gsm_symbolic", num_prompts=3, few_shot=0)
+    task = GsmSymbolic(kind="gsm_symbolic", num_prompts=3, few_shot=0)
     assert load_task(task, seed=0)[1] == []
 
 
@@ -458,8 +461,20 @@ def test_tables_and_examples_come_back(tmp_path: Path) -> None:
     write_table(frame, tmp_path / "prompts.parquet", PROMPTS)
     assert read_prompts(tmp_path / "prompts.parquet") == prompts
     odd = [*examples, Example(question="½ of “é”?", answer="a\nb\n#### 1")]
-    write_examples(tmp_path / "few_shot.json", odd)
-    assert read_examples(tmp_path / "few_shot.json") == odd
+    by_task = {"gsm8k": odd, "bare": []}
+    write_examples(tmp_path / "few_shot.json", by_task)
+    assert read_examples(tmp_path / "few_shot.json") == by_task
+
+
+def test_tasks_come_one_after_the_other(tmp_path: Path) -> None:
+    again = gsm8k(tmp_path, name="again", num_prompts=4, few_shot=0)
+    prompts, examples = load_tasks([gsm8k(tmp_path), again], seed=0)
+    assert [prompt.index for prompt in prompts] == list(range(14))
+    assert [prompt.task for prompt in prompts] == ["gsm8k"] * 10 + ["again"] * 4
+    assert {task: len(turns) for task, turns in examples.items()} == {"gsm8k": 3, "again": 0}
+    # The same questions are other prompts of another task.
+    assert {prompt.question for prompt in prompts[10:]} <= {p.question for p in prompts[:10]}
+    assert len({prompt.prompt_id for prompt in prompts}) == 14
 
 
 def test_no_prompts_is_an_empty_table() -> None:

@@ -21,13 +21,14 @@ def main(
 ) -> None:
     """Run the shard; ``condition`` is (model, press, ratio, shard)."""
     name, press_name, ratio, shard = condition
-    spec, size = config.model(name), config.generation.shard_size
+    spec, places = config.model(name), config.shards[shard]
+    prompts = read_prompts(prompts_path)[places.start : places.stop]
     press = None if press_name == BASELINE else config.press(press_name)
     attention = (press and press.attention) or spec.attention
     result = run_shard(
         load_model(checkpoint, dtype=spec.dtype, device=spec.device, attention=attention),
-        read_prompts(prompts_path)[shard * size : (shard + 1) * size],
-        read_examples(examples_path),
+        prompts,
+        read_examples(examples_path)[prompts[0].task],
         press=press,
         ratio=ratio,
         shard=shard,

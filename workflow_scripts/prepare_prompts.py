@@ -1,4 +1,4 @@
-"""Draw the prompts and the few-shot examples of the task."""
+"""Draw the prompts and the few-shot examples of every task."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ from pydantic import TypeAdapter
 
 from kvguard import joblog
 from kvguard.config import Task
-from kvguard.prompts import load_task, prompts_frame, write_examples
+from kvguard.prompts import load_tasks, prompts_frame, write_examples
 from kvguard.schema import PROMPTS, write_table
 
 
-def main(task: Task, seed: int, prompts_path: Path, examples_path: Path) -> None:
+def main(tasks: list[Task], seed: int, prompts_path: Path, examples_path: Path) -> None:
     """Write the prompts table and the few-shot examples."""
-    prompts, examples = load_task(task, seed)
+    prompts, examples = load_tasks(tasks, seed)
     write_examples(examples_path, examples)
     write_table(prompts_frame(prompts), prompts_path, PROMPTS)
 
@@ -20,7 +20,7 @@ def main(task: Task, seed: int, prompts_path: Path, examples_path: Path) -> None
 if __name__ == "__main__":
     snakemake = joblog.start_job()
     main(
-        TypeAdapter(Task).validate_python(snakemake.params.task),
+        TypeAdapter(list[Task]).validate_python(snakemake.params.tasks),
         snakemake.params.seed,
         Path(snakemake.output.prompts),
         Path(snakemake.output.examples),

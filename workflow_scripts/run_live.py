@@ -18,9 +18,13 @@ def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target:
     """Run the shard; ``inputs`` and ``place`` go by the rule's names of inputs and wildcards."""
     spec, press = config.model(place["model"]), config.press(place["press"])
     ratio, policy, shard = place["ratio"], place["policy"], int(place["shard"])
-    size = config.live.shard_size
+    task, part, parts = config.live_shards[shard]
     test = set(prompts_of(read_splits(inputs["splits"]), "test"))
-    prompts = [entry for entry in read_prompts(inputs["prompts"]) if entry.prompt_id in test]
+    prompts = [
+        prompt
+        for prompt in read_prompts(inputs["prompts"])
+        if prompt.task == task and prompt.prompt_id in test
+    ][part::parts]
     needs: dict[str, Any] = {}
     if "predictor" in inputs:
         certificate = load_certificate(inputs["certificate"])
@@ -32,8 +36,8 @@ def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target:
     attention = press.attention or spec.attention
     runs = run_policy_shard(
         load_model(inputs["checkpoint"], dtype=spec.dtype, device=spec.device, attention=attention),
-        prompts[shard * size : (shard + 1) * size],
-        read_examples(inputs["examples"]),
+        prompts,
+        read_examples(inputs["examples"])[task],
         press=press,
         ratio=ratio,
         policy=policy,

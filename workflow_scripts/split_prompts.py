@@ -10,8 +10,7 @@ from kvguard.splits import split_prompts
 
 def main(prompts: Path, splits: Splits, seed: int, target: Path) -> None:
     """Write one row per prompt."""
-    prompt_ids = read_table(prompts, PROMPTS)["prompt_id"].to_list()
-    write_table(split_prompts(prompt_ids, splits, seed), target, SPLITS)
+    write_table(split_prompts(read_table(prompts, PROMPTS), splits, seed), target, SPLITS)
 
 
 if __name__ == "__main__":

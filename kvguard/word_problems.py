@@ -1,0 +1,124 @@
+"""Tasks whose questions come from data: GSM-Symbolic's templates, GSM8K."""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from kvguard import config
+from kvguard.answers import canonical_number
+from kvguard.tasks import Question, TaskError, hex_digest
+
+
+def gsm_symbolic(task: config.GsmSymbolic, seed: int) -> tuple[Iterator[Question], list[Question]]:
+    """Word problems from the templates of GSM-Symbolic (Mirzadeh et al., 2410.05229).
+
+    The few-shot examples come from templates of their own: a worked answer to the same template
+    would give an evaluated question's solution away.
+    """
+    import reasoning_gym
+
+    def generate(purpose: str, size: int) -> Iterator[tuple[int, Question]]:
+        source = reasoning_gym.create_dataset(
+            "gsm_symbolic", seed=int(hex_digest(str(seed), purpose)[:8], 16), size=size
+        )
+        for template, entry in zip(source.task_indices, source, strict=True):
+            worked = _worked_answer(entry["metadata"]["answer_cot"], entry["answer"])
+            spec = {"answer": _number(entry["answer"], entry["question"])}
+            yield (
+                template,
+                Question(entry["question"], entry["answer"], worked, spec, str(template)),
+            )
+
+    examples: dict[int, Question] = {}
+    for template, question in generate("few-shot examples", 100 * task.few_shot + 1):
+        if len(examples) < task.few_shot:
+            examples.setdefault(template, question)
+    candidates = generate("questions", 10 * task.num_prompts + 1000)
+    questions = (question for template, question in candidates if template not in examples)
+    return questions, list(examples.values())
+
+
+def gsm8k(task: config.Gsm8k, seed: int) -> tuple[Iterator[Question], list[Question]]:
+    """GSM8K (Cobbe et al., 2110.14168): test questions, few-shot examples from train.
+
+    Both are ordered by a hash of seed and content, so that neither the file's order nor the number
+    of prompts decides which come first. Calculator annotations (``<<1+1=2>>``) are taken out of
+    the examples: they were meant for models that call a calculator.
+    """
+    test = _in_seeded_order(_gsm8k_rows(task, task.test_path, "test"), seed)
+    asked = {question.question for question in test}
+    examples: list[Question] = []
+    if task.few_shot:
+        train = _in_seeded_order(_gsm8k_rows(task, task.train_path, "train"), seed)
+        unseen = (question for question in train if question.question not in asked)
+        examples = list(islice(unseen, task.few_shot))
+    return iter(test), examples
+
+
+def _number(reference: str, question: str) -> str:
+    number = canonical_number(reference)
+    if number is None:
+        raise TaskError(f"reference {reference!r} of {question!r} is no number")
+    return number
+
+
+def _in_seeded_order(questions: list[Question], seed: int) -> list[Question]:
+    return sorted(questions, key=lambda q: hex_digest(str(seed), q.question, q.reference or ""))
+
+
+def _gsm8k_rows(task: config.Gsm8k, path: Path | None, split: str) -> list[Question]:
+    if path is not None:
+        rows = [
+            _json_row(line, f"{path}:{number}")
+            for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1)
+            if line.strip()
+        ]
+    else:
+        rows = [
+            (row["question"], row["answer"], f"{task.repository} {split}")
+            for row in _hub_rows(task, split)
+        ]
+    questions = []
+    for question, answer, place in rows:
+        reference = answer.rpartition("####")[2].strip()
+        number = canonical_number(reference)
+        if number is None:
+            raise TaskError(f"{place}: the answer ends in no number: {answer[-80:]!r}")
+        worked = _worked_answer(re.sub(r"<<[^<>]*>>", "", answer), reference)
+        questions.append(Question(question.strip(), reference, worked, {"answer": number}))
+    return questions
+
+
+def _json_row(line: str, place: str) -> tuple[str, str, str]:
+    try:
+        row = json.loads(line)
+        question, answer = row["question"], row["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TaskError(
+            f'{place}: expected one JSON object with "question" and "answer" a line: {error!r}'
+        ) from None
+    if not (isinstance(question, str) and isinstance(answer, str) and question.strip()):
+        raise TaskError(f'{place}: "question" and "answer" must be texts, got {row!r}')
+    return question, answer, place
+
+
+def _hub_rows(task: config.Gsm8k, split: str) -> list[dict[str, str]]:
+    import datasets
+
+    try:
+        return list(
+            datasets.load_dataset(task.repository, "main", revision=task.revision, split=split)
+        )
+    except (OSError, ValueError) as error:
+        raise TaskError(
+            f"tasks.{task.name}.repository: {task.repository!r} at {task.revision} cannot be read "
+            f"from the hub; without the hub, give test_path and train_path: {error}"
+        ) from error
+
+
+def _worked_answer(text: str, reference: str) -> str:
+    """The worked answer with one last line ``#### <reference>``."""
+    steps = text.rpartition("####")[0] if "####" in text else ""
+    return f"{steps.rstrip()}\n#### {reference}".strip()
