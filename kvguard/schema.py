@@ -138,8 +138,9 @@ TRACES: dict[str, pl.DataType] = (
         "prefill_seconds": pl.Float64(),
         "decode_seconds": pl.Float64(),  # this row's share of the batch's decode time
         "audit_seconds": pl.Float64(),
-        "device_bytes_peak": pl.Int64(),  # null where the device does not say
+        "allocator_bytes_peak": pl.Int64(),  # of all tensors on the device; null if it does not say
     }
+    | COSTS
     | PROBES
 )
 

@@ -134,6 +134,47 @@ class Slots:
         self.lengths[:, row] -= dropped
         self.appended[row] -= dropped
 
+    def install(
+        self, row: int, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Replace a row's entries of one layer from ``start`` on; what stood behind is lost.
+
+        Entries before ``start`` stay as they are, hidden ones too; none of the new ones is hidden.
+        The layers of a row may have different lengths: ``start`` is this layer's own. Whoever
+        installs entries in every layer tells how many are newest with `set_appended`.
+
+        Args:
+            row: which.
+            layer: layer number.
+            start: entries that stay, at most the row's length in this layer.
+            keys: (heads, entries, head_dim), on any device; 0 entries truncate.
+            values: like keys.
+
+        Raises:
+            ValueError: ``start`` lies behind the row's last entry.
+        """
+        length = int(self.lengths[layer, row])
+        if not 0 <= start <= length:
+            raise ValueError(f"start lies in 0..{length}, the row's entries, got {start}")
+        end = start + keys.shape[1]
+        self._reserve(layer, end + 1)
+        self.keys[layer][row, :, start:end] = keys
+        self.values[layer][row, :, start:end] = values
+        hidden = self.hidden[layer]
+        if hidden is not None:
+            hidden[row, :, start:] = False
+            self.hidden_entries[layer, row] = int(hidden[row, :, :start].sum())
+        self.lengths[layer, row] = end
+
+    def truncate(self, row: int, layer: int, length: int) -> None:
+        """Keep a row's first ``length`` entries of one layer; see `install`."""
+        nothing = self.keys[layer][row, :, :0]
+        self.install(row, layer, length, nothing, nothing)
+
+    def set_appended(self, row: int, entries: int) -> None:
+        """Say how many of a row's newest entries stand last in every layer, one a token."""
+        self.appended[row] = entries
+
     def end_step(self) -> None:
         """Every active row has one entry more."""
         self.appended[: self.active] += 1
