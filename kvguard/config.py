@@ -94,6 +94,12 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
+def _gguf_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no file at {path}; give the path of a GGUF file")
+    return path
+
+
 def _model_folder(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise ValueError(f"no config.json in {path}; give a folder that holds a model")
@@ -152,6 +158,20 @@ class WheelModel(Section):
     perplexity_text_max: float | None = Field(default=None, gt=1)
 
 
+class GgufModel(Section):
+    """A GGUF file on this machine, checked by its hash and converted once."""
+
+    source: Literal["gguf"]
+    name: Name
+    path: Annotated[Path, AfterValidator(_gguf_file)]
+    sha256: Sha256
+    dtype: DType = "float32"
+    device: Device = "auto"
+    attention: Attention = "sdpa"
+    end_token_ids: list[int] = Field(default=[], description="added to those of the metadata")
+    perplexity_text_max: float | None = Field(default=None, gt=1)
+
+
 class HubModel(Section):
     """A model on the Hugging Face hub at a pinned revision."""
 
@@ -179,7 +199,7 @@ class LocalModel(Section):
     perplexity_text_max: float | None = Field(default=None, gt=1)
 
 
-Model = Annotated[WheelModel | HubModel | LocalModel, Field(discriminator="source")]
+Model = Annotated[WheelModel | GgufModel | HubModel | LocalModel, Field(discriminator="source")]
 
 
 class TaskSection(Section):
@@ -659,7 +679,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             path.append(context["discriminator"].strip("'"))
             given = context.get("tag")
-            accepted = context.get("expected_tags") or "'wheel', 'hub', 'local'"
+            accepted = context.get("expected_tags") or "'wheel', 'gguf', 'hub', 'local'"
             message = f"should be one of {accepted}"
         elif kind == "dict_type" or kind == "model_type":
             message = "should be a mapping"

@@ -56,6 +56,8 @@ def model_settings(wildcards, *names):
 def model_files(wildcards):
     """Files outside the results that preparing a model reads."""
     model = experiment.model(wildcards.model)
+    if model.source == "gguf":
+        return [model.path]
     return [model.path / "config.json"] if model.source == "local" else []
 
 

@@ -29,7 +29,7 @@ from transformers import (
 
 from kvguard import checkpoints
 from kvguard.checkpoints import changed_files, perplexity, prepare_model
-from kvguard.config import HubModel, LocalModel, WheelModel
+from kvguard.config import GgufModel, HubModel, LocalModel, WheelModel
 from kvguard.models import (
     RECORD,
     LoadedModel,
@@ -177,6 +177,38 @@ def test_wheel_becomes_the_model_that_was_put_in(
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert sorted(path.name for path in folder.parent.iterdir()) == ["tiny"]
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".jinja", ".safetensors"}
+
+
+def test_a_gguf_file_is_checked_and_becomes_the_same_model(
+    tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_llama)
+    spec = GgufModel(source="gguf", name="tiny", path=path, sha256=sha256(path))
+    prepare_model(spec, tmp_path / "tiny")
+    loaded = load_model(tmp_path / "tiny", dtype="float32", device="cpu", attention="sdpa")
+    ids = torch.arange(3, 90)[None]
+    torch.testing.assert_close(
+        loaded.model(ids).logits, tiny_llama(ids).logits, rtol=1e-4, atol=1e-4
+    )
+    wrong = spec.model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(ModelError, match=r"models\.tiny\.sha256: tiny\.gguf has SHA-256"):
+        prepare_model(wrong, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("It's 42 + x1!", ["It", "'s", " ", "4", "2", " +", " x", "1", "!"]),
+        ("a  b\n\nc", ["a", " ", " b", "\n\n", "c"]),
+        ("DON'T.Stop", ["DON", "'T", ".Stop"]),
+    ],
+)
+def test_qwen_splits_text_as_its_makers_do(text: str, pieces: list[str]) -> None:
+    """By hand from the rule: contractions, one digit a piece, letters with what stands before."""
+    split = checkpoints._PRE_TOKENIZERS["qwen2"][0].pre_tokenize_str(text)
+    assert [piece for piece, _ in split] == pieces
 
 
 def test_tokenizer_has_the_special_tokens_of_the_gguf(spec: WheelModel, tmp_path: Path) -> None:
