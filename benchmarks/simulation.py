@@ -95,7 +95,7 @@ def make_requests(
             "kv_masked_bytes_mean": 0.0,
             "catastrophe": failed,
             "onset": np.where(failed, lengths // 2, 0),
-            "correct": rng.random(count) < 0.5,
+            "right": rng.random(count) < 0.5,
             "agrees": rng.random(count) < 0.7,
             "answer": np.char.mod("%d", rng.integers(0, 3, count)),
             "looping": failed,

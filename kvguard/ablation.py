@@ -99,6 +99,12 @@ class _Study(NamedTuple):
         train = self.train if rows is None else rows
         return self.trainer.fit(train, target, names, purpose, formulation=formulation)
 
+    def targets(self) -> list[str]:
+        """The configured targets, those that can be trained first, the default in front."""
+        wanted: list[str] = sorted(self.trainer.settings.targets, key=schema.TARGETS.index)
+        refused = {target: self.trainer.refusal(self.train, target) for target in wanted}
+        return sorted(wanted, key=lambda target: refused[target] is not None)
+
     def measure(
         self, predictor: Predictor, where: pl.Expr
     ) -> tuple[dict[str, Measured], dict[str, int]]:
@@ -177,7 +183,7 @@ def ablate(features: Table, labels: Table, trainer: Trainer) -> dict[str, pl.Dat
         - ``leakage_check_ablation``.
     """
     study = _study(features, labels, trainer)
-    targets = sorted(trainer.settings.targets, key=lambda target: target != "any")
+    targets = study.targets()
     calibration = load_rows(features, labels, trainer.splits, "calibration")
     return {
         "ablation": _ablation(study, targets),
@@ -189,8 +195,8 @@ def ablate(features: Table, labels: Table, trainer: Trainer) -> dict[str, pl.Dat
 
 
 def _compared_targets(targets: Sequence[str]) -> list[str]:
-    """The first target and the quiet failures; the single kinds are rarer and say less."""
-    return [*targets[:1], *(target for target in targets[1:] if target == "divergence")]
+    """The default target, any catastrophe, divergence; the single kinds are rarer and say less."""
+    return [*targets[:1], *(name for name in targets[1:] if name in ("harm", "any", "divergence"))]
 
 
 def _ablation(study: _Study, targets: Sequence[str]) -> pl.DataFrame:
@@ -426,7 +432,7 @@ def leave_one_out(features: Table, labels: Table, trainer: Trainer) -> dict[str,
         - ``leakage_check_leave_one_out``.
     """
     study = _study(features, labels, trainer)
-    target = sorted(trainer.settings.targets, key=lambda target: target != "any")[0]
+    target = study.targets()[0]
     return {
         "leave_one_out": _leave_one_out(study, target),
         "transfer": _transfer(study, target),

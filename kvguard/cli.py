@@ -188,7 +188,7 @@ def _print_answers(rows: "pl.DataFrame", title: str) -> None:
     ok = rows.filter(pl.col("status") == "ok")
     before, after = int(ok["cache_bytes_before"].sum()), int(ok["cache_bytes_after"].sum())
     table.caption = (
-        f"{ok.height} of {rows.height} prompts ran, {int(ok['correct'].sum())} right, "
+        f"{ok.height} of {rows.height} prompts ran, {int(ok['right'].sum())} right, "
         f"{int(ok['catastrophe'].sum())} with a catastrophe; cache after the press: "
         f"{after / before:.1%} of {before / 2**20:.1f} MiB; "
         f"{int(ok['generated_tokens'].sum())} tokens in {ok['decode_seconds'].sum():.1f} s"

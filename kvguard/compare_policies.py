@@ -99,13 +99,13 @@ def summarize_runs(
         runs = runs.join(exclude, on=TRACE_KEYS, how="anti", maintain_order="left")
     own = (pl.col("press") == config.BASELINE) & pl.col("catastrophe").is_not_null()
     baseline = outcomes.filter(own).select(
-        "model", "prompt_id", base_failed="catastrophe", base_right="correct"
+        "model", "prompt_id", base_failed="catastrophe", base_right="right"
     )
     alone = runs.filter(pl.col("policy") == "none").select(*TRACE_KEYS, alone="catastrophe")
     paired = runs.join(baseline, on=["model", "prompt_id"], maintain_order="left").join(
         alone, on=TRACE_KEYS, how="left", maintain_order="left"
     )
-    failed, right = pl.col("catastrophe").cast(pl.Float64), pl.col("correct").cast(pl.Float64)
+    failed, right = pl.col("catastrophe").cast(pl.Float64), pl.col("right").cast(pl.Float64)
     measured = paired.with_columns(
         alarmed=pl.col("alarmed").cast(pl.Float64),
         cfr=failed,

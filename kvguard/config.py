@@ -367,12 +367,13 @@ class Splits(Section):
         return self
 
 
+Target = Literal["harm", "any", "looping", "non_termination", "amnesia", "divergence"]
+
+
 class Predictor(Section):
     """Training of the hazard predictors."""
 
-    targets: list[Literal["any", "looping", "non_termination", "amnesia", "divergence"]] = list(
-        TARGETS  # type: ignore[arg-type]
-    )
+    targets: list[Target] = list(TARGETS)  # type: ignore[arg-type]
     feature_set: Literal["full", "no_ratio", "no_repetition", "logit_only"] = "no_ratio"
     formulation: Literal["windowed", "discrete_time"] = "windowed"
     include_post_onset: bool = False

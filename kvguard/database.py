@@ -5,6 +5,8 @@ Tables: prompts, traces, tokens, outcomes, and splits once they are drawn. Views
 - ``condition_summary``: one row per (model, press, ratio): requests, errors, and the share of each
   metric with a Wilson 95 % interval;
 - ``failure_kinds``: the same shares of the kinds of failure, one row per kind;
+- ``harm``: one row per (task, model, press, ratio): what was right uncompressed and is wrong now,
+  the reverse, and the share of it that nothing in the finished text gives away;
 - ``excess``: failures and errors beyond those of the same prompts uncompressed, with paired
   intervals;
 - ``compression_check``: what the press was asked to remove and what really left the cache;
@@ -25,8 +27,11 @@ from kvguard import schema
 from kvguard.config import BASELINE, BASELINE_RATIO
 
 METRICS = {
-    "accuracy": "correct",
+    "accuracy": '"right"',
     "answered": "answered",
+    "harmed": "harmed",
+    "rescued": "rescued",
+    "silent_harm": "silent_harm",
     "agreement": "agrees",
     "disagreement": "NOT agrees",
     "cfr": "catastrophe",
@@ -43,7 +48,9 @@ FAILURE_KINDS = {
     "non_termination": "non_termination",
     "amnesia": "amnesia",
     "divergence": "divergence",
-    "wrong_answer": "NOT correct",
+    "harm": "harmed",
+    "silent_harm": "silent_harm",
+    "wrong_answer": 'NOT "right"',
     "disagreement": "NOT agrees",
     "catastrophe": "catastrophe",
 }
@@ -51,13 +58,14 @@ FAILURE_KINDS = {
 
 EXCESSES = {
     "cfr": ("catastrophe", "baseline_catastrophe"),
-    "error": ("NOT correct", "NOT baseline_correct"),
+    "error": ('NOT "right"', "NOT baseline_right"),
 }
 """Excesses in ``excess``: name -> what counts with compression and without."""
 
 VIEWS = (
     "condition_summary",
     "failure_kinds",
+    "harm",
     "excess",
     "compression_check",
     "onsets",
@@ -239,7 +247,7 @@ def _view_queries() -> dict[str, str]:
         "pairs": f"""
             SELECT o.*, t.generated_tokens, b.generated_tokens AS baseline_generated_tokens,
                 b.text AS baseline_text, t.text,
-                u.catastrophe AS baseline_catastrophe, u.correct AS baseline_correct,
+                u.catastrophe AS baseline_catastrophe,
                 u.answer AS baseline_answer, u.looping AS baseline_looping,
                 u.non_termination AS baseline_non_termination
             FROM outcomes o
@@ -259,6 +267,16 @@ def _view_queries() -> dict[str, str]:
             GROUP BY {_CONDITION} ORDER BY {_order()}
             """,
         "failure_kinds": f"SELECT * FROM ({kinds}) ORDER BY {_order()}, kind",
+        "harm": f"""
+            SELECT task, {_CONDITION}, count(harmed) AS requests,
+                count(*) FILTER (WHERE baseline_right) AS baseline_right,
+                count(*) FILTER (WHERE harmed) AS harmed_requests,
+                count(*) FILTER (WHERE rescued) AS rescued_requests,
+                {", ".join(_share(name, name) for name in ("harmed", "rescued", "silent_harm"))},
+                {_excess("error", *EXCESSES["error"])}
+            FROM outcomes WHERE press <> '{BASELINE}' AND harmed IS NOT NULL
+            GROUP BY task, {_CONDITION} ORDER BY task, {_order()}
+            """,
         "excess": f"""
             SELECT {_CONDITION}, count(*) AS prompts,
                 {", ".join(_excess(name, *failed) for name, failed in EXCESSES.items())}
@@ -325,6 +343,8 @@ def _excess(name: str, compressed: str, uncompressed: str) -> str:
     return (
         f"{both} AS {name}_both, {only_compressed} AS {name}_only_compressed, "
         f"{only_uncompressed} AS {name}_only_uncompressed, {neither} AS {name}_neither, "
-        f"({only_compressed} - {only_uncompressed}) / count(*) AS excess_{name}, "
+        f"({only_compressed} - {only_uncompressed}) / "
+        f"nullif({both} + {only_compressed} + {only_uncompressed} + {neither}, 0) "
+        f"AS excess_{name}, "
         f"paired_low({counts}) AS excess_{name}_low, paired_high({counts}) AS excess_{name}_high"
     )

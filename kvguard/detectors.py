@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kvguard import schema
 from kvguard.config import BASELINE, Detection
+from kvguard.harm import judge_harm
 from kvguard.tasks import verify
 
 DETECTION_COLUMNS = (*schema.TOKEN_KEYS, "token_id", "audit_gap", "llr")
@@ -146,7 +147,10 @@ def detect_outcomes(
     outcomes = traces.select(*schema.TRACE_KEYS, "task").join(
         judged, on=schema.TRACE_KEYS, how="left", maintain_order="left"
     )
-    outcomes = outcomes.with_columns(agrees=agreement(outcomes, outcomes))
+    outcomes = outcomes.with_columns(
+        agrees=agreement(outcomes, outcomes), harm_onset=pl.lit(None, pl.Int32)
+    )
+    outcomes = outcomes.with_columns(judge_harm(outcomes, outcomes))
     return schema.check(schema.conform(outcomes, schema.OUTCOMES), schema.OUTCOMES, "outcomes")
 
 
@@ -158,7 +162,7 @@ def judge_answers(prompts: pl.DataFrame, texts: pl.DataFrame) -> pl.DataFrame:
         texts: with ``prompt_id`` and ``text``; a null text is not judged.
 
     Returns:
-        ``answer`` and ``correct``, one row per row of ``texts``; ``correct`` is null where the task
+        ``answer`` and ``right``, one row per row of ``texts``; ``right`` is null where the task
         has no right answer.
     """
     judged = {
@@ -169,7 +173,7 @@ def judge_answers(prompts: pl.DataFrame, texts: pl.DataFrame) -> pl.DataFrame:
         (None, None) if text is None else verify(*judged[prompt_id], text)[2:0:-1]
         for prompt_id, text in texts.select("prompt_id", "text").iter_rows()
     ]
-    types = {name: schema.OUTCOMES[name] for name in ("answer", "correct")}
+    types = {name: schema.OUTCOMES[name] for name in ("answer", "right")}
     return pl.DataFrame(verdicts, schema=types, orient="row")
 
 

@@ -101,7 +101,7 @@ def _setting_values(
         return np.where(alarmed, values[base], values[rows]), values[base]
 
     failed, base_failed = measure("catastrophe")
-    right, base_right = measure("correct")
+    right, base_right = measure("right")
     # An alarmed request ends as the uncompressed one; whether that counts as agreement is asked of
     # the same function as everywhere: silence that comes from breaking down does not.
     returned = requests.table[base].with_columns(requests.table[rows].select("press"))

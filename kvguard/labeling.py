@@ -2,7 +2,8 @@
 
 A label speaks of one target of `schema.TARGETS`. ``any`` is the earliest of looping,
 non-termination and amnesia. Where a target was never judged (no audit: no amnesia, no divergence)
-its labels are null, not false.
+its labels are null, not false. So are those of ``harm`` where the request was never at risk,
+because its uncompressed run is wrong or failed itself, and where its onset was not found.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,12 @@ import polars as pl
 
 from kvguard import schema
 from kvguard.config import Labels
+from kvguard.harm import at_risk
 
-_OUTCOME_OF = {target: target for target in schema.TARGETS} | {"any": "catastrophe"}
+_OUTCOME_OF = {target: target for target in schema.TARGETS} | {
+    "any": "catastrophe",
+    "harm": "harm_judged",
+}
 _ONSET_OF = {target: f"{target}_onset" for target in schema.TARGETS} | {"any": "onset"}
 
 
@@ -67,7 +72,14 @@ def build_labels(
 
 def _label(keys: pl.LazyFrame, outcomes: pl.DataFrame, labels: Labels) -> pl.LazyFrame:
     columns = set(_OUTCOME_OF.values()) | set(_ONSET_OF.values())
-    known = outcomes.lazy().select(*schema.TRACE_KEYS, *sorted(columns))
+    # true or false where the onset of harm, or its absence, says something about compression
+    judged_harm = pl.col("at_risk") & (pl.col("harmed") == pl.col("harm_onset").is_not_null())
+    known = (
+        outcomes.lazy()
+        .with_columns(at_risk=at_risk(outcomes))
+        .with_columns(harm_judged=pl.when(judged_harm).then("harmed"))
+        .select(*schema.TRACE_KEYS, *sorted(columns))
+    )
     steps = {target: pl.col(_ONSET_OF[target]) - pl.col("position") for target in schema.TARGETS}
     expressions = [pl.col(schema.TOKEN_KEYS)]
     for target, distance in steps.items():

@@ -18,6 +18,7 @@ from kvguard.experiment import (
     trace_row,
 )
 from kvguard.guard_observer import GuardObserver, HazardModel, RowReport, Tolerance, guarded
+from kvguard.harm import judge_harm
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
 from kvguard.policies import make_policy
@@ -109,6 +110,10 @@ def run_policy_shard(
         prompts_frame(prompts), frame, pl.concat([pl.DataFrame(schema=TOKENS), *tokens]), detection
     )
     outcomes = outcomes.with_columns(agrees=agreement(outcomes, baseline))
+    ended = outcomes.join(
+        frame.select("prompt_id", "stop_reason"), on="prompt_id", how="left", maintain_order="left"
+    )
+    outcomes = outcomes.with_columns(judge_harm(ended, baseline))
     order = pl.DataFrame({"prompt_id": [prompt.prompt_id for prompt in prompts]})
     runs = (
         order.join(frame, on="prompt_id", maintain_order="left")

@@ -26,8 +26,9 @@ CONDITION = ("model", "press", "ratio")
 TOKEN_KEYS = (*TRACE_KEYS, "position")
 """Columns that identify one generated token; ``position`` counts from 0."""
 
-TARGETS = ("any", "looping", "non_termination", "amnesia", "divergence")
-"""What a hazard predictor can be trained for. ``any`` is the first of the three catastrophes."""
+TARGETS = ("harm", "any", "looping", "non_termination", "amnesia", "divergence")
+"""What a hazard predictor can be trained for, the default first. ``harm`` is the onset of harm (see
+`harm`), ``any`` the first of the three catastrophes."""
 
 _trace_key_types: dict[str, pl.DataType] = {
     "model": pl.String(),
@@ -162,8 +163,13 @@ OUTCOMES: dict[str, pl.DataType] = _trace_key_types | {
     "max_windowed_llr": pl.Float64(),  # nats per token; null when shorter than a window
     "answer": pl.String(),  # canonical; null when none was found
     "answered": pl.Boolean(),
-    "correct": pl.Boolean(),  # no answer counts as wrong
+    "right": pl.Boolean(),  # no answer counts as wrong; null where the task has no right answer
     "agrees": pl.Boolean(),  # with the uncompressed run's final answer; null without that run
+    "baseline_right": pl.Boolean(),  # the same of the uncompressed run
+    "harmed": pl.Boolean(),  # right uncompressed, wrong now; see `harm`
+    "rescued": pl.Boolean(),  # wrong uncompressed, right now
+    "silent_harm": pl.Boolean(),  # harmed, ended by itself and does not loop
+    "harm_onset": pl.Int32(),  # first token after which the uncompressed model cannot be right
 }
 """One row per trace; every outcome is null for a trace whose status is "error"."""
 
@@ -236,8 +242,12 @@ RUNS: dict[str, pl.DataType] = _trace_key_types | {
     "rewound_to": pl.List(pl.Int32()),  # tokens kept by each rewind
     "unrecoverable": pl.Int32(),  # rewinds that reached behind the tokens already released
     "answer": pl.String(),
-    "correct": pl.Boolean(),
+    "right": pl.Boolean(),
     "agrees": pl.Boolean(),
+    "baseline_right": pl.Boolean(),
+    "harmed": pl.Boolean(),
+    "rescued": pl.Boolean(),
+    "silent_harm": pl.Boolean(),
     "looping": pl.Boolean(),
     "non_termination": pl.Boolean(),
     "amnesia": pl.Boolean(),  # null where the final tokens were not audited

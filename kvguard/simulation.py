@@ -36,11 +36,12 @@ from kvguard import config, schema
 from kvguard.controller import NEVER, Mode, first_alarm, stack_settings
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, judge_answers, loop_onsets
+from kvguard.harm import judge_harm
 from kvguard.policies import Action, Observation, Policy, is_alarm, look_at, make_policy
 from kvguard.schema import CONDITION, TRACE_KEYS
 from kvguard.stored_requests import NOWHERE, StoredRequests
 
-OUTCOME_COLUMNS = ("answer", "correct", "agrees", "looping", "non_termination", "amnesia")
+OUTCOME_COLUMNS = ("answer", "right", "agrees", "looping", "non_termination", "amnesia")
 """What RUNS says of an answer, besides ``catastrophe``."""
 
 IntArray = NDArray[np.int32]
@@ -282,11 +283,11 @@ def _runs(
     )
     behind = pl.col("cuts") & (pl.col("kept") < pl.col("streamed"))
     empty = pl.lit([], dtype=pl.List(pl.Int32))
-    return frame.with_columns(
+    frame = frame.with_columns(agrees=agreement(frame, table))
+    return frame.with_columns(judge_harm(frame, table)).with_columns(
         alarm_steps=pl.when("alarmed").then(pl.concat_list("draft")).otherwise(empty),
         rewound_to=pl.when("cuts").then(pl.concat_list("kept")).otherwise(empty),
         unrecoverable=behind.cast(pl.Int32),
-        agrees=agreement(frame, table),
     )
 
 
@@ -355,4 +356,5 @@ def _judge_stopped(
         ),
         agrees=pl.when(read).then(agreement(cut, requests.table)),
     )
+    cut = cut.with_columns(judge_harm(cut, requests.table))
     return pl.concat([rest, cut])

@@ -130,7 +130,7 @@ def _run_search(
 class Models(NamedTuple):
     """What training made."""
 
-    predictors: dict[str, Predictor]  # by target; refused targets are absent
+    predictors: dict[str, Predictor]  # by target, the default first; refused targets are absent
     baselines: dict[str, dict[str, Predictor]]  # by kind, by target
     refusals: dict[str, str]  # by target: why there is no predictor
     tables: dict[str, pl.DataFrame]  # training, search_trials, leakage_check
@@ -141,10 +141,11 @@ def train_predictors(
 ) -> Models:
     """Train one predictor per target, with logistic regression and single features beside it.
 
-    The parameters are searched once, for the first target (``any`` where it is listed): single
-    kinds of failure are too rare for a search to find more than noise. A target with too few harmed
-    prompts is refused with a row that says so; for the first target the rule-based risk stands in,
-    so that a guard has a default.
+    The default is the first target of `schema.TARGETS` that can be trained: harm, where the train
+    prompts hold enough of it. The parameters are searched once, for the default: single kinds of
+    failure are too rare for a search to find more than noise. A target with too few harmed prompts
+    is refused with a row that says so; where all are, the rule-based risk stands in, so that a
+    guard has a default.
 
     Args:
         features: `schema.FEATURES`, a frame or its file.
@@ -164,22 +165,18 @@ def train_predictors(
     assert_disjoint({"probability calibration": probability_ids, "certificate": certificate_ids})
     calibration = load_rows(features, labels, known, probability_ids or certificate_ids)
     names = FEATURE_SETS[settings.feature_set]
-    targets = sorted(settings.targets, key=lambda target: target != "any")
-
-    parameters, trials = search_parameters(trainer, train, targets[0], names)
+    targets: list[str] = sorted(settings.targets, key=schema.TARGETS.index)
+    refusals = {target: why for target in targets if (why := trainer.refusal(train, target))}
+    searched = next((target for target in targets if target not in refusals), targets[0])
+    parameters, trials = search_parameters(trainer, train, searched, names)
     predictors: dict[str, Predictor] = {}
     baselines: dict[str, dict[str, Predictor]] = {kind: {} for kind in BASELINE_KINDS}
-    refusals: dict[str, str] = {}
     method = settings.probability_calibration if probability_ids else "none"
     for target in targets:
-        try:
-            fitted = trainer.fit(train, target, names, f"hazard {target}", parameters=parameters)
-        except Refusal as refusal:
-            refusals[target] = str(refusal)
-            logger.warning("no predictor for %s: %s", target, refusal)
-            if target == targets[0]:
-                predictors[target] = _stand_in(target, str(refusal), splits_digest(known))
+        if target in refusals:
+            logger.warning("no predictor for %s: %s", target, refusals[target])
             continue
+        fitted = trainer.fit(train, target, names, f"hazard {target}", parameters=parameters)
         made: dict[str, Predictor] = {"hazard": fitted} | {
             kind: trainer.fit_baseline(train, target, kind, names) for kind in BASELINE_KINDS
         }
@@ -189,7 +186,7 @@ def train_predictors(
                 "config_digest": config_digest,
                 "splits_digest": splits_digest(known),
                 "settings": settings.model_dump(mode="json"),
-                "searched_for": targets[0],
+                "searched_for": searched,
             }
             final = calibrated.model_copy(update={"provenance": calibrated.provenance | origin})
             if kind == "hazard":
@@ -197,6 +194,9 @@ def train_predictors(
             else:
                 baselines[kind][target] = final
         logger.info("trained %s: %d rounds", target, fitted.provenance["rounds"])
+    if not predictors:
+        stand_in = _stand_in(targets[0], refusals[targets[0]], splits_digest(known))
+        predictors[targets[0]] = stand_in
     tables = {
         "training": _training_table(targets, predictors, baselines, refusals),
         "search_trials": trials,
@@ -272,10 +272,10 @@ def _training_table(
 
 
 def save_models(models: Models, folder: str | Path) -> None:
-    """Write hazard_predictor.json (target ``any``), hazard_{target}.json and baselines.json.
+    """Write hazard_predictor.json (the default), hazard_{target}.json and baselines.json.
 
     A refused target's file says why, and `load_predictor` raises that reason; the default is never
-    missing, see `train_predictors`. Without ``any`` among the targets the first one is the default.
+    missing, see `train_predictors`.
     """
     folder = Path(folder)
     for target, model in models.predictors.items():
@@ -283,8 +283,7 @@ def save_models(models: Models, folder: str | Path) -> None:
     for target, reason in models.refusals.items():
         if target not in models.predictors:
             save_refusal(target, reason, folder / MODEL_FILE.format(target=target))
-    default = "any" if "any" in models.predictors else next(iter(models.predictors))
-    save_predictor(models.predictors[default], folder / DEFAULT_FILE)
+    save_predictor(next(iter(models.predictors.values())), folder / DEFAULT_FILE)
     content = {
         kind: {target: model.model_dump(mode="json") for target, model in by_target.items()}
         for kind, by_target in models.baselines.items()

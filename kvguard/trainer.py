@@ -84,6 +84,14 @@ class Trainer:
             "learning_rate": self.settings.learning_rate,
         }
 
+    def refusal(self, train: Rows, target: str) -> str | None:
+        """Why a target cannot be trained on these tokens; None: it can."""
+        try:
+            _enough(train.take(eligible(train, target, self.settings)), target)
+        except Refusal as refusal:
+            return str(refusal)
+        return None
+
     def fit(
         self,
         train: Rows,

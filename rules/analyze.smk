@@ -54,6 +54,7 @@ rule summarize_conditions:
     output:
         condition_summary="<results>/tables/condition_summary.parquet",
         failure_kinds="<results>/tables/failure_kinds.parquet",
+        harm="<results>/tables/harm.parquet",
         excess="<results>/tables/excess.parquet",
         compression_check="<results>/tables/compression_check.parquet",
         onsets="<results>/tables/onsets.parquet",

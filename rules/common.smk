@@ -183,6 +183,7 @@ LARGE_TABLES = ("timeline", "outcomes", "simulation", "predictions", "splits")
 TABLES = {
     "condition_summary": "Failures",
     "failure_kinds": "Failures",
+    "harm": "Failures",
     "excess": "Failures",
     "onsets": "Failures",
     "sensitivity": "Failures",

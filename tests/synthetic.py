@@ -142,10 +142,10 @@ def make_run(
                     "first_rejected": rejected,
                     "answer": answer,
                     "answered": answer is not None,
-                    "correct": answer == references[index],
+                    "right": answer == references[index],
                 }
             )
-    planted = pl.DataFrame(outcomes, schema=schema.OUTCOMES)
+    planted = pl.DataFrame(_with_harm(outcomes), schema=schema.OUTCOMES)
     return SyntheticRun(
         prompts,
         pl.DataFrame(traces, schema=schema.TRACES),
@@ -328,6 +328,21 @@ def _generate(
         }
     )
     return frame, text, answer, rejected
+
+
+def _with_harm(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """DESIGN's harm, one trace at a time; every synthetic prompt has a right answer."""
+    baseline = {row["prompt_id"]: row.get("right") for row in outcomes if row["press"] == "none"}
+    judged = []
+    for row in outcomes:
+        right, before = row.get("right"), baseline.get(row["prompt_id"])
+        harm: dict[str, Any] = {"baseline_right": before}
+        if right is not None and before is not None:
+            ended = not row["looping"] and not row["non_termination"]
+            harm |= {"harmed": before and not right, "rescued": right and not before}
+            harm["silent_harm"] = harm["harmed"] and ended
+        judged.append(row | harm)
+    return judged
 
 
 def _agreement(outcomes: pl.DataFrame) -> list[bool | None]:

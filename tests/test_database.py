@@ -68,7 +68,7 @@ def test_shares_and_wilson_intervals_of_each_condition(database, run):
         assert (row["requests"], row["errors"]) == (ok.height, traces.height - ok.height)
         assert row["mean_generated_tokens"] == pytest.approx(ok["generated_tokens"].mean())
         for metric, source in METRICS.items():
-            values = outcomes[source.removeprefix("NOT ")].drop_nulls()
+            values = outcomes[source.removeprefix("NOT ").strip('"')].drop_nulls()
             values = ~values if source.startswith("NOT ") else values
             count = int(values.sum())
             low, high = proportion_confint(count, len(values), method="wilson")
@@ -82,12 +82,26 @@ def test_kinds_of_failure_are_the_same_shares_one_kind_a_row(database, run):
     kinds = read_view(database, "failure_kinds")
     assert kinds.height == 3 * len(FAILURE_KINDS)
     row = kinds.filter((pl.col("kind") == "wrong_answer") & (pl.col("ratio") == "0.750"))
-    outcomes = run.outcomes.filter(pl.col("ratio") == "0.750").drop_nulls("correct")
-    assert row["failed"].item() == (~outcomes["correct"]).sum()
+    outcomes = run.outcomes.filter(pl.col("ratio") == "0.750").drop_nulls("right")
+    assert row["failed"].item() == (~outcomes["right"]).sum()
     assert row["requests"].item() == outcomes.height
     summary = condition_summary(database)
     loops = kinds.filter(pl.col("kind") == "looping")
     assert loops["share"].to_list() == summary["looping"].to_list()
+
+
+def test_harm_and_rescues_are_counted_apart(database, run):
+    harm = read_view(database, "harm")
+    assert harm["press"].to_list() == ["snapkv", "snapkv"]
+    for row in harm.iter_rows(named=True):
+        known = run.outcomes.filter(ratio=row["ratio"]).drop_nulls("harmed")
+        assert row["requests"] == len(known)
+        assert row["baseline_right"] == known["baseline_right"].sum()
+        for name in ("harmed", "rescued", "silent_harm"):
+            assert row[name] == pytest.approx(known[name].mean())
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+        difference = (row["harmed_requests"] - row["rescued_requests"]) / row["requests"]
+        assert row["excess_error"] == pytest.approx(difference)
 
 
 def test_excess_is_paired_with_the_same_prompt_uncompressed(database, run):
@@ -99,12 +113,12 @@ def test_excess_is_paired_with_the_same_prompt_uncompressed(database, run):
         pairs = 0
         for (ratio, prompt_id), outcome in rows.items():
             other = rows["0.000", prompt_id]
-            if ratio != row["ratio"] or None in (outcome["correct"], other["correct"]):
+            if ratio != row["ratio"] or None in (outcome["right"], other["right"]):
                 continue
             pairs += 1
             for name, failed, unfailed in (
                 ("cfr", outcome["catastrophe"], other["catastrophe"]),
-                ("error", not outcome["correct"], not other["correct"]),
+                ("error", not outcome["right"], not other["right"]),
             ):
                 counts[name][2 * (not failed) + (not unfailed)] += 1
         assert row["prompts"] == pairs < 24

@@ -415,7 +415,7 @@ def test_outcomes_of_simulated_requests_are_those_of_their_tokens(name):
         assert row["text"] == decode(row["token_ids"])
         written = [t - 900 for t in row["token_ids"] if t >= 900]
         assert row["answer"] == (str(written[-1]) if written else None)
-        assert row["correct"] == (row["answer"] == references[key[3]])
+        assert row["right"] == (row["answer"] == references[key[3]])
 
 
 def test_verified_policies_have_the_uncompressed_accuracy_and_no_excess_failure():
@@ -425,7 +425,7 @@ def test_verified_policies_have_the_uncompressed_accuracy_and_no_excess_failure(
     baseline = run.outcomes.filter(pl.col("press") == "none")
     for row in table.filter(pl.col("policy").is_in(["verify_all", "always_safe"])).to_dicts():
         assert row["known"] == 1
-        assert row["accuracy"] == pytest.approx(baseline["correct"].mean())
+        assert row["accuracy"] == pytest.approx(baseline["right"].mean())
         assert row["excess_cfr"] == 0
         assert row["excess_error"] == 0
     verify = table.filter(pl.col("policy") == "verify_all")

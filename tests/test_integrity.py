@@ -224,7 +224,7 @@ def test_a_policy_that_ran_on_other_prompts_is_found(results: Path) -> None:
 def test_changed_weights_and_tables_are_found(results: Path) -> None:
     (results / "checkpoints/tiny/model.safetensors").write_bytes(b"other weights")
     path = results / "outcomes.parquet"
-    damage(path, pl.read_parquet(path).with_columns(correct=pl.lit(True)))
+    damage(path, pl.read_parquet(path).with_columns(right=pl.lit(True)))
     problems = failed(results)
     assert problems["model hashes"][0].startswith("checkpoints/tiny/model.safetensors")
     assert problems["result hashes"][0].startswith("outcomes.parquet: its content changed")

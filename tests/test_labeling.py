@@ -43,6 +43,28 @@ def test_what_was_never_judged_is_unknown_and_not_false():
         assert labelled[f"post_onset_{target}"].null_count() == unknown
 
 
+def test_only_what_was_right_uncompressed_teaches_harm():
+    """A right twin and a found onset count, a wrong twin and an onset nobody found do not."""
+    pairs = [
+        # uncompressed right, harmed, onset -> hazard of tokens 0, 1, 2 with a horizon of 2
+        (True, True, 2, [False, True, True]),
+        (True, False, None, [False, False, False]),
+        (False, False, None, [None, None, None]),
+        (True, True, None, [None, None, None]),
+    ]
+    for before, harmed, onset, hazard in pairs:
+        tokens, outcome = one_trace(
+            3, right=before and not harmed, baseline_right=before, harmed=harmed, harm_onset=onset
+        )
+        twin = {"press": "none", "ratio": "0.000", "right": before, "catastrophe": False}
+        twin_row = pl.DataFrame([KEYS | twin], schema=schema.OUTCOMES)
+        labelled = label_tokens(tokens, pl.concat([outcome, twin_row]), Labels(horizon_tokens=2))
+        assert labelled["hazard_harm"].to_list() == hazard
+        after = [None if onset is None else position >= onset for position in range(3)]
+        wanted = after if harmed and onset is not None else hazard
+        assert labelled["post_onset_harm"].to_list() == wanted
+
+
 @pytest.mark.parametrize("horizon", [1, 32])
 def test_labels_of_a_run_equal_the_definition_row_by_row(horizon):
     run = make_run(12, seed=4)
@@ -51,7 +73,7 @@ def test_labels_of_a_run_equal_the_definition_row_by_row(horizon):
     by_key = {tuple(row[key] for key in schema.TRACE_KEYS): row for row in run.outcomes.to_dicts()}
     for row in labelled.sample(400, seed=0).iter_rows(named=True):
         outcome = by_key[tuple(row[key] for key in schema.TRACE_KEYS)]
-        onsets = {target: outcome[f"{target}_onset"] for target in schema.TARGETS[1:]}
+        onsets = {target: outcome[f"{target}_onset"] for target in schema.TARGETS[2:]}
         catastrophes = [onsets[kind] for kind in ("looping", "non_termination", "amnesia")]
         onsets["any"] = min((o for o in catastrophes if o is not None), default=None)
         for target, onset in onsets.items():
