@@ -1,9 +1,9 @@
 """The registry of figures: which function draws which tables, and the caption beside it.
 
 The workflow reads it: a figure is drawn anew when its tables, its caption, its function or anything
-that the function calls changes. Plot functions live in `plot_failures`, `plot_predictor` and
-`plot_policies`, their common look in `plot_style`. This module imports none of them until a figure
-is drawn.
+that the function calls changes. Plot functions live in `plot_failures`, `plot_harm`,
+`plot_predictor` and `plot_policies`, their common look in `plot_style`. This module imports none of
+them until a figure is drawn.
 """
 
 from collections.abc import Mapping
@@ -135,38 +135,6 @@ FIGURES = {
         "prefilled, tokens generated and thrown away), per request with 95 % intervals "
         "over prompts. Lower is better in every panel. Colour and shape are the press, "
         "size is the ratio.",
-    ),
-    "pareto_memory": FigureEntry(
-        "plot_policies",
-        "plot_pareto",
-        ("pareto",),
-        "Guard",
-        "harm against memory",
-        "Excess catastrophic failure rate that is left against one cost (mean allocated "
-        "key-value memory, or tokens that went through prefill-shaped passes), from the "
-        "offline simulation on test prompts, by press and ratio. Dots in colour are all "
-        "settings of the guard's controller, the stepped line those that no other setting"
-        " beats; named points are the operating points, chosen on calibration prompts. "
-        "Grey and black marks are the other policies whose outcome the stored traces "
-        "tell. Bars are 95 % intervals over prompts. Down and left is better.",
-        arguments=("presses", "operating_points"),
-        fixed={"cost": "kv_bytes_mean"},
-    ),
-    "pareto_prefill": FigureEntry(
-        "plot_policies",
-        "plot_pareto",
-        ("pareto",),
-        "Guard",
-        "harm against prefill",
-        "Excess catastrophic failure rate that is left against one cost (mean allocated "
-        "key-value memory, or tokens that went through prefill-shaped passes), from the "
-        "offline simulation on test prompts, by press and ratio. Dots in colour are all "
-        "settings of the guard's controller, the stepped line those that no other setting"
-        " beats; named points are the operating points, chosen on calibration prompts. "
-        "Grey and black marks are the other policies whose outcome the stored traces "
-        "tell. Bars are 95 % intervals over prompts. Down and left is better.",
-        arguments=("presses", "operating_points"),
-        fixed={"cost": "tokens_prefilled"},
     ),
     "simulation_gap": FigureEntry(
         "plot_policies",

@@ -1,28 +1,25 @@
 """Figures of policies: memory over time, benefit and cost, simulation against live."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
-import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from numpy.typing import NDArray
 
-from kvguard.config import BASELINE, OperatingPoint
+from kvguard.config import BASELINE
 from kvguard.plot_style import (
     DASHES,
     FAINT,
     GREY,
     INK,
-    MARKERS,
     MODE_COLOURS,
     MODES,
     LineEnd,
     PressStyle,
+    conditions_in_order,
     count_text,
     floats,
     horizontal_interval,
@@ -31,6 +28,8 @@ from kvguard.plot_style import (
     label_ends,
     label_points,
     need,
+    policy_order,
+    policy_style,
     press_styles,
     stretches,
     styled,
@@ -89,26 +88,6 @@ def plot_memory(steps: pl.DataFrame, *, title: str = "one recovered request") ->
 
 # --- policies ------------------------------------------------------------------------------------
 
-POLICY_LABELS = {
-    "none": "compression alone",
-    "always_safe": "always safe",
-    "random": "random",
-    "entropy": "entropy",
-    "ergo": "ERGO",
-    "ngram_stop": "n-gram stop",
-    "loopguard": "LoopGuard",
-    "periodic_refresh": "periodic refresh",
-    "verify_all": "verify all",
-    "constant": "constant ratio",
-    "guard_relax_only": "guard: relax only",
-    "guard_recompute": "guard: recompute",
-    "guard_restart": "guard: restart",
-    "guard_rewind": "guard: rewind",
-    "guard_rewind_tolerant": "guard: rewind, tolerant",
-    "guard_rewind_resume": "guard: rewind, resume",
-    "guard_gate": "guard: gate",
-}
-
 POLICY_METRICS = {
     "excess_cfr": ("excess CFR", "share"),
     "excess_error": ("excess error", "share"),
@@ -120,26 +99,6 @@ POLICY_METRICS = {
 """Benefit and cost of a policy, per request: columns of the policy tables, title, unit."""
 
 _UNITS = {"share": 1.0, "mebibytes": 2.0**-20, "count": 1.0}
-
-
-class PolicyStyle(NamedTuple):
-    """How one policy looks; the guard's own are in ink, its rivals in grey."""
-
-    label: str
-    colour: str
-    marker: str
-
-
-def policy_style(policy: str) -> PolicyStyle:
-    names = list(POLICY_LABELS)
-    index = names.index(policy) if policy in names else len(names)
-    colour = INK if policy.startswith("guard") else GREY
-    return PolicyStyle(POLICY_LABELS.get(policy, policy), colour, MARKERS[index % len(MARKERS)])
-
-
-def policy_order(policy: str) -> tuple[int, str]:
-    names = list(POLICY_LABELS)
-    return (names.index(policy) if policy in names else len(names), policy)
 
 
 @styled
@@ -163,10 +122,7 @@ def plot_policies(policies: pl.DataFrame, *, presses: Sequence[str] = ()) -> Fig
     styles = press_styles([*presses, *policies["press"]])
     names = sorted(set(policies["policy"]), key=policy_order)
     models = in_order(policies["model"])
-    conditions = sorted(
-        set(zip(policies["press"], policies["ratio"], strict=True)),
-        key=lambda key: (list(styles).index(key[0]), key[1]),
-    )
+    conditions = conditions_in_order(policies, styles)
     ratios = sorted({ratio for _, ratio in conditions})
     shown = len(conditions)
     height = max(0.2, 0.055 * min(shown, 8) + 0.03 * max(shown - 8, 0) + 0.08) * len(names)
@@ -233,126 +189,6 @@ def _condition_handles(
         size, label = _ratio_size(ratios, ratio), f"ratio {float(ratio):g}"
         handles.append(Line2D([], [], color=GREY, marker="o", ms=size, ls="none", label=label))
     return handles
-
-
-@styled
-def plot_pareto(
-    pareto: pl.DataFrame,
-    *,
-    cost: str,
-    operating_points: Mapping[str, OperatingPoint],
-    presses: Sequence[str] = (),
-) -> Figure:
-    """Harm left over against one cost: every setting of the guard, and its rivals.
-
-    Lower left is better. The guard's settings are dots in the press's colour, and a line joins
-    those that no other setting beats in both; its operating points are named. Intervals are drawn
-    for operating points and rivals.
-
-    Args:
-        pareto: `compare_policies.pareto`: one row per (model, press, ratio, policy), and for the
-            guard's grid per setting (``tau_low``, ``tau_high``, ``k``, ``j``; null: no grid), with
-            the cost and ``excess_cfr`` with its interval. Rows whose harm is null are left out.
-        cost: a key of `POLICY_METRICS`: "kv_bytes_mean" or "tokens_prefilled".
-        operating_points: settings by name.
-        presses: all presses of the experiment, for stable colours.
-
-    Raises:
-        MissingData: a column is absent, or there are no rows.
-    """
-    title, unit = POLICY_METRICS[cost]
-    harm = ("excess_cfr", "excess_cfr_low", "excess_cfr_high")
-    settings = ("tau_low", "tau_high", "k", "j")
-    need(pareto, ["model", "press", "ratio", "policy", *settings, cost, *harm], "pareto")
-    ran = set(pareto.select("model", "press", "ratio").iter_rows())
-    pareto = pareto.drop_nulls(["excess_cfr", cost]).filter(pl.col("press") != BASELINE)
-    need(pareto, [], "pareto")
-    pareto = pareto.with_columns(pl.col(cost) * _UNITS[unit])
-    styles = press_styles([*presses, *pareto["press"]])
-    models = in_order(pareto["model"])
-    lines = [(model, press) for model in models for press in in_order(pareto["press"], styles)]
-    ratios = sorted(set(pareto["ratio"]))
-    rivals = sorted(set(pareto.filter(pl.col("tau_low").is_null())["policy"]), key=policy_order)
-    height = max(1.75 * len(lines), 0.155 * len(rivals) + 0.4) + 0.4
-    figure = Figure(figsize=(1.9 * len(ratios) + 1.9, height), layout="constrained")
-    grid = figure.subplots(len(lines), len(ratios), squeeze=False, sharex="row", sharey="row")
-    labels: list[tuple[Axes, list[LineEnd]]] = []
-    for row, (model, press) in enumerate(lines):
-        for axes, ratio in zip(grid[row], ratios, strict=True):
-            here = pareto.filter(
-                (pl.col("model") == model) & (pl.col("press") == press) & (pl.col("ratio") == ratio)
-            )
-            if here.is_empty():
-                word = "unknown" if (model, press, ratio) in ran else "not run"
-                axes.text(0.5, 0.5, word, transform=axes.transAxes, ha="center", color=GREY)
-            colour = styles[press].colour
-            tried = here.filter(pl.col("tau_low").is_not_null())
-            x, y = tried[cost].to_numpy(), tried["excess_cfr"].to_numpy()
-            axes.plot(x, y, ".", ms=3, color=colour, alpha=0.35, mew=0)
-            if tried.height:
-                axes.step(*_front(x, y), where="post", color=colour, lw=0.8)
-            for entry in here.filter(pl.col("tau_low").is_null()).to_dicts():
-                style = policy_style(entry["policy"])
-                _vertical_interval(axes, entry, cost, style.colour, style.marker)
-            names = []
-            for name, point in operating_points.items():
-                chosen = tried.filter(
-                    [pl.col(field) == getattr(point, field) for field in settings]
-                )
-                for entry in chosen.to_dicts():
-                    _vertical_interval(axes, entry, cost, colour, styles[press].marker)
-                    names.append((entry[cost], entry["excess_cfr"], name, colour))
-            labels.append((axes, names))
-            axes.axhline(0, color=GREY, lw=0.7)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.grid(axis="y")
-            axes.margins(x=0.12, y=0.1)
-            if row == 0:
-                axes.set_title(f"ratio {float(ratio):g}")
-        low, high = grid[row][0].get_ylim()  # shared: known once the whole row is drawn
-        grid[row][0].set_ylim(min(low, -0.05), max(high, 0.05))
-        of_model = f"{model}\n" if len(models) > 1 else ""
-        grid[row][0].set_ylabel(f"{of_model}{styles[press].label}\nexcess CFR")
-    figure.supxlabel(f"{title} per request", fontsize=8)
-    handles = [
-        Line2D([], [], color=style.colour, marker=style.marker, ls="none", label=style.label)
-        for style in map(policy_style, rivals)
-    ]
-    handles.append(Line2D([], [], color=INK, lw=0.8, marker=".", ms=3, label="guard's settings"))
-    figure.legend(handles=handles, loc="outside right center")
-    for axes, names in labels:
-        label_points(axes, names)
-    return figure
-
-
-def _vertical_interval(
-    axes: Axes, row: Mapping[str, Any], cost: str, colour: str, marker: str
-) -> None:
-    """A policy's dot at (cost, excess CFR) with the interval of its excess CFR."""
-    value, low, high = (row[f"excess_cfr{end}"] for end in ("", "_low", "_high"))
-    axes.errorbar(
-        [row[cost]],
-        [value],
-        yerr=None if low is None or high is None else interval_reach(value, low, high),
-        color=colour,
-        marker=marker,
-        ms=4,
-        elinewidth=0.6,
-        ls="none",
-        label=row["policy"],
-    )
-
-
-def _front(
-    x: NDArray[np.float64], y: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Points that no other point beats in both coordinates, by rising x; lower is better."""
-    order = np.lexsort((y, x))
-    x, y = x[order], y[order]
-    best = np.minimum.accumulate(y)
-    keep = np.concatenate([[True], best[1:] < best[:-1]])
-    return x[keep], y[keep]
 
 
 @styled

@@ -40,6 +40,37 @@ MODES = ("NORMAL", "ALERT", "SAFE")
 MODE_COLOURS = ("#E8E8E8", "#EECC66", "#6699CC")
 """In the order of `controller.Mode`: 0, 1, 2."""
 
+POLICY_LABELS = {
+    "none": "compression alone",
+    "always_safe": "full KV cache",
+    "guard": "guard",
+    "guard_promote": "guard: full cache after alarm",
+    "guard_tolerant": "guard: tolerant cut",
+    "guard_recompute": "guard: recompute",
+    "guard_restart": "guard: restart",
+    "guard_relax_only": "guard: relax only",
+    "lossless": "lossless",
+    "probation": "probation",
+    "gate": "gate at prefill",
+    "verify_all": "check at the end",
+    "verify_on_failure": "check visible failures",
+    "clock_or_loop": "clock or loop",
+    "constant": "milder constant ratio",
+    "random": "random alarms",
+    "entropy": "entropy",
+    "ergo": "ERGO",
+    "ngram_stop": "n-gram stop",
+    "loopguard": "LoopGuard",
+    "periodic_refresh": "periodic refresh",
+    "oracle_gate": "oracle: gate",
+    "oracle_onset": "oracle: onset",
+    "oracle_end": "oracle: end",
+    "oracle_ratio": "oracle: ratio",
+}
+"""Policies in the order of tables and legends."""
+
+GUARD, ORACLE = "#0072B2", "#AA3377"
+
 KINDS = {
     "looping": "looping",
     "non_termination": "no end",
@@ -84,6 +115,60 @@ def press_styles(presses: Iterable[str]) -> dict[str, PressStyle]:
         colour, marker = COLOURS[slot % len(COLOURS)], MARKERS[slot % len(MARKERS)]
         styles[name] = PressStyle(WELL_KNOWN.get(name, name), colour, marker)
     return styles
+
+
+class PolicyStyle(NamedTuple):
+    """How one policy looks in every figure."""
+
+    label: str
+    colour: str
+    marker: str
+    filled: bool
+
+
+def policy_style(policy: str) -> PolicyStyle:
+    """The guard's own policies are blue, rivals in warm and grey tones, oracles open and purple."""
+    label = POLICY_LABELS.get(policy, policy)
+    if policy in ("none", "always_safe"):
+        return PolicyStyle(label, INK, "o" if policy == "none" else "*", True)
+    alike = [name for name in POLICY_LABELS if _family(name) == _family(policy)]
+    place = alike.index(policy) if policy in alike else len(alike)
+    marker = MARKERS[place % len(MARKERS)]
+    match _family(policy):
+        case "guard":
+            return PolicyStyle(label, GUARD, marker, True)
+        case "oracle":
+            return PolicyStyle(label, ORACLE, marker, False)
+        case _:
+            return PolicyStyle(label, _RIVALS[place % len(_RIVALS)], marker, True)
+
+
+_RIVALS = ("#D55E00", "#E69F00", "#009E73", "#707070", "#999933", "#882255", "#A0522D")
+
+
+def _family(policy: str) -> str:
+    prefix = policy.split("_")[0]
+    return prefix if prefix in ("guard", "oracle", "none", "always") else "rival"
+
+
+def policy_order(policy: str) -> tuple[int, str]:
+    """Key that sorts policies as `POLICY_LABELS` lists them, unknown ones behind by name."""
+    names = list(POLICY_LABELS)
+    return (names.index(policy) if policy in names else len(names), policy)
+
+
+def conditions_in_order(
+    rows: pl.DataFrame, styles: Mapping[str, PressStyle]
+) -> list[tuple[str, str]]:
+    """Distinct (press, ratio) of a table, presses in the order of their styles."""
+    keys = set(zip(rows["press"], rows["ratio"], strict=True))
+    return sorted(keys, key=lambda key: (list(styles).index(key[0]), key[1]))
+
+
+def condition_label(condition: tuple[str, str], styles: Mapping[str, PressStyle]) -> str:
+    """Press and ratio as an axis names them."""
+    press, ratio = condition
+    return f"{styles[press].label}  {float(ratio):g}"
 
 
 def save_figure(figure: Figure, stem: str | Path) -> tuple[Path, Path]:

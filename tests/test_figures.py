@@ -14,13 +14,22 @@ from hypothesis import strategies as st
 from matplotlib.container import ErrorbarContainer
 from synthetic import make_run, write_run
 
-from kvguard import plot_failures, plot_policies, plot_predictor, schema
+from kvguard import plot_failures, plot_harm, plot_policies, plot_predictor, schema
 from kvguard.compare_policies import summarize_runs
 from kvguard.config import OperatingPoint, load_config
 from kvguard.database import build_database, condition_summary, read_view
 from kvguard.evaluate_controller import Frames, simulate_model
 from kvguard.figures import FIGURES, draw_figure
-from kvguard.plot_style import KINDS, WELL_KNOWN, MissingData, press_styles, save_figure, spread
+from kvguard.plot_style import (
+    KINDS,
+    POLICY_LABELS,
+    WELL_KNOWN,
+    MissingData,
+    policy_style,
+    press_styles,
+    save_figure,
+    spread,
+)
 
 PRESSES = ("snapkv", "streaming_llm", "expected_attention")
 RATIOS = ("0.500", "0.750")
@@ -128,7 +137,7 @@ def sensitivity(models=("tiny",)):
 
 def memory():
     rows = []
-    for policy in ("none", "guard_rewind"):
+    for policy in ("none", "guard_promote"):
         for step in range(6):
             mode = None if policy == "none" else (0, 0, 1, 2, 2, 2)[step]
             size = 2**20 * (4 if mode == 2 else 1) + step * 1000
@@ -136,7 +145,7 @@ def memory():
     return pl.DataFrame(rows, schema_overrides={"mode": pl.Int8})
 
 
-def policies(names=("none", "guard_rewind", "verify_all"), presses=PRESSES, ratios=RATIOS):
+def policies(names=("none", "guard_promote", "verify_all"), presses=PRESSES, ratios=RATIOS):
     rows = []
     for name, press, ratio in itertools.product(names, presses, ratios):
         row = {"policy": name, "model": "tiny", "press": press, "ratio": ratio, "requests": 6}
@@ -164,24 +173,42 @@ def both_sources():
 POINTS = {"balanced": OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=8)}
 
 
-def pareto():
+def with_interval(name, value, reach):
+    return {name: value, f"{name}_low": value - reach, f"{name}_high": value + reach}
+
+
+def harm(tasks=("recall", "copy")):
     rows = []
-    for press, ratio in itertools.product(PRESSES, RATIOS):
-        for place, tau_low in enumerate((0.1, 0.2, 0.3)):
-            rows.append((press, ratio, "guard_rewind", tau_low, 0.5, 2, 8, 1e6 * (3 - place), 0.1))
-        rows.append((press, ratio, "none", None, None, None, None, 1e6, 0.5))
-        rows.append((press, ratio, "loopguard", None, None, None, None, 1e6, None))
-    settings = ["tau_low", "tau_high", "k", "j"]
-    names = ["press", "ratio", "policy", *settings, "kv_bytes_mean", "excess_cfr"]
-    return pl.DataFrame(rows, schema=names, orient="row").with_columns(
-        model=pl.lit("tiny"),
-        excess_cfr_low=pl.col("excess_cfr") - 0.1,
-        excess_cfr_high=pl.col("excess_cfr") + 0.1,
-    )
+    conditions = [("none", "0.000"), *itertools.product(PRESSES, RATIOS)]
+    for task, (number, (press, ratio)) in itertools.product(tasks, enumerate(conditions)):
+        keys = {"task": task, "model": "tiny", "press": press, "ratio": ratio}
+        counts = {"requests": 40, "baseline_right": 35 if task == "recall" else None}
+        shares = with_interval("harmed", 0.1 * number, 0.05)
+        rows.append(keys | counts | shares | with_interval("silent_harm", 0.05 * number, 0.02))
+    return pl.DataFrame(rows)
 
 
-def draw_pareto(frame):
-    return plot_policies.plot_pareto(frame, cost="kv_bytes_mean", operating_points=POINTS)
+def harm_metrics():
+    rows = []
+    for metric, compared in itertools.product(plot_harm.HARM_METRICS, plot_harm.COMPARED):
+        for number, key in enumerate([(None, None), *itertools.product(PRESSES, RATIOS)]):
+            keys = {"metric": metric, "press": key[0], "ratio": key[1], "value": 0.8}
+            keys["compared_with"] = compared
+            rows.append(keys | with_interval("difference", 0.05 * number - 0.1, 0.1))
+    return pl.DataFrame(rows)
+
+
+COST_OF = {"none": 0.4, "always_safe": 1.0, "guard": 0.7, "guard_promote": 1.4, "oracle_gate": 0.5}
+
+
+def costs():
+    rows = []
+    for (policy, cost), ratio in itertools.product(COST_OF.items(), RATIOS):
+        keys = {"policy": policy, "model": "tiny", "press": "snapkv", "ratio": ratio}
+        keys["source"] = "simulation" if policy.startswith("oracle") else "live"
+        harmed = with_interval("harmed", 0.5 - cost / 3, 0.1)
+        rows.append(keys | harmed | with_interval("relative_byte_steps", cost, 0.1))
+    return pl.DataFrame(rows)
 
 
 def draw_trace(tokens):
@@ -204,7 +231,9 @@ DRAWN = {
     "sensitivity": (plot_failures.plot_sensitivity, sensitivity),
     "memory": (lambda frame: plot_policies.plot_memory(frame, title="one request"), memory),
     "policies": (plot_policies.plot_policies, policies),
-    "pareto": (draw_pareto, pareto),
+    "harm": (plot_harm.plot_harm, harm),
+    "harm_metrics": (plot_harm.plot_harm_metrics, harm_metrics),
+    "harm_against_cost": (plot_harm.plot_harm_against_cost, costs),
     "simulation_gap": (plot_policies.plot_simulation_gap, both_sources),
 }
 
@@ -365,21 +394,46 @@ def test_predictor_states_its_score_with_the_interval():
 def test_policies_are_drawn_in_mebibytes_and_in_order():
     figure = plot_policies.plot_policies(policies())
     rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert rows == ["compression alone", "verify all", "guard: rewind"]
+    assert rows == ["compression alone", "guard: full cache after alarm", "check at the end"]
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     memory_axes = figure.axes[titles.index("KV memory (MiB)")]
     drawn = sorted(bar.lines[0].get_xdata()[0] for bar in memory_axes.containers)
     assert drawn == pytest.approx(sorted(policies()["kv_bytes_mean"] / 2**20))
 
 
-def test_pareto_shows_settings_rivals_and_operating_points_with_known_harm():
-    first = draw_pareto(pareto()).axes[0]
-    grid = first.lines[0]
-    assert sorted(grid.get_xdata()) == pytest.approx([n * 1e6 / 2**20 for n in (1, 2, 3)])
-    named = {c.get_label(): c.lines[0].get_xdata()[0] for c in first.containers}
-    expected = {"none": 1e6 / 2**20, "guard_rewind": 2e6 / 2**20}
-    assert named == pytest.approx(expected)  # loopguard's harm is unknown: no point
-    assert [text.get_text() for text in first.texts] == ["balanced"]
+def test_harm_is_drawn_by_task_with_its_silent_share():
+    frame = harm()
+    figure = plot_harm.plot_harm(frame)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["recall\n35 of 40 right uncompressed", "copy\nno right answers"]
+    for axes, task in zip(figure.axes, ("recall", "copy"), strict=True):
+        compressed = frame.filter(pl.col("press") != "none", pl.col("task") == task)
+        for metric in ("harmed", "silent_harm"):
+            bars = [bar for bar in axes.containers if bar.get_label() == metric]
+            drawn = sorted(bar.lines[0].get_xdata()[0] for bar in bars)
+            assert drawn == pytest.approx(sorted(compressed[metric]))
+
+
+def test_a_policy_that_costs_more_than_never_compressing_is_drawn_open():
+    axes = plot_harm.plot_harm_against_cost(costs()).axes[0]
+    drawn = {bar.get_label(): bar.lines[0] for bar in axes.containers}
+    assert {name: line.get_xdata()[0] for name, line in drawn.items()} == COST_OF
+    is_open = {name for name, line in drawn.items() if line.get_markerfacecolor() == "white"}
+    assert is_open == {"guard_promote", "oracle_gate"}
+    assert drawn["always_safe"].get_ydata()[0] == pytest.approx(0.5 - 1 / 3)
+
+
+def test_only_live_runs_and_oracles_are_compared_in_cost():
+    frame = costs().with_columns(source=pl.lit("simulation"))
+    axes = plot_harm.plot_harm_against_cost(frame).axes[0]
+    assert {bar.get_label() for bar in axes.containers} == {"oracle_gate"}
+    with pytest.raises(MissingData):
+        plot_harm.plot_harm_against_cost(frame.filter(~pl.col("policy").str.starts_with("oracle")))
+
+
+def test_every_policy_differs_in_colour_or_marker():
+    looks = [policy_style(name)[1:] for name in POLICY_LABELS]
+    assert len(set(looks)) == len(looks)
 
 
 def test_live_is_paired_with_the_simulation_of_the_same_condition():
@@ -391,18 +445,6 @@ def test_live_is_paired_with_the_simulation_of_the_same_condition():
         assert line.get_xdata()[0] == pytest.approx(line.get_ydata()[0] + 0.05)
     with pytest.raises(MissingData):
         plot_policies.plot_simulation_gap(both_sources().filter(pl.col("source") == "live"))
-
-
-def test_pareto_joins_the_settings_that_no_other_beats():
-    x = np.array([3.0, 1.0, 2.0, 2.5, 1.0])
-    y = np.array([0.1, 0.5, 0.3, 0.4, 0.6])
-    front_x, front_y = plot_policies._front(x, y)
-    beaten = [
-        any(a <= x[i] and b <= y[i] and (a, b) != (x[i], y[i]) for a, b in zip(x, y, strict=True))
-        for i in range(len(x))
-    ]
-    expected = sorted((x[i], y[i]) for i in range(len(x)) if not beaten[i])
-    assert list(zip(front_x, front_y, strict=True)) == expected
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0.01, 0.2))
@@ -473,10 +515,6 @@ def test_figures_draw_what_the_simulation_says():
     live = compressed.with_columns(source=pl.lit("live"))
     plot_policies.plot_policies(live)
     plot_policies.plot_simulation_gap(pl.concat([compressed, live]))
-    for cost in ("kv_bytes_mean", "tokens_prefilled"):
-        figure = plot_policies.plot_pareto(made["pareto"], cost=cost, operating_points=POINTS)
-        shown = {c.get_label() for axes in figure.axes for c in axes.containers}
-        assert {"none", "always_safe"} <= shown
 
 
 def test_the_registry_names_functions_that_take_what_it_gives_them():

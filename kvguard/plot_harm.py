@@ -1,0 +1,282 @@
+"""Figures of harm: where compression does it, what it costs to undo, what foresees it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from kvguard.config import BASELINE
+from kvguard.plot_style import (
+    FAINT,
+    GREY,
+    INK,
+    PressStyle,
+    condition_label,
+    conditions_in_order,
+    grouped_places,
+    horizontal_interval,
+    in_order,
+    interval_reach,
+    need,
+    policy_order,
+    policy_style,
+    press_styles,
+    styled,
+)
+
+HARM_COLUMNS = tuple(
+    f"{metric}{end}" for metric in ("harmed", "silent_harm") for end in ("", "_low", "_high")
+)
+
+
+@styled
+def plot_harm(harm: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figure:
+    """Harmed requests of each condition, by task: all of them, and those that nobody sees.
+
+    Harmed: the uncompressed answer is right and the compressed one wrong. Silent: harmed, ended by
+    itself, no loop. Both are shares of requests; lower is better.
+
+    Args:
+        harm: one row per (task, model, press, ratio): ``requests``, ``baseline_right`` (requests
+            that the uncompressed model answers rightly; null where the task has no right answer)
+            and ``harmed`` and ``silent_harm`` with their intervals.
+        presses: all presses of the experiment, for stable colours.
+
+    Raises:
+        MissingData: a column is absent, or there are no compressed rows.
+    """
+    columns = ["task", "model", "press", "ratio", "requests", "baseline_right", *HARM_COLUMNS]
+    need(harm, columns, "harm")
+    harm = harm.filter(pl.col("press") != BASELINE)
+    need(harm, [], "harm")
+    styles = press_styles([*presses, *harm["press"]])
+    keys = conditions_in_order(harm, styles)
+    places = grouped_places([press for press, _ in keys])
+    tasks, models = in_order(harm["task"]), in_order(harm["model"])
+    height = 0.2 * places[-1] + 0.75
+    figure = Figure(
+        figsize=(1.75 * len(tasks) + 1.7, height * len(models) + 0.7), layout="constrained"
+    )
+    grid = figure.subplots(len(models), len(tasks), squeeze=False, sharex=True, sharey=True)
+    for row, model in enumerate(models):
+        for axes, task in zip(grid[row], tasks, strict=True):
+            of_panel = harm.filter(model=model, task=task)
+            entries = {(entry["press"], entry["ratio"]): entry for entry in of_panel.to_dicts()}
+            for key, place in zip(keys, places, strict=True):
+                if key in entries:
+                    entry, style = entries[key], styles[key[0]]
+                    horizontal_interval(axes, entry, "harmed", place - 0.14, style)
+                    horizontal_interval(axes, entry, "silent_harm", place + 0.2, style, False)
+            axes.set_title(f"{task}\n{_right_of(of_panel)}", fontsize=7.5)
+            axes.grid(axis="x")
+            axes.set_xlim(-0.03, 1.03)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+        if len(models) > 1:
+            grid[row][0].set_ylabel(model)
+    grid[0][0].set_yticks(places, [condition_label(key, styles) for key in keys])
+    for row in range(len(models)):
+        for label, (press, _) in zip(grid[row][0].get_yticklabels(), keys, strict=True):
+            label.set_color(styles[press].colour)
+    grid[0][0].set_ylim(places[-1] + 0.7, places[0] - 0.7)
+    handles = [
+        Line2D([], [], color=GREY, marker="o", ls="-", label="harmed"),
+        Line2D([], [], color=GREY, marker="o", ls="-", mfc="white", label="silently"),
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    figure.supxlabel("share of requests (95 % intervals)", fontsize=7.5, color=INK)
+    return figure
+
+
+def _right_of(rows: pl.DataFrame) -> str:
+    """How many requests the uncompressed model answers rightly, of how many."""
+    entries = rows.drop_nulls("baseline_right").sort("requests", descending=True).to_dicts()
+    if not entries:
+        return "no right answers"
+    return f"{entries[0]['baseline_right']} of {entries[0]['requests']} right uncompressed"
+
+
+@styled
+def plot_harm_metrics(metrics: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figure:
+    """How much better the predictor foresees harm than a clock with a loop detector, or entropy.
+
+    Differences of AUROC, paired by prompt; above 0 the predictor is better, and an interval that
+    includes 0 shows no difference.
+
+    Args:
+        metrics: rows (metric, press, ratio) of the predictor, press and ratio null for all
+            conditions together: ``metric`` (a key of `HARM_METRICS`), ``value`` (its AUROC),
+            ``compared_with`` (a key of `COMPARED`) and ``difference`` with its interval.
+        presses: all presses of the experiment, for stable colours.
+
+    Raises:
+        MissingData: a column is absent, or there are no rows.
+    """
+    needed = ["metric", "press", "ratio", "value", "compared_with"]
+    needed += [f"difference{end}" for end in ("", "_low", "_high")]
+    need(metrics, needed, "harm_metrics")
+    pooled = PressStyle("all conditions", INK, "D")
+    styles = press_styles([*presses, *metrics["press"].drop_nulls()])
+    compressed = metrics.drop_nulls(["press", "ratio"])
+    keys: list[tuple[str, str] | None] = [None, *conditions_in_order(compressed, styles)]
+    places = grouped_places(["" if key is None else key[0] for key in keys])
+    shown = [name for name in HARM_METRICS if name in set(metrics["metric"])]
+    need(metrics.filter(pl.col("metric").is_in(shown)), [], "harm_metrics")
+    height = max(0.24 * places[-1] + 1.25, 1.7)
+    figure = Figure(figsize=(1.9 * len(shown) + 1.9, height), layout="constrained")
+    grid = figure.subplots(1, len(shown), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, metric in zip(grid, shown, strict=True):
+        of_metric = metrics.filter(metric=metric)
+        for key, place in zip(keys, places, strict=True):
+            press, ratio = (None, None) if key is None else key
+            here = of_metric.filter(
+                pl.col("press").eq_missing(press), pl.col("ratio").eq_missing(ratio)
+            )
+            style = pooled if key is None else styles[key[0]]
+            for entry in here.to_dicts():
+                filled = entry["compared_with"] == "clock_repetition"
+                shift = -0.16 if filled else 0.18
+                horizontal_interval(axes, entry, "difference", place + shift, style, filled)
+        axes.axvline(0, color=GREY, lw=0.9)
+        axes.grid(axis="x")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(HARM_METRICS[metric], fontsize=7.5)
+    labels = ["all conditions" if key is None else condition_label(key, styles) for key in keys]
+    grid[0].set_yticks(places, labels)
+    for label, key in zip(grid[0].get_yticklabels(), keys, strict=True):
+        label.set_color(INK if key is None else styles[key[0]].colour)
+    grid[0].set_ylim(places[-1] + 0.7, places[0] - 0.7)
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=GREY,
+            marker="o",
+            ls="-",
+            mfc=GREY if name == "clock_repetition" else "white",
+            label=label,
+        )
+        for name, label in COMPARED.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
+    figure.supxlabel("difference of AUROC, paired by prompt (95 % intervals)", fontsize=7.5)
+    return figure
+
+
+HARM_METRICS = {
+    "same_position": "same position,\nsame condition",
+    "within_prompt": "same prompt,\nother condition",
+    "request": "whole requests,\nequally many tokens",
+}
+"""Metrics of harm that a clock cannot win."""
+
+COMPARED = {
+    "clock_repetition": "minus position, length, repetition",
+    "mean_entropy": "minus mean entropy",
+}
+"""What the predictor is compared with."""
+
+
+# --- harm against cost ---------------------------------------------------------------------------
+
+
+@styled
+def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
+    """Harm left by each policy against its device memory over time, relative to the full KV cache.
+
+    Lower left is better. A policy right of 1 costs more than never compressing: its mark is open.
+
+    Args:
+        policies: `compare_policies.summarize_runs`: one row per (policy, model, press, ratio,
+            ``source``): ``harmed`` with its interval and ``relative_byte_steps`` with its interval
+            (device byte-steps over those of the full KV cache on the same prompts). Policies are
+            taken from the live runs, oracles (``oracle_...``) from any source.
+
+    Raises:
+        MissingData: a column is absent, or no row has both numbers.
+    """
+    cost = "relative_byte_steps"
+    intervals = [f"{name}{end}" for name in ("harmed", cost) for end in ("", "_low", "_high")]
+    need(policies, ["policy", "model", "press", "ratio", "source", *intervals], "harm_against_cost")
+    oracle = pl.col("policy").str.starts_with("oracle")
+    shown = policies.filter((pl.col("source") == "live") | oracle, pl.col("press") != BASELINE)
+    shown = shown.drop_nulls(["harmed", cost])
+    need(shown, [], "harm_against_cost")
+    conditions = list(
+        shown.select("model", "press", "ratio").unique(maintain_order=True).iter_rows()
+    )
+    names = sorted(set(shown["policy"]), key=policy_order)
+    columns = min(len(conditions), 3)
+    rows = -(-len(conditions) // columns)
+    figure = Figure(
+        figsize=(2.35 * columns + 1.9, max(2.2 * rows, 0.17 * len(names) + 0.6) + 0.3),
+        layout="constrained",
+    )
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    several = len({model for model, _, _ in conditions}) > 1
+    styles = press_styles(shown["press"])
+    for axes, (model, press, ratio) in zip(panels[: len(conditions)], conditions, strict=True):
+        here = shown.filter(model=model, press=press, ratio=ratio)
+        dear = max(1.15, 1.05 * here[cost].max())  # type: ignore[operator]
+        axes.axvspan(1, dear, color=FAINT, alpha=0.45, lw=0, zorder=0)
+        axes.set_xlim(0, dear)
+        for entry in sorted(here.to_dicts(), key=lambda entry: policy_order(entry["policy"])):
+            _benefit(axes, entry, cost)
+        title = condition_label((press, ratio), styles)
+        axes.set_title(f"{model}\n{title}" if several else title)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(bottom=min(-0.03, axes.get_ylim()[0]))
+        axes.grid(axis="y")
+    for axes in panels[len(conditions) :]:
+        axes.set_visible(False)
+    figure.supylabel("harmed requests", fontsize=8)
+    figure.supxlabel(
+        "device byte-steps per request, never compressing = 1 (shaded: costs more than that)",
+        fontsize=7.5,
+    )
+    handles = []
+    for name in names:
+        style = policy_style(name)
+        face = style.colour if style.filled else "white"
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=style.colour,
+                marker=style.marker,
+                mfc=face,
+                ls="none",
+                label=style.label,
+            )
+        )
+    figure.legend(handles=handles, loc="outside right center")
+    return figure
+
+
+def _benefit(axes: Axes, entry: dict[str, Any], cost: str) -> None:
+    """One policy at (cost, harmed) with both intervals; open where it exceeds the full KV cache."""
+    style = policy_style(entry["policy"])
+    bars: dict[str, Any] = {}
+    for name, column in (("xerr", cost), ("yerr", "harmed")):
+        low, high = entry[f"{column}_low"], entry[f"{column}_high"]
+        known = low is not None and high is not None
+        bars[name] = interval_reach(entry[column], low, high) if known else None
+    axes.errorbar(
+        [entry[cost]],
+        [entry["harmed"]],
+        **bars,
+        color=style.colour,
+        marker=style.marker,
+        mfc="white" if entry[cost] > 1 or not style.filled else style.colour,
+        mec=style.colour,
+        ms=8 if entry["policy"] == "always_safe" else 5,
+        elinewidth=0.5,
+        ls="none",
+        label=entry["policy"],
+    )
