@@ -269,7 +269,8 @@ def _view_queries() -> dict[str, str]:
         "failure_kinds": f"SELECT * FROM ({kinds}) ORDER BY {_order()}, kind",
         "harm": f"""
             SELECT task, {_CONDITION}, count(harmed) AS requests,
-                count(*) FILTER (WHERE baseline_right) AS baseline_right,
+                CASE WHEN count(baseline_right) > 0
+                    THEN count(*) FILTER (WHERE baseline_right) END AS baseline_right,
                 count(*) FILTER (WHERE harmed) AS harmed_requests,
                 count(*) FILTER (WHERE rescued) AS rescued_requests,
                 {", ".join(_share(name, name) for name in ("harmed", "rescued", "silent_harm"))},

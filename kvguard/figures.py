@@ -42,6 +42,19 @@ FIGURES = {
         "with itself by definition. Presses are shifted sideways a little so that their "
         "bars do not hide each other. Answers that are missing count as wrong.",
     ),
+    "harm": FigureEntry(
+        "plot_harm",
+        "plot_harm",
+        ("harm",),
+        "Harm",
+        "harm by task and press",
+        "Harmed requests by task, press and ratio: the uncompressed model answers rightly and the "
+        "compressed one wrongly (filled), and the part of these that ended by themselves and do "
+        "not loop, so that nothing in the finished text gives them away (open). For a task "
+        "without right answers harm is a failure, or another final answer, where the uncompressed "
+        "run did not fail. Shares of all requests with 95 % intervals; each title says how many "
+        "the uncompressed model answers rightly.",
+    ),
     "failure_kinds": FigureEntry(
         "plot_failures",
         "plot_failure_kinds",
