@@ -112,7 +112,11 @@ def detect_all(
 
 
 def detect_outcomes(
-    prompts: pl.DataFrame, traces: pl.DataFrame, tokens: pl.DataFrame, detection: Detection
+    prompts: pl.DataFrame,
+    traces: pl.DataFrame,
+    tokens: pl.DataFrame,
+    detection: Detection,
+    onsets: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Judge every trace of a run: one row of `schema.OUTCOMES` per row of ``traces``.
 
@@ -121,6 +125,7 @@ def detect_outcomes(
         traces: `schema.TRACES`; a trace whose status is "error" gets nulls.
         tokens: at least `DETECTION_COLUMNS` of `schema.TOKENS`, of all those traces.
         detection: thresholds and window lengths.
+        onsets: `schema.HARM_ONSETS`; None leaves the onset of harm null.
 
     Raises:
         ValueError: tokens and traces do not belong together, or a prompt is not known.
@@ -147,10 +152,16 @@ def detect_outcomes(
     outcomes = traces.select(*schema.TRACE_KEYS, "task").join(
         judged, on=schema.TRACE_KEYS, how="left", maintain_order="left"
     )
-    outcomes = outcomes.with_columns(
-        agrees=agreement(outcomes, outcomes), harm_onset=pl.lit(None, pl.Int32)
-    )
+    outcomes = outcomes.with_columns(agrees=agreement(outcomes, outcomes))
     outcomes = outcomes.with_columns(judge_harm(outcomes, outcomes))
+    if onsets is None:
+        onsets = pl.DataFrame(schema=schema.HARM_ONSETS)
+    outcomes = outcomes.join(onsets, on=schema.TRACE_KEYS, how="left", maintain_order="left")
+    # a task without right answers: an answer that loops and ends as the uncompressed one
+    looped = pl.when(pl.col("right").is_null()).then("looping_onset")
+    outcomes = outcomes.with_columns(
+        harm_onset=pl.when("harmed").then(pl.coalesce("harm_onset", looped))
+    )
     return schema.check(schema.conform(outcomes, schema.OUTCOMES), schema.OUTCOMES, "outcomes")
 
 

@@ -38,12 +38,15 @@ class Request:
         prompt_ids: the whole prompt, shared prefix included.
         seed: of this request's sampling noise and of presses that draw random numbers.
         max_new_tokens: None takes the decoding's.
+        first_position: of the first new token among the generated ones, where the prompt already
+            holds some of them: sampling noise goes on from there.
     """
 
     key: str
     prompt_ids: Sequence[int]
     seed: int = 0
     max_new_tokens: int | None = None
+    first_position: int = 0
 
 
 @dataclass
@@ -193,6 +196,7 @@ class Session:
         self.prompt_lengths: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.limits: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.seeds: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
+        self.first_positions: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         # A small batch keeps the logits of several steps, each on a page of its own, and computes
         # their signals together.
         pages = max(1, DEFERRED_ROWS // max(1, rows))
@@ -287,6 +291,7 @@ class Session:
         self.prompt_lengths[row] = len(request.prompt_ids)
         self.limits[row] = limit
         self.seeds[row] = request.seed
+        self.first_positions[row] = request.first_position
         self.history[row] = -1
         synchronize(self.model.device)
         completion.prefill_seconds = time.perf_counter() - started
@@ -306,7 +311,8 @@ class Session:
         chosen = None  # greedy: the argmax falls out of the signals
         if self.decoding.do_sample:
             seeds = self._on_device(self.seeds[:active])
-            scores = token_scores(logits, seeds, self._on_device(positions), self.decoding)
+            noisy = self._on_device(positions + self.first_positions[:active])
+            scores = token_scores(logits, seeds, noisy, self.decoding)
             chosen = peaks(scores)[1]
         if len(self._pages) > 1:
             peak, best = peaks(logits)
@@ -486,6 +492,7 @@ class Session:
             self.prompt_lengths,
             self.limits,
             self.seeds,
+            self.first_positions,
         ):
             array[row] = array[last]
         self.logits[row] = self.logits[last]

@@ -173,6 +173,9 @@ OUTCOMES: dict[str, pl.DataType] = _trace_key_types | {
 }
 """One row per trace; every outcome is null for a trace whose status is "error"."""
 
+HARM_ONSETS: dict[str, pl.DataType] = _trace_key_types | {"harm_onset": pl.Int32()}
+"""One row per compressed trace, see `harm_onsets`; null where there is no harm."""
+
 SPLITS: dict[str, pl.DataType] = {
     "prompt_id": pl.String(),
     "task": pl.String(),

@@ -1,11 +1,44 @@
 # From raw tokens to judged answers: outcomes, one DuckDB file, tables by condition.
 
 
+rule find_harm_onsets:
+    input:
+        checkpoint="<results>/checkpoints/{model}",
+        prompts="<results>/prompts/prompts.parquet",
+        examples="<results>/prompts/few_shot.json",
+        traces="<results>/traces/{model}/{press}/{ratio}/{shard}.parquet",
+        tokens="<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet",
+        baseline="<results>/traces/{model}/none/0.000/{shard}.parquet",
+    output:
+        onsets="<results>/harm_onsets/{model}/{press}/{ratio}/{shard}.parquet",
+    log:
+        "<results>/logs/find_harm_onsets/{model}/{press}/{ratio}/{shard}.log",
+    benchmark:
+        "<results>/benchmarks/find_harm_onsets/{model}/{press}/{ratio}/{shard}.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.model.threads
+    resources:
+        **job("model"),
+    params:
+        model=lambda wildcards: model_settings(wildcards, "dtype", "device", "attention"),
+        generation=section("generation"),
+        margin_nats=experiment.detection.rejection_margin_nats,
+        seed=experiment.seed,
+        library=library("find_harm_onsets"),
+    script:
+        "../workflow_scripts/find_harm_onsets.py"
+
+
 rule detect_outcomes:
     input:
         prompts="<results>/prompts/prompts.parquet",
         traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
         tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
+        onsets=every_trace(
+            "<results>/harm_onsets/{model}/{press}/{ratio}/{shard}.parquet",
+            compressed=True,
+        ),
     output:
         outcomes="<results>/outcomes.parquet",
     log:

@@ -75,12 +75,16 @@ def press_settings(wildcards):
     )
 
 
-def every_trace(pattern):
-    """Paths of all (model, press, ratio, shard), in the order of the configuration."""
+def every_trace(pattern, compressed=False):
+    """Paths of all (model, press, ratio, shard), in the order of the configuration.
+
+    ``compressed`` leaves out the uncompressed baseline.
+    """
     return [
         path
         for model in experiment.models
         for press, ratio in experiment.conditions
+        if not (compressed and press == BASELINE)
         for path in collect(
             pattern,
             model=model.name,

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import polars as pl
+
 from kvguard import joblog
 from kvguard.config import Detection
 from kvguard.detectors import detect_outcomes, read_answers
@@ -12,4 +14,7 @@ if __name__ == "__main__":
     source = snakemake.input
     answers = read_answers(source.prompts, source.traces, source.tokens)
     detection = Detection.model_validate(snakemake.params.detection)
-    write_table(detect_outcomes(*answers, detection), Path(snakemake.output.outcomes), OUTCOMES)
+    onsets = pl.read_parquet(list(source.onsets), hive_partitioning=False)
+    write_table(
+        detect_outcomes(*answers, detection, onsets), Path(snakemake.output.outcomes), OUTCOMES
+    )
