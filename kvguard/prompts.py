@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict
 
 from kvguard import config
 from kvguard.schema import PROMPTS, atomic_path, conform, read_table
+from kvguard.task_data import gsm8k, gsm_symbolic, json_lines
+from kvguard.task_generators import copy, instructions, needle, recall, records, tool_call
 from kvguard.tasks import Question, TaskError, hex_digest
-from kvguard.word_problems import gsm8k, gsm_symbolic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +68,13 @@ questions where there are as many; the first n do not depend on n."""
 GENERATORS: dict[str, Generator] = {
     "gsm8k": gsm8k,
     "gsm_symbolic": gsm_symbolic,
+    "recall": recall,
+    "copy": copy,
+    "records": records,
+    "tool_call": tool_call,
+    "needle": needle,
+    "instructions": instructions,
+    "json_lines": json_lines,
 }
 """Every kind of task and where its questions come from."""
 

@@ -1,4 +1,4 @@
-"""Tasks whose questions come from data: GSM-Symbolic's templates, GSM8K."""
+"""Tasks whose questions come from data: GSM-Symbolic's templates, GSM8K, the user's own lines."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvguard import config
 from kvguard.answers import canonical_number
-from kvguard.tasks import Question, TaskError, hex_digest
+from kvguard.tasks import Question, TaskError, canonical_text, hex_digest
 
 
 def gsm_symbolic(task: config.GsmSymbolic, seed: int) -> tuple[Iterator[Question], list[Question]]:
@@ -55,6 +55,46 @@ def gsm8k(task: config.Gsm8k, seed: int) -> tuple[Iterator[Question], list[Quest
         unseen = (question for question in train if question.question not in asked)
         examples = list(islice(unseen, task.few_shot))
     return iter(test), examples
+
+
+def json_lines(task: config.JsonLines, seed: int) -> tuple[Iterator[Question], list[Question]]:
+    """The user's questions: JSON lines with "question", and "answer" and "template" if they like.
+
+    Few-shot examples are taken from those that have an answer, and are not asked.
+    """
+    questions = []
+    for number, line in enumerate(task.path.read_text("utf-8").split("\n"), start=1):
+        if line.strip():
+            questions.append(_own_question(line, f"{task.path}:{number}", task.match))
+    ordered = _in_seeded_order(questions, seed)
+    examples = [question for question in ordered if question.reference is not None]
+    examples = examples[len(examples) - task.few_shot :] if task.few_shot else []
+    return iter([question for question in ordered if question not in examples]), examples
+
+
+def _own_question(line: str, place: str, match: str) -> Question:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise TaskError(f"{place}: no JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+        raise TaskError(f'{place}: expected a JSON object with a text "question", got {row!r}')
+    answer, template = row.get("answer"), row.get("template")
+    if answer is not None and (
+        isinstance(answer, bool) or not isinstance(answer, str | int | float)
+    ):
+        raise TaskError(f'{place}: "answer" must be a text, a number or null, got {answer!r}')
+    if template is not None and not isinstance(template, str):
+        raise TaskError(f'{place}: "template" must be a text, got {template!r}')
+    reference = None if answer is None else str(answer)
+    expected = reference
+    if reference is not None:
+        expected = canonical_number(reference) if match == "number" else canonical_text(reference)
+        if not expected:
+            wanted = "number" if match == "number" else "word"
+            raise TaskError(f'{place}: "answer" holds no {wanted}: {answer!r}')
+    spec = {"answer": expected, "match": match}
+    return Question(row["question"], reference, reference or "", spec, template)
 
 
 def _number(reference: str, question: str) -> str:
