@@ -58,7 +58,7 @@ _VERBS = words(
     separator=" | ",
 )
 _OBJECTS = words(
-    "the new timetable | the long winter | the broken elevator | the price of coffee | the "
+    "the new timetable | the long queue | the broken elevator | the price of coffee | the "
     "repairs nearby | the opening hours | the noise at night | the plans for spring | the narrow "
     "streets | the yearly festival | the missing signs | the crowded buses",
     separator=" | ",
