@@ -31,12 +31,12 @@ import torch
 from generation import PRESS, load_embedded, load_experiment
 
 from kvguard import engine
-from kvguard.config import Controller, OperatingPoint
+from kvguard.config import GuardSettings, OperatingPoint
 from kvguard.engine import Session
 from kvguard.experiment import Prepared, prepare_requests
 from kvguard.guard_observer import GuardObserver, HazardModel
 from kvguard.models import LoadedModel
-from kvguard.policies import make_policy
+from kvguard.policy_factory import make_policy
 from kvguard.predictor import load_predictor, rules_predictor
 from kvguard.prefill import prefill
 from kvguard.presses import build_press
@@ -60,7 +60,7 @@ def start(
     session = Session(
         model.model, decoding, press=build_press(PRESS, "0.500"), rows=rows, prefix=ready.prefix
     )
-    policy = make_policy("guard_rewind", rows, max_new_tokens=STEPS + 1, controller=NEVER)
+    policy = make_policy("guard_promote", rows, max_new_tokens=STEPS + 1, controller=NEVER)
     watch = GuardObserver(session, policy, predictor=predictor, ratio=0.5, check_every_tokens=every)
     for request in ready.requests[:rows]:
         session.admit(request)
@@ -227,10 +227,10 @@ def main() -> None:
     result: dict[str, object] = {
         "predictor": str(path) if path.is_file() else "rules",
     }
-    for name, every in (("overhead", Controller().check_every_tokens), ("overhead_every_token", 1)):
+    usual = GuardSettings().check_every_tokens
+    for name, every in (("overhead", usual), ("overhead_every_token", 1)):
         result[name] = {str(n): overhead(model, ready, n, predictor, every) for n in (1, 32)}
-    every = Controller().check_every_tokens
-    result["parts"] = {str(n): parts(model, ready, n, predictor, every) for n in (1, 32)}
+    result["parts"] = {str(n): parts(model, ready, n, predictor, usual) for n in (1, 32)}
     result |= verify_over_prefill(model, ready, predictor)
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(json.dumps(result, indent=2) + "\n")

@@ -132,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     experiment = load_experiment(arguments.prompts, arguments.max_new_tokens)
-    margin_nats = experiment.live.margin_nats
+    margin_nats = experiment.guard.margin_nats
     measured = [measure(experiment, dtype, margin_nats) for dtype in DTYPES]
     result = {
         "task": experiment.tasks[0].name,

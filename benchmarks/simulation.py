@@ -21,20 +21,27 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from kvguard.config import BASELINE, OperatingPoint
-from kvguard.controller import NEVER, Settings, first_alarm, initial_state, stack_settings, step
-from kvguard.evaluate_controller import simulate_settings
+from kvguard.config import BASELINE, OperatingPoint, Tolerance
+from kvguard.controller import (
+    NEVER,
+    OperatingPoints,
+    first_alarm,
+    initial_state,
+    stack_points,
+    step,
+)
+from kvguard.evaluate_controller import simulate_points
 from kvguard.stored_requests import NOWHERE, StoredRequests
 
 
-def make_settings(count: int) -> Settings:
+def make_settings(count: int) -> OperatingPoints:
     """``count`` different settings, spread over the grid that calibration searches."""
     lows = np.linspace(0.05, 0.5, -(-count // 20))
     points = [
         OperatingPoint(tau_low=float(low), tau_high=float(low + rise), k=k, j=j)
         for low, rise, k, j in product(lows, (0.0, 0.1, 0.2, 0.3, 0.4), (1, 2), (8, 16))
     ]
-    return stack_settings(points[:count])
+    return stack_points(points[:count])
 
 
 def make_hazards(
@@ -50,12 +57,15 @@ def make_hazards(
 
 
 def check(
-    hazard: NDArray[np.float32], lengths: NDArray[np.int64], settings: Settings, requests: int
+    hazard: NDArray[np.float32],
+    lengths: NDArray[np.int64],
+    settings: OperatingPoints,
+    requests: int,
 ) -> bool:
     """Whether the grid agrees with advancing one setting and one request at a time."""
     found = first_alarm(hazard[:requests], lengths[:requests], settings)
     for index in range(0, len(settings.k), 17):
-        point = settings.setting(index)
+        point = settings.point(index)
         for row in range(requests):
             state, alarm = initial_state(1), NEVER
             for position in range(int(lengths[row])):
@@ -115,6 +125,8 @@ def make_requests(
         differs,
         differs,
         differs,
+        differs,
+        Tolerance(),
     )
 
 
@@ -138,7 +150,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - started)
     requests = make_requests(hazard, lengths, seed=0)
     started = time.perf_counter()
-    table = simulate_settings(requests, settings, bootstrap_samples=500)
+    table = simulate_points(requests, settings, bootstrap_samples=500)
     table_seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kilobyte = 1 if sys.platform == "darwin" else 1024

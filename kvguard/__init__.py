@@ -9,7 +9,7 @@ from typing import Any
 _PUBLIC = {
     "KVGuard": "guard",
     "Mode": "controller",
-    "ControllerConfig": "controller",
+    "OperatingPoint": "config",
     "RunResult": "experiment",
     "format_prompt": "prompts",
     "extract_signals": "signals",

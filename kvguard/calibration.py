@@ -43,20 +43,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvguard import config, schema
 from kvguard.certificate import (
-    POINT_NAMES,
     Bound,
     Certificate,
     CertificateError,
     CertifiedPoint,
     DriftMonitor,
-    PointName,
     Reference,
     Risk,
     load_certificate,
     save_certificate,
 )
-from kvguard.config import BASELINE, digest
-from kvguard.controller import NEVER, Settings, first_alarm, settings_grid
+from kvguard.config import BASELINE, POINT_NAMES, PointName, digest
+from kvguard.controller import NEVER, OperatingPoints, first_alarm, grid_points
 from kvguard.leakage import LeakageCheck, assert_disjoint, check_trained_on
 from kvguard.predictor import Predictor
 from kvguard.splits import Table, prompts_of, read_splits, scan_table
@@ -192,7 +190,7 @@ class CalibrationRequests(NamedTuple):
 
 
 def simulate_requests(
-    predictions: pl.DataFrame, labels: pl.DataFrame, target: str, settings: Settings
+    predictions: pl.DataFrame, labels: pl.DataFrame, target: str, settings: OperatingPoints
 ) -> CalibrationRequests:
     """Run the controller over recorded hazards, for every setting.
 
@@ -339,7 +337,7 @@ def calibrate(
     if not certifying:
         raise ValueError("no calibration prompt is left to certify: more prompts are needed")
 
-    settings = settings_grid(controller)
+    settings = grid_points(controller)
     requests = _requests(predictor, predictions, labels, [*certifying, *ordering], settings)
     mine = requests.keys["prompt_id"].is_in(certifying).to_numpy()
     sample, other = requests.take(mine), requests.take(~mine)
@@ -364,7 +362,7 @@ def calibrate(
         chosen[name] = _choose(tested, missed.losses, sample, list(chosen.values()))
         points[name] = CertifiedPoint(
             name=name,
-            setting=settings.setting(chosen[name]),
+            operating_point=settings.point(chosen[name]),
             false_alarm=tested.bound(chosen[name]),
             missed_harm=missed.bound(chosen[name]),
             references=_references(sample, chosen[name]),
@@ -375,7 +373,7 @@ def calibrate(
         alpha=certificate.alpha,
         delta=certificate.delta,
         certified=bool(headline.certified.any()),
-        certified_settings=[settings.setting(int(i)) for i in np.flatnonzero(headline.certified)],
+        certified_points=[settings.point(int(i)) for i in np.flatnonzero(headline.certified)],
         headline=headline.bound(_headline_setting(headline)),
         points={name: points[name] for name in POINT_NAMES},
         prompts_certifying=len(certifying),
@@ -396,7 +394,7 @@ def _requests(
     predictions: Table,
     labels: Table,
     prompts: list[str],
-    settings: Settings,
+    settings: OperatingPoints,
 ) -> CalibrationRequests:
     wanted = pl.LazyFrame({"prompt_id": prompts}, schema={"prompt_id": pl.String})
     compressed = pl.col("press") != BASELINE
@@ -412,8 +410,10 @@ def _requests(
     return simulate_requests(tokens, known.collect(), predictor.target, settings)
 
 
-def _order(requests: CalibrationRequests, settings: Settings, risk: Risk) -> NDArray[np.int64]:
-    """Settings from the most to the least likely to have a low risk, seen on other prompts."""
+def _order(
+    requests: CalibrationRequests, settings: OperatingPoints, risk: Risk
+) -> NDArray[np.int64]:
+    """The grid from the most to the least likely to have a low risk, seen on other prompts."""
     losses = prompt_losses(requests, risk)
     means = losses.means if losses.prompts else np.zeros(len(settings.k))
     alarms = requests.alarms.mean(axis=1) if requests.alarms.shape[1] else means
@@ -512,7 +512,7 @@ def _group_table(
                         | group
                         | {"operating_point": name}
                         | bound.model_dump()
-                        | {"settings_certified": int(tested.certified.sum()), "text": bound.text}
+                        | {"points_certified": int(tested.certified.sum()), "text": bound.text}
                     )
     return pl.DataFrame(
         rows,
@@ -532,14 +532,14 @@ def _group_table(
             "certified": pl.Boolean,
             "prompts_needed_at_zero": pl.Int64,
             "prompts_needed": pl.Int64,
-            "settings_certified": pl.Int64,
+            "points_certified": pl.Int64,
             "text": pl.String,
         },
     )
 
 
 def _grid_table(
-    settings: Settings,
+    settings: OperatingPoints,
     headline: _Tested,
     missed: _Tested,
     sample: CalibrationRequests,

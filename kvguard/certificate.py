@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvguard import schema
-from kvguard.controller import ControllerConfig
+from kvguard.config import POINT_NAMES, OperatingPoint, PointName
 from kvguard.predictor import Predictor
 
-PointName = Literal["conservative", "balanced", "aggressive"]
-POINT_NAMES: tuple[PointName, ...] = ("conservative", "balanced", "aggressive")
 Risk = Literal["false_alarm", "missed_harm"]
 
 FORMAT = 1
@@ -110,10 +108,10 @@ class Reference(_Part):
 
 
 class CertifiedPoint(_Part):
-    """One operating point: its setting and what is known about it."""
+    """One operating point: its thresholds and what is known about it."""
 
     name: PointName
-    setting: ControllerConfig
+    operating_point: OperatingPoint
     false_alarm: Bound
     missed_harm: Bound
     references: list[Reference]
@@ -121,11 +119,8 @@ class CertifiedPoint(_Part):
     @property
     def text(self) -> str:
         """Setting and statements in words."""
-        setting = self.setting
-        values = (
-            f"tau_low={setting.tau_low:g}, tau_high={setting.tau_high:g}, "
-            f"k={setting.k}, j={setting.j}"
-        )
+        point = self.operating_point
+        values = f"tau_low={point.tau_low:g}, tau_high={point.tau_high:g}, k={point.k}, j={point.j}"
         return f"{self.name} ({values}): {self.false_alarm.text}; {self.missed_harm.text}."
 
 
@@ -138,7 +133,7 @@ class Certificate(_Part):
         alpha, delta: of the headline: which settings of the grid have a false-alarm risk of at most
             alpha.
         certified: whether the headline names any setting.
-        certified_settings: the settings that it names; with probability 1 - delta all of them hold.
+        certified_points: the settings that it names; with probability 1 - delta all of them hold.
         headline: the statement or the refusal about the grid.
         points: the operating points by name; each says what was certified about it.
         prompts_certifying: prompts kept for the certificate.
@@ -152,20 +147,20 @@ class Certificate(_Part):
     alpha: float
     delta: float
     certified: bool
-    certified_settings: list[ControllerConfig]
+    certified_points: list[OperatingPoint]
     headline: Bound
     points: dict[PointName, CertifiedPoint]
     prompts_certifying: int
     prompts_total: int
     prompts_digest: str
 
-    def operating_point(self, name: str) -> ControllerConfig:
-        """The setting of an operating point.
+    def operating_point(self, name: str) -> OperatingPoint:
+        """The thresholds of an operating point.
 
         Raises:
             CertificateError: an unknown name; lists the known ones.
         """
-        return self._point(name).setting
+        return self._point(name).operating_point
 
     def bounds(self, name: str) -> tuple[Bound, Bound]:
         """What is known about an operating point's false alarms and missed harm."""
@@ -188,7 +183,7 @@ class Certificate(_Part):
     def text(self) -> str:
         """The whole certificate in words."""
         chosen = (
-            f"{len(self.certified_settings)} settings of the grid are certified together: "
+            f"{len(self.certified_points)} settings of the grid are certified together: "
             if self.certified
             else "No setting of the grid is certified: "
         )

@@ -164,6 +164,8 @@ def run(
 def _print_answers(rows: "pl.DataFrame", title: str) -> None:
     import polars as pl
 
+    from kvguard.schema import CATASTROPHES
+
     table = Table(title=title, title_justify="left", caption_justify="left")
     for name in ("prompt", "reference", "answer"):
         table.add_column(name)
@@ -172,7 +174,7 @@ def _print_answers(rows: "pl.DataFrame", title: str) -> None:
     for name in ("stop", "failures"):
         table.add_column(name)
     for row in rows.iter_rows(named=True):
-        kinds = [kind for kind in ("looping", "non_termination", "amnesia") if row[kind]]
+        kinds = [kind for kind in CATASTROPHES if row[kind]]
         failed = row["status"] != "ok"
         table.add_row(
             row["prompt_id"],
@@ -480,7 +482,7 @@ def eval_controller(
         rows(results_dir / "outcomes.parquet"),
         predict_tokens({predictor.target: predictor}, features, splits),
         target=predictor.target,
-        margin_nats=experiment.live.margin_nats,
+        guard=experiment.guard,
     )
     table = simulate_controller(
         requests,
@@ -488,7 +490,7 @@ def eval_controller(
         bootstrap_samples=experiment.predictor.bootstrap_samples,
         seed=experiment.seed,
     )
-    print_frame(table, f"guard_rewind with {path}, simulated on the test prompts", SHOWN_SETTINGS)
+    print_frame(table, f"guard_promote with {path}, simulated on the test prompts", SHOWN_SETTINGS)
 
 
 @commands.command()
@@ -646,7 +648,9 @@ def _predictor_and_points(path: Path | None) -> "tuple[Predictor, dict[str, Oper
             console.print(f"[yellow]{_escape(str(error))}; until then built-in thresholds[/]")
         else:
             console.print(_escape(certificate.text), soft_wrap=True, highlight=False)
-            return predictor, {str(name): p.setting for name, p in certificate.points.items()}
+            return predictor, {
+                str(name): p.operating_point for name, p in certificate.points.items()
+            }
     return predictor, dict(RULES_POINTS)
 
 

@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kvguard import config
-from kvguard.controller import Settings
+from kvguard.controller import OperatingPoints
 from kvguard.costs import COSTS
 from kvguard.metrics import bootstrap_interval, resample_weights
 from kvguard.schema import CONDITION, TRACE_KEYS
@@ -183,7 +183,7 @@ def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:
     """The guard's whole grid and every policy in one table, benefit against cost.
 
     Args:
-        grid: from `simulate_settings`; its rows are ``guard_rewind`` under each setting.
+        grid: from `simulate_points`; its rows are ``guard_promote`` under each setting.
         summary: from `summarize_runs` of the simulation, without the requests that the grid left
             out (``exclude=tied_requests(...)``).
 
@@ -193,7 +193,7 @@ def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:
         steps, and better in one of them. Null where any of these is.
     """
     rows = grid.with_columns(
-        policy=pl.lit("guard_rewind"), source=pl.lit("simulation"), known=pl.lit(1.0)
+        policy=pl.lit("guard_promote"), source=pl.lit("simulation"), known=pl.lit(1.0)
     )
     table = constant_frontier(pl.concat([summary, rows], how="diagonal_relaxed"))
     goals = ("excess_cfr", "kv_bytes_mean", "tokens_prefilled", "decode_steps")  # all: lower
@@ -210,7 +210,7 @@ def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:
             .select(pl.when(~pl.Series(undefined)).then("efficient").alias("efficient"))
         )
         frames.append(part.with_columns(flag["efficient"]))
-    order = (*CONDITION, "policy", "source", *Settings._fields)
+    order = (*CONDITION, "policy", "source", *OperatingPoints._fields)
     return pl.concat(frames).sort("order").select(*order, pl.exclude("order", *order))
 
 

@@ -1,7 +1,7 @@
 """The three-mode state machine that turns hazards into alarms; one implementation for all callers.
 
 The live guard advances it token by token for the rows of a batch, calibration and the offline
-simulation advance it for a grid of settings at once. All of them call `step`.
+simulation advance it for a grid of operating points at once. All of them call `step`.
 
 **Rules.** A hazard is *risky* when it lies above the threshold that the mode watches, and *calm*
 when it is at most ``tau_low``. Two counters hold the tokens in a row that were risky or calm.
@@ -22,29 +22,28 @@ SAFE     (not counted)               stays               hazard <= ``tau_low``  
   predictor that fails therefore never calms the controller, and padding never moves it. "In a row"
   means in a row among the tokens that have a hazard.
 
-A setting with a lower ``tau_low``, a lower ``tau_high``, a smaller k or a larger j, all else equal,
-reaches SAFE no later (each of them only widens the stretches spent in ALERT or the runs in them).
+An operating point with a lower ``tau_low``, a lower ``tau_high``, a smaller k or a larger j, all
+else equal, reaches SAFE no later (each of them only widens the stretches spent in ALERT or the runs
+in them).
 """
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from itertools import product
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field
 
 from kvguard import config
+from kvguard.config import OperatingPoint
 
 NEVER = -1
 """The position that `first_alarm` gives to a request that never reaches SAFE."""
 
-_ROWS_PER_BLOCK = 512  # with 200 settings, one block's state stays in a core's own cache
+_ROWS_PER_BLOCK = 512  # with 200 points, one block's state stays in a core's own cache
 
 IntArray = NDArray[np.int32]
-
-Run = Annotated[int, Field(ge=1, le=int(np.iinfo(np.int16).max))]
 
 
 class Mode(IntEnum):
@@ -55,28 +54,17 @@ class Mode(IntEnum):
     SAFE = 2  # decode with a cache at the safe ratio
 
 
-class ControllerConfig(config.OperatingPoint):
-    """One setting of the controller: 0 < ``tau_low`` <= ``tau_high`` < 1, k and j at least 1.
-
-    >>> ControllerConfig(tau_low=0.2, tau_high=0.5, k=2, j=8)
-    ControllerConfig(tau_low=0.2, tau_high=0.5, k=2, j=8)
-    """
-
-    k: Run = Field(description="tokens in a row above a threshold before the mode rises")
-    j: Run = Field(description="calm tokens in a row before the mode falls")
-
-
-class Settings(NamedTuple):
-    """Many controller settings, arrays of one shape; `step` takes them in place of a config."""
+class OperatingPoints(NamedTuple):
+    """Many operating points, arrays of one shape; `step` takes them in place of a config."""
 
     tau_low: NDArray[np.float64]
     tau_high: NDArray[np.float64]
     k: NDArray[np.int16]
     j: NDArray[np.int16]
 
-    def setting(self, index: int) -> ControllerConfig:
-        """The setting at ``index`` of one-dimensional settings."""
-        return ControllerConfig(
+    def point(self, index: int) -> OperatingPoint:
+        """The operating point at ``index`` of one-dimensional arrays."""
+        return OperatingPoint(
             tau_low=float(self.tau_low[index]),
             tau_high=float(self.tau_high[index]),
             k=int(self.k[index]),
@@ -85,7 +73,7 @@ class Settings(NamedTuple):
 
 
 class ControllerState(NamedTuple):
-    """Mode and counters of any number of requests (and settings), arrays of one shape."""
+    """Mode and counters of any number of requests (and points), arrays of one shape."""
 
     mode: NDArray[np.int8]
     risky: NDArray[np.int16]  # tokens in a row above the threshold that the mode watches
@@ -99,21 +87,21 @@ def initial_state(shape: int | Sequence[int], mode: Mode = Mode.NORMAL) -> Contr
     )
 
 
-def stack_settings(settings: Iterable[config.OperatingPoint]) -> Settings:
-    """Settings (G,) from G controller configs."""
-    points = list(settings)
-    return Settings(
-        np.array([point.tau_low for point in points], np.float64),
-        np.array([point.tau_high for point in points], np.float64),
-        np.array([point.k for point in points], np.int16),
-        np.array([point.j for point in points], np.int16),
+def stack_points(points: Iterable[OperatingPoint]) -> OperatingPoints:
+    """G operating points as arrays (G,)."""
+    listed = list(points)
+    return OperatingPoints(
+        np.array([point.tau_low for point in listed], np.float64),
+        np.array([point.tau_high for point in listed], np.float64),
+        np.array([point.k for point in listed], np.int16),
+        np.array([point.j for point in listed], np.int16),
     )
 
 
-def settings_grid(controller: config.Controller) -> Settings:
-    """Settings (G,): every combination in the config with ``tau_low`` <= ``tau_high``."""
-    return stack_settings(
-        ControllerConfig(tau_low=tau_low, tau_high=tau_high, k=k, j=j)
+def grid_points(controller: config.Controller) -> OperatingPoints:
+    """The grid (G,): every combination in the config with ``tau_low`` <= ``tau_high``."""
+    return stack_points(
+        OperatingPoint(tau_low=tau_low, tau_high=tau_high, k=k, j=j)
         for tau_low, tau_high, k, j in product(
             controller.tau_low, controller.tau_high, controller.k, controller.j
         )
@@ -122,21 +110,21 @@ def settings_grid(controller: config.Controller) -> Settings:
 
 
 def step(
-    state: ControllerState, hazard: ArrayLike, settings: config.OperatingPoint | Settings
+    state: ControllerState, hazard: ArrayLike, points: OperatingPoint | OperatingPoints
 ) -> ControllerState:
     """Advance the state machine by one token; the rules are in the module's docstring.
 
-    Shapes broadcast: state (G, N), hazard (N,) and settings (G, 1) run G settings over N requests;
+    Shapes broadcast: state (G, N), hazard (N,) and points (G, 1) run G points over N requests;
     state (N,), hazard (N,) and one config run one batch.
 
     Args:
         state: state before the token; not modified.
         hazard: probability that a failure begins within the horizon; NaN is no evidence. Compared
-            with the thresholds in float32, so that a scalar and an array of settings agree.
-        settings: one setting, or arrays of them.
+            with the thresholds in float32, so that a scalar and an array of points agree.
+        points: one operating point, or arrays of them.
     """
-    tau_low = np.asarray(settings.tau_low, np.float32)
-    tau_high = np.asarray(settings.tau_high, np.float32)
+    tau_low = np.asarray(points.tau_low, np.float32)
+    tau_high = np.asarray(points.tau_high, np.float32)
     hazard = np.asarray(hazard, np.float32)
     mode = state.mode
     normal, safe = mode == Mode.NORMAL, mode == Mode.SAFE
@@ -150,7 +138,7 @@ def step(
         risky = np.where(unseen, state.risky, risky)
         calm = np.where(unseen, state.calm, calm)
 
-    rises, falls = risky >= settings.k, calm >= settings.j  # never both: one of the counters is 0
+    rises, falls = risky >= points.k, calm >= points.j  # never both: one of the counters is 0
     stays = ~(rises | falls)
     return ControllerState(
         mode + rises.view(np.int8) - falls.view(np.int8), risky * stays, calm * stays
@@ -158,7 +146,7 @@ def step(
 
 
 def at_rest(
-    state: ControllerState, hazard: NDArray[np.float32], settings: config.OperatingPoint
+    state: ControllerState, hazard: NDArray[np.float32], points: OperatingPoint
 ) -> NDArray[np.bool_]:
     """(n,) where `step` over several tokens would stay in NORMAL and end with both counters at 0.
 
@@ -167,15 +155,17 @@ def at_rest(
     Args:
         state: (n,) before the tokens.
         hazard: (n, t); NaN is no evidence.
-        settings: one setting.
+        points: one operating point.
     """
-    tau_low = np.float32(settings.tau_low)
+    tau_low = np.float32(points.tau_low)
     calm, risky = (hazard <= tau_low).any(axis=1), (hazard > tau_low).any(axis=1)
     return np.asarray((state.mode == Mode.NORMAL) & calm & ~risky)
 
 
-def first_alarm(hazard: NDArray[np.float32], lengths: ArrayLike, settings: Settings) -> IntArray:
-    """Where each request first enters SAFE, for many settings at once.
+def first_alarm(
+    hazard: NDArray[np.float32], lengths: ArrayLike, points: OperatingPoints
+) -> IntArray:
+    """Where each request first enters SAFE, for many points at once.
 
     Calls `step` on blocks of requests of similar length; memory beyond the result is a few small
     blocks, whatever the number of requests.
@@ -183,7 +173,7 @@ def first_alarm(hazard: NDArray[np.float32], lengths: ArrayLike, settings: Setti
     Args:
         hazard: (N, T), one row a request; NaN is no evidence, entries past the length are ignored.
         lengths: (N,) tokens that each request has, at most T.
-        settings: (G,) settings.
+        points: (G,).
 
     Returns:
         (G, N) int32: 0-based position of the token at which SAFE is entered; `NEVER` where it is
@@ -202,11 +192,11 @@ def first_alarm(hazard: NDArray[np.float32], lengths: ArrayLike, settings: Setti
         raise ValueError(
             f"lengths lie in 0..{hazard.shape[1]}, got {lengths.min()}..{lengths.max()}"
         )
-    columns = Settings(
-        settings.tau_low[:, None],
-        settings.tau_high[:, None],
-        settings.k[:, None],
-        settings.j[:, None],
+    columns = OperatingPoints(
+        points.tau_low[:, None],
+        points.tau_high[:, None],
+        points.k[:, None],
+        points.j[:, None],
     )
     alarms = np.full((len(columns.k), len(hazard)), NEVER, np.int32)
     longest_first = np.argsort(-lengths, kind="stable")
@@ -217,16 +207,16 @@ def first_alarm(hazard: NDArray[np.float32], lengths: ArrayLike, settings: Setti
 
 
 def _first_alarm_block(
-    hazard: NDArray[np.float32], lengths: NDArray[np.int64], settings: Settings
+    hazard: NDArray[np.float32], lengths: NDArray[np.int64], points: OperatingPoints
 ) -> IntArray:
-    """`first_alarm` of a block of requests, settings (G, 1)."""
+    """`first_alarm` of a block of requests, points (G, 1)."""
     steps = int(lengths.max())
     seen = np.arange(steps)[:, None] < lengths
     by_step = np.where(seen, hazard[:, :steps].T, np.float32(np.nan))
-    shape = (len(settings.k), len(lengths))
+    shape = (len(points.k), len(lengths))
     state, alarms = initial_state(shape), np.full(shape, NEVER, np.int32)
     for position in range(steps):
-        state = step(state, by_step[position], settings)
+        state = step(state, by_step[position], points)
         alarms[(state.mode == Mode.SAFE) & (alarms == NEVER)] = position
     return alarms
 

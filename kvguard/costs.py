@@ -143,7 +143,7 @@ def recovery_cost(
     )
 
 
-SHOWN = ("none", "guard_rewind", "verify_all", "always_safe")
+SHOWN = ("none", "guard_promote", "verify_all", "always_safe")
 """Policies whose memory follows from sizes of the prompt's caches: they recover at most once, by a
 pass of the uncompressed model, and stay uncompressed."""
 
@@ -163,19 +163,19 @@ def choose_guarded(runs: pl.DataFrame) -> dict[str, str]:
     """The trace keys of a request that shows a rewind: the median one by when its alarm came.
 
     Args:
-        runs: `schema.RUNS`; the rows of ``guard_rewind`` that rewound exactly once count.
+        runs: `schema.RUNS`; the rows of ``guard_promote`` that rewound exactly once count.
 
     Raises:
         ValueError: there is none.
     """
     rewound = runs.filter(
-        (pl.col("policy") == "guard_rewind")
+        (pl.col("policy") == "guard_promote")
         & (pl.col("status") == "ok")
         & (pl.col("rewound_to").list.len() == 1)
         & (pl.col("press") != BASELINE)
     ).sort(pl.col("alarm_steps").list.first(), *schema.TRACE_KEYS)
     if rewound.is_empty():
-        raise ValueError("no run of 'guard_rewind' rewound exactly once")
+        raise ValueError("no run of 'guard_promote' rewound exactly once")
     return rewound.select(schema.TRACE_KEYS).row((rewound.height - 1) // 2, named=True)
 
 

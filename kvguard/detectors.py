@@ -27,13 +27,11 @@ from pydantic import BaseModel, ConfigDict
 from kvguard import schema
 from kvguard.config import BASELINE, Detection
 from kvguard.harm import judge_harm
+from kvguard.schema import CATASTROPHES
 from kvguard.tasks import verify
 
 DETECTION_COLUMNS = (*schema.TOKEN_KEYS, "token_id", "audit_gap", "llr")
 """Columns of the tokens table that `detect_outcomes` reads."""
-
-CATASTROPHES = ("looping", "non_termination", "amnesia")
-"""What counts as a catastrophe; divergence, the quiet failure, does not."""
 
 
 class Answers(NamedTuple):

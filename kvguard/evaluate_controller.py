@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from kvguard import config
 from kvguard.compare_policies import estimates, pareto, summarize_runs
-from kvguard.controller import NEVER, Settings, first_alarm, settings_grid, stack_settings
+from kvguard.config import POLICIES
+from kvguard.controller import NEVER, OperatingPoints, first_alarm, grid_points, stack_points
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement
 from kvguard.policies import Policy, look_at
@@ -24,15 +25,15 @@ DETECTION = ("false_alarm_rate", "detection_rate", "early_rate", "lead_tokens")
 the shares that alarm at all and by the onset, and the mean of onset minus alarm where by then."""
 
 
-def simulate_settings(
+def simulate_points(
     requests: StoredRequests,
-    settings: Settings,
+    settings: OperatingPoints,
     *,
     check_every_tokens: int = 1,
     bootstrap_samples: int = 500,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """Benefit and cost of ``guard_rewind`` in each condition under each of many settings.
+    """Benefit and cost of ``guard_promote`` in each condition under each of many settings.
 
     Requests whose outcome the simulation does not know (`tied_requests`) are left out and counted
     in ``excluded``.
@@ -52,7 +53,7 @@ def simulate_settings(
     table = requests.table.with_columns(
         row=pl.int_range(pl.len()), usable=pl.Series(usable), base=pl.Series(requests.baseline)
     )
-    names = pl.DataFrame({name: getattr(settings, name) for name in Settings._fields}).cast(
+    names = pl.DataFrame({name: getattr(settings, name) for name in OperatingPoints._fields}).cast(
         {"k": pl.Int32, "j": pl.Int32}
     )
     frames = []
@@ -71,22 +72,22 @@ def simulate_settings(
         )
     if not frames:
         raise ValueError("no compressed request to simulate: only the baseline was given")
-    order = [*CONDITION, *Settings._fields]
+    order = [*CONDITION, *OperatingPoints._fields]
     frame = pl.concat(frames)
     return frame.select(*order, pl.exclude(order))
 
 
 def _setting_values(
     requests: StoredRequests,
-    settings: Settings,
+    settings: OperatingPoints,
     rows: NDArray[np.integer[Any]],
     check_every_tokens: int,
 ) -> dict[str, FloatArray]:
-    """(G, n) measures of ``guard_rewind`` for some rows, NaN where undefined."""
+    """(G, n) measures of ``guard_promote`` for some rows, NaN where undefined."""
     lengths, base = requests.lengths[rows], requests.baseline[rows]
     alarm = first_alarm(requests.hazard[rows], lengths, settings)  # (G, n)
     alarmed = alarm != NEVER
-    look = look_at(Policy("guard_rewind", 0), alarm + 1, check_every_tokens)
+    look = look_at(Policy("guard_promote", 0), alarm + 1, check_every_tokens)
     draft = np.where(alarmed, np.minimum(look, lengths), lengths)
     kept = np.minimum(requests.first_rejected[rows], draft)
     memory = trace_memory(requests.table).rows(rows)
@@ -138,39 +139,17 @@ def simulate_controller(
     bootstrap_samples: int = 500,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """`simulate_settings` for named operating points; the name is the first column."""
+    """`simulate_points` for named operating points; the name is the first column."""
     names = list(operating_points)
-    frame = simulate_settings(
+    frame = simulate_points(
         requests,
-        stack_settings(operating_points.values()),
+        stack_points(operating_points.values()),
         check_every_tokens=check_every_tokens,
         bootstrap_samples=bootstrap_samples,
         seed=seed,
     )
     repeats = frame.height // len(names)
     return frame.select(pl.Series("operating_point", names * repeats), pl.all())
-
-
-SIMULABILITY = {
-    "none": "exact: the trace itself",
-    "always_safe": "exact: the uncompressed trace of the same prompt",
-    "random": "exact: verified by the uncompressed model, so the answer is its own",
-    "entropy": "exact: verified by the uncompressed model, so the answer is its own",
-    "ergo": "exact: the answer is generated afresh without compression",
-    "ngram_stop": "exact: the answer is a prefix of the trace",
-    "loopguard": "alarm step alone: no trace goes on from a pruned cache",
-    "periodic_refresh": "known where the answer ends before the first refresh",
-    "verify_all": "exact: verified by the uncompressed model, so the answer is its own",
-    "constant": "not simulated: interpolated between the measured ratios of the press",
-    "guard_relax_only": "exact where compression happens at prefill alone: nothing changes",
-    "guard_recompute": "exact where what it keeps had not left the uncompressed answer",
-    "guard_restart": "exact: the answer is generated afresh without compression",
-    "guard_rewind": "exact: verified by the uncompressed model, so the answer is its own",
-    "guard_rewind_tolerant": "exact where what it keeps had not left the uncompressed answer",
-    "guard_rewind_resume": "known without an alarm: no trace goes on from a recompressed cache",
-    "guard_gate": "exact: verified by the uncompressed model, so the answer is its own",
-}
-"""What the simulation knows of each policy, for safe ratio 0 and requests that do not tie."""
 
 
 def simulability(runs: pl.DataFrame) -> pl.DataFrame:
@@ -191,7 +170,12 @@ def simulability(runs: pl.DataFrame) -> pl.DataFrame:
         known=known.sum(),
         known_among_alarmed=(known & pl.col("alarmed")).sum(),
     )
-    words = pl.DataFrame({"policy": list(SIMULABILITY), "simulability": SIMULABILITY.values()})
+    words = pl.DataFrame(
+        {
+            "policy": list(POLICIES),
+            "simulability": [entry.simulation for entry in POLICIES.values()],
+        }
+    )
     return words.join(counts, on="policy", how="left", maintain_order="left").with_columns(
         pl.col("requests", "alarmed", "known", "known_among_alarmed").fill_null(0)
     )
@@ -225,24 +209,22 @@ def simulate_model(
     Returns:
         ``simulation`` (`schema.RUNS`), ``operating_points``, ``pareto`` and ``simulability``.
     """
-    requests = load_requests(*frames, margin_nats=experiment.live.margin_nats)
+    requests = load_requests(*frames, guard=experiment.guard)
     runs = simulate_policies(
         requests,
-        config.POLICY_NAMES,
+        [name for name in config.POLICY_NAMES if name not in ("clock_or_loop", "gate")],
         prompts=prompts,
         live=experiment.live,
         detection=experiment.detection,
         controller=operating_points[experiment.live.operating_point],
-        safe_ratio=experiment.controller.safe_ratio,
-        check_every_tokens=experiment.controller.check_every_tokens,
-        holdback_tokens=experiment.controller.holdback_tokens,
+        guard=experiment.guard,
         decode=decode,
     )
     samples, seed = experiment.predictor.bootstrap_samples, experiment.seed
-    grid = simulate_settings(
+    grid = simulate_points(
         requests,
-        settings_grid(experiment.controller),
-        check_every_tokens=experiment.controller.check_every_tokens,
+        grid_points(experiment.controller),
+        check_every_tokens=experiment.guard.check_every_tokens,
         bootstrap_samples=samples,
         seed=seed,
     )
@@ -258,7 +240,7 @@ def simulate_model(
         "operating_points": simulate_controller(
             requests,
             operating_points,
-            check_every_tokens=experiment.controller.check_every_tokens,
+            check_every_tokens=experiment.guard.check_every_tokens,
             bootstrap_samples=samples,
             seed=seed,
         ),

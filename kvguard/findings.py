@@ -292,7 +292,7 @@ def _guarded(tables: Mapping[str, pl.DataFrame], described: Mapping[str, Any]) -
                 *(f"{row[name]:.0f}" for name in ("tokens_prefilled", "tokens_wasted")),
             ]
         )
-    every = described["controller"].get("check_every_tokens", 1)
+    every = described["guard"].get("check_every_tokens", 1)
     requests = max(live["requests"].to_list(), default=0)
     text = (
         f"### What the guard does, beside its rivals\n\nPolicies on {requests} test prompts a "

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from kvguard.config import OperatingPoint
+from kvguard.config import POINT_NAMES, OperatingPoint, Tolerance
 from kvguard.engine import Completion, Request, Session, batch_size_for
 from kvguard.guard_observer import (
     GuardError,
@@ -25,10 +25,9 @@ from kvguard.guard_observer import (
     HazardModel,
     RowReport,
     Stopping,
-    Tolerance,
     guarded,
 )
-from kvguard.policies import make_policy
+from kvguard.policy_factory import make_policy
 from kvguard.prefill import Prefix
 from kvguard.presses import phases, with_ratio
 from kvguard.sampling import Decoding
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from kvguard.certificate import Certificate
 
 logger = logging.getLogger(__name__)
-
-OPERATING_POINTS = ("conservative", "balanced", "aggressive")
 
 RULES_POINTS = {
     "conservative": OperatingPoint(tau_low=0.4, tau_high=0.8, k=2, j=16),
@@ -240,6 +237,7 @@ class KVGuard:
             rows,
             max_new_tokens=decoding.max_new_tokens,
             controller=self.operating_point,
+            check_every_tokens=self.check_every_tokens,
         )
         watch = GuardObserver(
             session,
@@ -332,8 +330,8 @@ def _operating_point(
     """Thresholds by name: the certificate's, or the rules'; of another predictor there are none."""
     if isinstance(given, OperatingPoint):
         return given
-    if given not in OPERATING_POINTS:
-        raise GuardError(f"operating_point is one of {', '.join(OPERATING_POINTS)}, got {given!r}")
+    if given not in POINT_NAMES:
+        raise GuardError(f"operating_point is one of {', '.join(POINT_NAMES)}, got {given!r}")
     if certificate is not None:
         return certificate.operating_point(given)
     if rules:
@@ -351,10 +349,11 @@ def _policy_name(recovery: str, after_alarm: str) -> str:
     if after_alarm not in ("stay", "resume"):
         raise GuardError(f"after_alarm is 'stay' or 'resume', got {after_alarm!r}")
     if after_alarm == "stay":
-        return f"guard_{recovery}"
+        names = {"rewind": "guard_promote", "rewind_tolerant": "guard_tolerant"}
+        return names.get(recovery, f"guard_{recovery}")
     if recovery != "rewind":
         raise GuardError(f"after_alarm='resume' goes with recovery='rewind', got {recovery!r}")
-    return "guard_rewind_resume"
+    return "guard"
 
 
 def _decoding(

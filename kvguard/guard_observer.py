@@ -13,13 +13,22 @@ import numpy as np
 import torch
 from kvpress import BasePress
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
-from kvguard.audit import Audit, audit_tokens, first_rejected, signals_along
+from kvguard.audit import Audit, audit_tokens, first_rejected
+from kvguard.config import Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Completion, Request, Session, Step, generate, synchronize
 from kvguard.features import FeatureState
-from kvguard.policies import Action, Decision, Observation, Policy, is_alarm, look_at
+from kvguard.policies import (
+    AFTER_END,
+    Action,
+    Decision,
+    Observation,
+    Policy,
+    is_alarm,
+    look_at,
+)
 from kvguard.prefill import Prefilled, cache_bytes, prefill
 from kvguard.presses import fresh, phases, with_ratio
 from kvguard.schema import FEATURE_NAMES
@@ -48,22 +57,6 @@ class HazardModel(Protocol):
 
 class GuardError(ValueError):
     """The guard cannot do what was asked; the message says what it can."""
-
-
-class Tolerance(BaseModel):
-    """Where the tolerant cut sees harm.
-
-    Attributes:
-        window_tokens: length of a window.
-        window_llr: nats per token; a window's mean log-likelihood ratio at or above it is harm.
-        token_logprob: nats; a token whose uncompressed log-probability is below it is harm.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    window_tokens: int = 16
-    window_llr: float = 0.3
-    token_logprob: float = -8.0
 
 
 class RowReport(BaseModel):
@@ -342,16 +335,14 @@ class GuardObserver:
         report = self._report(session, row)
         state = session.rows[row]
         had = int(session.lengths[row])
-        if state.ended and action not in (Action.REWIND, Action.RECOMPUTE, Action.RESTART):
+        if state.ended and action not in AFTER_END:
             return
         if is_alarm(np.array([action], np.int8))[0]:
             report.alarm_steps.append(had)
         started = time.perf_counter()
         try:
-            if action == Action.REWIND:
-                self._rewind(session, row, session.tokens(row))
-            elif action == Action.RECOMPUTE and not state.ended:
-                self._prefill_again(session, row, had, self.safe_press)
+            if action in (Action.REWIND, Action.CHECK, Action.COMMIT):
+                self._rewind(session, row, session.tokens(row), action)
             elif action == Action.RESTART:
                 self._prefill_again(session, row, 0, self.safe_press)
                 self._record(row, 0, True, report)
@@ -401,11 +392,19 @@ class GuardObserver:
         self._set_mode(session, row, Mode.SAFE, position)
 
     def _rewind(
-        self, session: Session, row: int, tokens: list[int], *, always: bool = False
+        self,
+        session: Session,
+        row: int,
+        tokens: list[int],
+        action: Action = Action.REWIND,
+        *,
+        always: bool = False,
     ) -> None:
-        """Verify tokens in one pass, keep those before the cut, continue from there in SAFE.
+        """Check tokens in one pass, keep those before the cut, continue from there.
 
-        With ``always`` the cache is replaced even if nothing is cut from a request that has ended.
+        REWIND goes on at the safe ratio, CHECK under the press, COMMIT as REWIND where a token is
+        rejected and as if nothing had happened where none is. With ``always`` the cache is replaced
+        even if nothing is cut from a request that has ended.
         """
         completion = session.rows[row].completion
         request = completion.request
@@ -423,19 +422,22 @@ class GuardObserver:
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, held)
         cut = self._cut(session, row, audit)
         kept = len(tokens) if cut is None else cut
-        if cut is None and session.rows[row].ended and not always:
+        accepted = cut is None and (session.rows[row].ended or action == Action.COMMIT)
+        if accepted and not always:
             report.rewound_to.append(kept)
             return
-        if self.safe_press is not None:
+        if action == Action.CHECK:
+            self._prefill_again(session, row, kept, session.press)
+        elif self.safe_press is not None:
             self._prefill_again(session, row, kept, self.safe_press)
         else:
             logits = session.model.lm_head(audit.scored.hidden[kept : kept + 1])
             audit.scored.cache.crop(len(request.prompt_ids) + kept)
-            signals = None
-            if self.policy.safe_after == "resume":
-                signals = signals_along(session.model, audit.scored, tokens[:kept])
             ready = Prefilled(audit.scored.cache, None, logits, held, held, 0)
-            self._put(session, row, kept, ready, None, signals)
+            self._put(session, row, kept, ready, None)
+        if action == Action.COMMIT:  # the policy learns here that the row is on the full cache
+            self.policy.settle(row)
+            self._set_mode(session, row, Mode.SAFE, len(tokens) - 1)
         self._record(row, kept, cut is not None, report)
 
     def _cut(self, session: Session, row: int, audit: Audit) -> int | None:
@@ -462,7 +464,7 @@ class GuardObserver:
         completion.tokens_prefilled += len(request.prompt_ids) + kept
         report = self._report(session, row)
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, ready.bytes_after)
-        self._put(session, row, kept, ready, press, None)
+        self._put(session, row, kept, ready, press)
 
     def _put(
         self,
@@ -471,10 +473,9 @@ class GuardObserver:
         kept: int,
         ready: Prefilled,
         press: BasePress | None,
-        signals: NDArray[np.float32] | None,
     ) -> None:
         """Continue a row from a fresh cache, under a press or none."""
-        session.rewind(row, kept, ready, signals=signals)
+        session.rewind(row, kept, ready)
         session.compress_while_decoding(row, press)
         if self.features is not None:
             tokens = np.array(session.tokens(row), np.int32)

@@ -17,11 +17,11 @@ from kvguard.experiment import (
     tokens_frame,
     trace_row,
 )
-from kvguard.guard_observer import GuardObserver, HazardModel, RowReport, Tolerance, guarded
+from kvguard.guard_observer import GuardObserver, HazardModel, RowReport, guarded
 from kvguard.harm import judge_harm
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
-from kvguard.policies import make_policy
+from kvguard.policy_factory import make_policy
 from kvguard.presses import build_press
 from kvguard.prompts import Example, Prompt, prompts_frame
 from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
@@ -42,6 +42,8 @@ def run_policy_shard(
     controller: config.OperatingPoint | None = None,
     alarm_rate: float | None = None,
     constant_ratio: str | None = None,
+    clock_tokens: int | None = None,
+    gate_threshold: float | None = None,
 ) -> pl.DataFrame:
     """Run one policy over one condition's prompts.
 
@@ -59,6 +61,8 @@ def run_policy_shard(
         controller: their thresholds.
         alarm_rate: share of requests that ``random`` alarms.
         constant_ratio: the ratio of ``constant``.
+        clock_tokens: when ``clock_or_loop`` alarms.
+        gate_threshold: of the score of ``gate``.
 
     Returns:
         RUNS, source "live", one row a prompt in the prompts' order. What a request failed with is
@@ -72,26 +76,27 @@ def run_policy_shard(
         max_new_tokens=ready.decoding.max_new_tokens,
         live=experiment.live,
         controller=controller,
+        check_every_tokens=experiment.guard.check_every_tokens,
         alarm_rate=alarm_rate,
         press_ratio=constant_ratio,
+        clock_tokens=clock_tokens,
+        gate_threshold=gate_threshold,
     )
     compressor = build_press(press, rule.press_ratio or ratio)
     session = Session(
         model.model, ready.decoding, press=compressor, rows=ready.rows, prefix=ready.prefix
     )
-    detection = experiment.detection
+    detection, guard = experiment.detection, experiment.guard
     watch = GuardObserver(
         session,
         rule,
         predictor=predictor,
         ratio=float(rule.press_ratio or ratio),
-        safe_ratio=float(experiment.controller.safe_ratio),
-        margin_nats=experiment.live.margin_nats,
-        tolerance=Tolerance(
-            window_tokens=detection.divergence_window_tokens, window_llr=detection.divergence_llr
-        ),
-        check_every_tokens=experiment.controller.check_every_tokens,
-        holdback_tokens=experiment.controller.holdback_tokens,
+        safe_ratio=float(guard.safe_ratio),
+        margin_nats=guard.margin_nats,
+        tolerance=guard.tolerance,
+        check_every_tokens=guard.check_every_tokens,
+        holdback_tokens=guard.holdback_tokens,
         released=lambda _key, _tokens: None,  # counts what a streaming user would have seen
     )
     keys = {"model": model.name, "press": press.name, "ratio": ratio}
@@ -102,7 +107,7 @@ def run_policy_shard(
             traces.append(trace_row(completion, model, ready.decoding) | keys | place)
             reports.append(_report_row(completion, report))
             if completion.error is None:
-                margin = experiment.live.margin_nats
+                margin = guard.margin_nats
                 tokens.append(_audited_tokens(model, completion, report, ready, keys, margin))
             advance(1, f"{len(report.alarm_steps)} alarms")
     frame = pl.DataFrame(traces, schema=TRACES)
@@ -129,7 +134,7 @@ def run_policy_shard(
 def match_guard(
     simulated: pl.DataFrame, policy: str, *, model: str, press: str, ratio: str
 ) -> dict[str, Any]:
-    """What makes a rival comparable to ``guard_rewind`` in one condition: arguments of a live run.
+    """What makes a rival comparable to ``guard_promote`` in one condition: arguments of a live run.
 
     ``random`` gets the share of requests that the guard alarms as ``alarm_rate``. ``constant`` gets
     as ``constant_ratio`` the ratio at which the press takes the guard's mean KV memory,
@@ -137,7 +142,7 @@ def match_guard(
     Other policies need nothing.
 
     Args:
-        simulated: RUNS with source "simulation", with ``none`` and ``guard_rewind``.
+        simulated: RUNS with source "simulation", with ``none`` and ``guard_promote``.
         policy: one of config.POLICY_NAMES.
         model: of the condition.
         press: of the condition.
@@ -150,12 +155,12 @@ def match_guard(
         return {}
     ran = simulated.filter((pl.col("status") == "ok") & (pl.col("model") == model))
     guard = ran.filter(
-        (pl.col("policy") == "guard_rewind")
+        (pl.col("policy") == "guard_promote")
         & (pl.col("press") == press)
         & (pl.col("ratio") == ratio)
     )
     if not guard.height:
-        raise ValueError(f"no simulated guard_rewind for {model} {press} {ratio}")
+        raise ValueError(f"no simulated guard_promote for {model} {press} {ratio}")
     if policy == "random":
         return {"alarm_rate": float(guard["alarmed"].to_numpy().mean())}
     measured = (
@@ -167,7 +172,7 @@ def match_guard(
     )
     wanted = guard.filter(pl.col("decode_steps").ne_missing(0))["kv_bytes_mean"]
     if not wanted.len() or wanted.null_count() or not measured.height:
-        raise ValueError(f"the memory of guard_rewind for {model} {press} {ratio} is not known")
+        raise ValueError(f"the memory of guard_promote for {model} {press} {ratio} is not known")
     found = np.interp(
         float(wanted.to_numpy().mean()),
         measured["kv_bytes_mean"].to_numpy(),

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from kvguard.config import BASELINE
+from kvguard.config import BASELINE, POLICIES
 from kvguard.schema import atomic_path
 
 INK, GREY, FAINT, ACCENT = "#202020", "#707070", "#DADADA", "#AA3377"
@@ -40,33 +40,7 @@ MODES = ("NORMAL", "ALERT", "SAFE")
 MODE_COLOURS = ("#E8E8E8", "#EECC66", "#6699CC")
 """In the order of `controller.Mode`: 0, 1, 2."""
 
-POLICY_LABELS = {
-    "none": "compression alone",
-    "always_safe": "full KV cache",
-    "guard": "guard",
-    "guard_promote": "guard: full cache after alarm",
-    "guard_tolerant": "guard: tolerant cut",
-    "guard_recompute": "guard: recompute",
-    "guard_restart": "guard: restart",
-    "guard_relax_only": "guard: relax only",
-    "lossless": "lossless",
-    "probation": "probation",
-    "gate": "gate at prefill",
-    "verify_all": "check at the end",
-    "verify_on_failure": "check visible failures",
-    "clock_or_loop": "clock or loop",
-    "constant": "milder constant ratio",
-    "random": "random alarms",
-    "entropy": "entropy",
-    "ergo": "ERGO",
-    "ngram_stop": "n-gram stop",
-    "loopguard": "LoopGuard",
-    "periodic_refresh": "periodic refresh",
-    "oracle_gate": "oracle: gate",
-    "oracle_onset": "oracle: onset",
-    "oracle_end": "oracle: end",
-    "oracle_ratio": "oracle: ratio",
-}
+POLICY_LABELS = {name: entry.label for name, entry in POLICIES.items()}
 """Policies in the order of tables and legends."""
 
 GUARD, ORACLE = "#0072B2", "#AA3377"

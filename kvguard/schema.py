@@ -26,7 +26,10 @@ CONDITION = ("model", "press", "ratio")
 TOKEN_KEYS = (*TRACE_KEYS, "position")
 """Columns that identify one generated token; ``position`` counts from 0."""
 
-TARGETS = ("harm", "any", "looping", "non_termination", "amnesia", "divergence")
+CATASTROPHES = ("looping", "non_termination", "amnesia")
+"""The kinds of visible failure; ``catastrophe`` is any of them."""
+
+TARGETS = ("harm", "any", *CATASTROPHES, "divergence")
 """What a hazard predictor can be trained for, the default first. ``harm`` is the onset of harm (see
 `harm`), ``any`` the first of the three catastrophes."""
 

@@ -7,10 +7,10 @@ does up to its first intervention follows from the trace. What comes after is *k
 2. The answer is generated afresh at a safe ratio of 0 (``guard_restart``, ``ergo``,
    ``always_safe``): the result is the uncompressed trace of the same prompt.
 3. The draft is verified by the uncompressed model and cut at the first token that it would not have
-   chosen (``guard_rewind``, ``guard_gate``, ``random``, ``entropy``, ``verify_all``). Everything
+   chosen (``guard_promote``, ``gate``, ``random``, ``entropy``, ``verify_all``). Everything
    kept is the uncompressed answer's prefix and the rest is generated uncompressed, so the result is
    again the uncompressed trace, token for token. The trace's audit says where the cut is.
-   Recoveries that cut elsewhere (``guard_rewind_tolerant``) or nowhere (``guard_recompute``) belong
+   Recoveries that cut elsewhere (``guard_tolerant``) or nowhere (``guard_recompute``) belong
    here for requests of which they keep nothing but the uncompressed answer's prefix.
 4. The tokens do not change (``guard_relax_only`` after compression that happened at prefill alone)
    or are a known prefix of the trace's (``ngram_stop``).
@@ -33,15 +33,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from kvguard import config, schema
-from kvguard.controller import NEVER, Mode, first_alarm, stack_settings
+from kvguard.controller import NEVER, Mode, first_alarm, stack_points
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, judge_answers, loop_onsets
 from kvguard.harm import judge_harm
-from kvguard.policies import Action, Observation, Policy, is_alarm, look_at, make_policy
-from kvguard.schema import CONDITION, TRACE_KEYS
+from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, look_at
+from kvguard.policy_factory import make_policy
+from kvguard.schema import CATASTROPHES, CONDITION, TRACE_KEYS
 from kvguard.stored_requests import NOWHERE, StoredRequests
 
-OUTCOME_COLUMNS = ("answer", "right", "agrees", "looping", "non_termination", "amnesia")
+OUTCOME_COLUMNS = ("answer", "right", "agrees", *CATASTROPHES)
 """What RUNS says of an answer, besides ``catastrophe``."""
 
 IntArray = NDArray[np.int32]
@@ -82,21 +83,17 @@ def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1
         decision = policy.step(_observe(requests, policy, going, at))
         look = np.minimum(look_at(policy, at + 1, every), requests.lengths[going])
         ended = requests.lengths[going] == look  # by the time that the action is carried out
-        actions = np.where(ended & ~np.isin(decision.actions, _AFTER_END), 0, decision.actions)
+        actions = np.where(ended & ~np.isin(decision.actions, AFTER_END), 0, decision.actions)
         new = (actions != Action.CONTINUE) & (position[going] == NEVER)
         position[going[new]], action[going[new]], draft[going[new]] = at, actions[new], look[new]
         normal = (decision.modes == Mode.NORMAL) & (position[going] == NEVER) & (look == at + 1)
         released[going[normal]] = at + 1
         quiet = going[(requests.lengths[going] == at + 1) & (position[going] == NEVER)]
         actions = policy.finish(_observe(requests, policy, quiet, at)).actions
-        new = np.isin(actions, _AFTER_END)
+        new = np.isin(actions, AFTER_END)
         position[quiet[new]], action[quiet[new]] = at, actions[new]
         released[quiet[new]] = np.minimum(released[quiet[new]], at)
     return Replay(position, action, draft, released)
-
-
-_AFTER_END = (Action.REWIND, Action.RECOMPUTE, Action.RESTART)
-"""Actions that mean something to a request that has ended."""
 
 
 def _observe(
@@ -117,7 +114,7 @@ def _observe(
 
 def alarm_rates(requests: StoredRequests, controller: config.OperatingPoint) -> FloatArray:
     """(N,) share of requests that the controller alarms, in each request's own condition."""
-    alarms = first_alarm(requests.hazard, requests.lengths, stack_settings([controller]))[0]
+    alarms = first_alarm(requests.hazard, requests.lengths, stack_points([controller]))[0]
     alarmed = requests.table.select(CONDITION).with_columns(alarmed=pl.Series(alarms != NEVER))
     return alarmed.select(pl.col("alarmed").mean().over(CONDITION))["alarmed"].to_numpy()
 
@@ -131,9 +128,9 @@ def simulate_policies(
     detection: config.Detection,
     controller: config.OperatingPoint | None = None,
     random_rate: float | None = None,
-    safe_ratio: str = config.BASELINE_RATIO,
-    check_every_tokens: int = 1,
-    holdback_tokens: int = 16,
+    clock_tokens: int | None = None,
+    gate_threshold: float | None = None,
+    guard: config.GuardSettings | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> pl.DataFrame:
     """What each policy would have done to each request: RUNS, source "simulation".
@@ -151,12 +148,13 @@ def simulate_policies(
         detection: what counts as a loop in a request that a policy stopped.
         controller: the guard's setting; the ``guard_*`` policies need it.
         random_rate: the rate of ``random``; None takes the controller's own rate in each condition.
-        safe_ratio: of the guard; above "0.000" what follows a recovery is unknown.
-        check_every_tokens: of the ``guard_*`` policies, see policies.look_at.
-        holdback_tokens: a token is released when it is that old; a rewind behind it counts as
-            unrecoverable.
+        clock_tokens: of ``clock_or_loop``.
+        gate_threshold: of ``gate``.
+        guard: how the guard works; None takes the defaults. Above a safe ratio of "0.000" what
+            follows a recovery is unknown.
         decode: token ids to text, for requests that a policy stopped; None: their answer is null.
     """
+    guard = guard or config.GuardSettings()
     rate: float | FloatArray | None = random_rate
     if rate is None and controller is not None:
         rate = alarm_rates(requests, controller)
@@ -171,13 +169,15 @@ def simulate_policies(
             max_new_tokens=int(requests.table["max_new_tokens"].to_numpy().max()),
             live=live,
             controller=controller,
+            check_every_tokens=guard.check_every_tokens,
             alarm_rate=rate,
+            clock_tokens=clock_tokens,
+            gate_threshold=gate_threshold,
         )
-        exact = safe_ratio == config.BASELINE_RATIO
-        replayed = replay(policy, requests, check_every_tokens)
-        window = detection.divergence_window_tokens
-        ending = _ending(policy, requests, replayed, exact, window)
-        runs = _runs(policy, requests, ending, holdback_tokens)
+        exact = guard.safe_ratio == config.BASELINE_RATIO
+        replayed = replay(policy, requests, guard.check_every_tokens)
+        ending = _ending(policy, requests, replayed, exact)
+        runs = _runs(policy, requests, ending, guard.holdback_tokens)
         runs = _judge_stopped(runs, requests, prompts, detection, decode)
         runs = pl.concat([runs, failed.with_columns(policy=pl.lit(name))], how="diagonal")
         frames.append(runs if name == "none" else runs.filter(pl.col("press") != config.BASELINE))
@@ -197,7 +197,8 @@ class Ending(NamedTuple):
     released: IntArray  # see Replay
     source: NDArray[np.int64]  # row whose tokens are the final ones (STOP: their start); -1 unknown
     stopped: BoolArray
-    recovers: BoolArray  # REWIND, RECOMPUTE or RESTART
+    checks: BoolArray  # goes on compressed after a check, or ended with it
+    recovers: BoolArray  # goes on at the safe ratio after a pass over what it keeps
     carried: NDArray[np.int64]  # tokens that the recovering pass processes
     kept: NDArray[np.int64]  # tokens that stay; -1 unknown
     cuts: BoolArray  # a recovery that asked which tokens stay
@@ -208,55 +209,60 @@ def _ending(
     requests: StoredRequests,
     replayed: Replay,
     safe_is_uncompressed: bool,
-    harm_window_tokens: int,
 ) -> Ending:
     """Where the final tokens of each request come from: the module's four cases."""
     action, draft = replayed.action, replayed.draft.astype(np.int64)
     rewinds, restarts = action == Action.REWIND, action == Action.RESTART
-    # A request that has ended keeps every token anyway: recomputing its cache means nothing.
-    recomputes = (action == Action.RECOMPUTE) & (draft < requests.lengths)
+    checks, commits = action == Action.CHECK, action == Action.COMMIT
     relaxes, stopped = action == Action.RELAX, action == Action.STOP
 
+    verifies = rewinds | checks | commits
     kept = np.where(restarts, 0, draft)
-    kept = np.where(
-        rewinds, np.minimum(_first_cut(policy, requests, draft, harm_window_tokens), draft), kept
-    )
-    recovers = rewinds | restarts | recomputes
+    kept = np.where(verifies, np.minimum(_first_cut(policy, requests, draft), draft), kept)
+    promotes = rewinds | restarts | (commits & (kept < draft))
     # What is kept is the uncompressed answer's prefix, and so is what the audit lets through.
     rejected, differs = requests.first_rejected, requests.first_difference
     prefix = (kept <= rejected) & (kept <= differs)
     prefix &= ~((kept < draft) & (kept == rejected) & (rejected < differs))  # a tie at the cut
     uncompressed = requests.baseline if safe_is_uncompressed else np.full(len(draft), -1)
 
-    source = uncompressed if policy.starts_safe else np.arange(len(draft))
-    source = np.where(recovers, np.where(prefix | restarts, uncompressed, -1), source)
+    own = np.arange(len(draft))
+    source = uncompressed if policy.starts_safe else own
+    source = np.where(promotes, np.where(prefix | restarts, uncompressed, -1), source)
     source = np.where(relaxes & np.isnan(trace_memory(requests.table).slope), -1, source)
     source = np.where((action == Action.PRUNE) | (action == Action.REFRESH), -1, source)
-    if policy.safe_after == "resume":
-        source = np.where(recovers, -1, source)
+    if policy.checks_everything:
+        source = np.where(rejected == differs, requests.baseline, -1)
+    else:
+        # After a check the cache is no longer the trace's: known where nothing is left to decode.
+        # The check gives the token at the cut as well.
+        whole = (draft == requests.lengths) & (kept == draft)
+        last = (kept < draft) & (kept >= requests.lengths[requests.baseline] - 1)
+        ends = np.where(last & prefix, requests.baseline, np.where(whole, own, -1))
+        source = np.where(checks, ends, source)
     return Ending(
         draft,
         is_alarm(action),
         replayed.released,
         source,
         stopped,
-        recovers,
+        checks | (commits & ~promotes),
+        promotes,
         np.where(restarts, 0, draft),
         kept,
-        rewinds | restarts,
+        verifies | restarts,
     )
 
 
 def _first_cut(
-    policy: Policy, requests: StoredRequests, draft: NDArray[np.int64], harm_window_tokens: int
+    policy: Policy, requests: StoredRequests, draft: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """(N,) where a rewind after ``draft`` tokens cuts; at or behind ``draft``: nowhere."""
     if policy.recovery_cut == "exact":
         return requests.first_rejected.astype(np.int64)
-    table = requests.table
-    onset = table["divergence_onset"].fill_null(NOWHERE).to_numpy().astype(np.int64)
-    window_inside = onset + harm_window_tokens <= draft
-    return np.minimum(requests.first_implausible, np.where(window_inside, onset, NOWHERE))
+    window = requests.first_harmful_window.astype(np.int64)
+    inside = window + requests.tolerance.window_tokens <= draft
+    return np.minimum(requests.first_implausible, np.where(inside, window, NOWHERE))
 
 
 def _runs(
@@ -299,9 +305,10 @@ def _costs(policy: Policy, requests: StoredRequests, ending: Ending) -> dict[str
     """
     memory = trace_memory(requests.table)
     prompt_tokens = requests.table["prompt_tokens"].to_numpy()
-    known = ending.source >= 0
+    # What a check costs that goes on compressed depends on what it goes on with.
+    known = (ending.source >= 0) & ~ending.checks
     final = np.where(known, requests.lengths[ending.source], 0)
-    settled = known | (ending.recovers & (policy.safe_after == "stay"))
+    settled = known | ending.recovers
     drafted = np.where(ending.stopped, ending.draft, requests.lengths)
     own = draft_cost(memory, prompt_tokens, drafted)
     # A trace that ran to its end was measured; that holds whatever the press did to its cache.
@@ -351,9 +358,7 @@ def _judge_stopped(
     read = pl.lit(decode is not None)
     cut = cut.with_columns(*judge_answers(prompts, cut))
     cut = cut.with_columns(
-        catastrophe=pl.any_horizontal(
-            pl.col("looping", "non_termination", "amnesia").fill_null(False)
-        ),
+        catastrophe=pl.any_horizontal(pl.col(CATASTROPHES).fill_null(False)),
         agrees=pl.when(read).then(agreement(cut, requests.table)),
     )
     cut = cut.with_columns(judge_harm(cut, requests.table))

@@ -34,8 +34,10 @@ class StoredRequests(NamedTuple):
     baseline: NDArray[np.int64]  # (N,) row of the same prompt uncompressed; -1 where there is none
     first_rejected: IntArray  # (N,) where an exact REWIND cuts at the earliest; NOWHERE: nothing
     first_implausible: IntArray  # (N,) where a tolerant one finds a token implausible; or NOWHERE
+    first_harmful_window: IntArray  # (N,) where its first harmful window starts; or NOWHERE
     first_difference: IntArray  # (N,) where the tokens leave the uncompressed answer; or NOWHERE;
     # -1 without one
+    tolerance: config.Tolerance
 
 
 def load_requests(
@@ -45,8 +47,7 @@ def load_requests(
     predictions: pl.DataFrame | None = None,
     *,
     target: str = "any",
-    margin_nats: float = 1e-4,
-    implausible_logprob: float = -8.0,
+    guard: config.GuardSettings | None = None,
     prompt_ids: Collection[str] | None = None,
 ) -> StoredRequests:
     """Arrange a run's tables for simulation.
@@ -57,19 +58,20 @@ def load_requests(
         outcomes: OUTCOMES of those traces.
         predictions: PREDICTIONS; None: no hazard, for policies that need none.
         target: the target whose hazard drives the guard.
-        margin_nats: a token is rejected when the uncompressed model prefers another by more.
-        implausible_logprob: nats; a tolerant REWIND cuts at a token below it (guard.Tolerance).
+        guard: its margin decides what is rejected, its tolerance where a tolerant check cuts; None
+            takes the defaults.
         prompt_ids: keep these prompts alone, e.g. the test split's; None keeps all.
 
     Raises:
         ValueError: no trace is left, or a trace has no tokens.
     """
+    guard = guard or config.GuardSettings()
     if prompt_ids is not None:
         traces = traces.filter(pl.col("prompt_id").is_in(list(prompt_ids)))
     finished = traces.filter(pl.col("status") == "ok")
     if not finished.height:
         raise ValueError("no trace with status 'ok' among the given prompts")
-    columns = (*schema.TOKEN_KEYS, "token_id", *schema.SIGNALS, "audit_gap", "audit_logprob")
+    columns = (*schema.TOKEN_KEYS, "token_id", *schema.SIGNALS, "audit_gap", "audit_logprob", "llr")
     tokens = tokens.select(columns).join(
         finished.select(TRACE_KEYS), on=TRACE_KEYS, how="semi", maintain_order="left"
     )
@@ -111,9 +113,10 @@ def load_requests(
     texts = tokens.group_by(TRACE_KEYS, maintain_order=True).agg(token_ids="token_id")
     table = table.with_columns(texts["token_ids"])[order].with_columns(row=pl.int_range(pl.len()))
     baseline = _baseline_rows(table)
+    llr = tokens["llr"].cast(pl.Float32).fill_null(np.nan).to_numpy()
     logprob = padded(tokens["audit_logprob"].to_numpy().astype(np.float32), 0)
     differs = _first_true(token_ids != token_ids[baseline])
-    rejected = _first_true(~(gap <= margin_nats))
+    rejected = _first_true(~(gap <= guard.margin_nats))
     rejected = np.where(padded(audited, True).all(axis=1), rejected, differs)
     return StoredRequests(
         table.drop("row"),
@@ -125,8 +128,10 @@ def load_requests(
         lengths[order].astype(np.int32),
         baseline,
         rejected,
-        _first_true(logprob < implausible_logprob),
+        _first_true(logprob < guard.tolerance.token_logprob),
+        _first_true(_harmful_windows(padded(llr, np.nan), guard.tolerance)),
         np.where(baseline >= 0, differs, NEVER).astype(np.int32),
+        guard.tolerance,
     )
 
 
@@ -137,6 +142,14 @@ def _baseline_rows(table: pl.DataFrame) -> NDArray[np.int64]:
     )
     found = table.join(own, on=["model", "prompt_id"], how="left", maintain_order="left")
     return found["baseline"].fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _harmful_windows(llr: NDArray[np.float32], tolerance: config.Tolerance) -> BoolArray:
+    """(N, T) where a harmful window starts; NaN stands past the end and without an audit."""
+    if llr.shape[1] < tolerance.window_tokens:
+        return np.zeros(llr.shape, np.bool_)
+    windows = np.lib.stride_tricks.sliding_window_view(llr, tolerance.window_tokens, axis=1)
+    return np.asarray(windows.mean(axis=2) >= tolerance.window_llr)
 
 
 def _first_true(found: BoolArray) -> IntArray:

@@ -54,6 +54,7 @@ rule simulate_controller:
     resources:
         **job("train"),
     params:
+        guard=section("guard"),
         controller=section("controller"),
         live=section("live"),
         detection=section("detection"),

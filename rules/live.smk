@@ -26,11 +26,7 @@ rule run_live:
         generation=section("generation"),
         detection=section("detection"),
         live=policy_settings(),
-        safe={
-            "ratio": experiment.controller.safe_ratio,
-            "check_every_tokens": experiment.controller.check_every_tokens,
-            "holdback_tokens": experiment.controller.holdback_tokens,
-        },
+        guard=section("guard"),
         seed=experiment.seed,
         library=library("run_live"),
     script:

@@ -32,11 +32,11 @@ from kvguard.certificate import (
 )
 from kvguard.controller import (
     NEVER,
-    ControllerConfig,
     Mode,
+    OperatingPoint,
     first_alarm,
     initial_state,
-    stack_settings,
+    stack_points,
     step,
 )
 from kvguard.leakage import LeakageError
@@ -121,8 +121,8 @@ def test_prompt_losses_average_shares_not_requests() -> None:
 # --- validity by simulation ----------------------------------------------------------------------
 
 ALPHA, DELTA = 0.2, 0.1
-GRID = stack_settings(
-    ControllerConfig(tau_low=min(0.3, tau), tau_high=tau, k=k, j=8)
+GRID = stack_points(
+    OperatingPoint(tau_low=min(0.3, tau), tau_high=tau, k=k, j=8)
     for tau, k in product((0.95, 0.9, 0.85, 0.81, 0.79, 0.75, 0.6), (1, 2))
 )
 TRUE_RISK = 1 - GRID.tau_high
@@ -240,7 +240,7 @@ def test_operating_points_keep_their_targets(
         assert bound.p_value <= certificate.delta
     caught = [points[name].missed_harm.observed for name in ("conservative", "aggressive")]
     assert caught[1] <= caught[0], "more alarms never miss more harm"
-    assert isinstance(certificate.operating_point("balanced"), ControllerConfig)
+    assert isinstance(certificate.operating_point("balanced"), OperatingPoint)
     assert "with probability at least 90%, at most 15% of harmless requests alarm" in (
         certificate.text
     )
@@ -261,7 +261,7 @@ def test_observed_risks_are_those_of_the_state_machine(
     for keys, request in chosen.group_by(schema.TRACE_KEYS):
         state, alarmed = initial_state(1), False
         for hazard in request["hazard"]:
-            state = step(state, np.array([hazard]), point.setting)
+            state = step(state, np.array([hazard]), point.operating_point)
             alarmed |= bool(state.mode[0] == Mode.SAFE)
         if request["steps_to_any"].null_count() == len(request):
             harmless.setdefault(str(keys[3]), []).append(alarmed)
@@ -289,7 +289,7 @@ def test_groups_cover_presses_ratios_and_conditions(
     bound = made.certificate.points["balanced"].false_alarm
     assert pooled["p_value"] == bound.p_value
     grid = made.tables["certificate_grid"]
-    assert grid["false_alarm_certified"].sum() == len(made.certificate.certified_settings)
+    assert grid["false_alarm_certified"].sum() == len(made.certificate.certified_points)
     assert made.tables["leakage_check_calibration"]["split"].to_list() == ["calibration"]
 
 
@@ -299,7 +299,7 @@ def test_too_few_prompts_are_refused_with_a_number() -> None:
     )
     certificate = made.certificate
     assert not certificate.certified
-    assert certificate.certified_settings == []
+    assert certificate.certified_points == []
     for point in certificate.points.values():
         assert not point.false_alarm.certified
     # (1 - 0.05)^n <= 0.1 takes 45 prompts
@@ -370,7 +370,7 @@ def _certificate(prompts: int = 200, rate: float = 0.1, upper: float = 0.15) -> 
         prompts_needed_at_zero=11,
         prompts_needed=40,
     )
-    setting = ControllerConfig(tau_low=0.2, tau_high=0.5, k=2, j=8)
+    setting = OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=8)
     reference = Reference(
         press=None, ratio=None, prompts=prompts, rate=rate, lower=0.06, upper=upper, delta=0.025
     )
@@ -380,12 +380,12 @@ def _certificate(prompts: int = 200, rate: float = 0.1, upper: float = 0.15) -> 
         alpha=0.2,
         delta=0.1,
         certified=True,
-        certified_settings=[setting],
+        certified_points=[setting],
         headline=bound,
         points={
             "balanced": CertifiedPoint(
                 name="balanced",
-                setting=setting,
+                operating_point=setting,
                 false_alarm=bound,
                 missed_harm=bound.model_copy(update={"risk": "missed_harm"}),
                 references=[reference],

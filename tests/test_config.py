@@ -182,7 +182,7 @@ def test_importing_the_configuration_imports_neither_torch_nor_kvpress() -> None
         ("models.0.attention", "fast", "models.0.attention", "'sdpa', 'eager'", "'fast'"),
         ("models", [], "models", "at least 1", "[]"),
         ("splits.train", 0.9, "splits", "must be 1", "1.4"),
-        ("live.policies", ["guard"], "live.policies.0", "guard_rewind", "'guard'"),
+        ("live.policies", ["guards"], "live.policies.0", "guard_promote", "'guards'"),
         (
             "live.conditions",
             [["snapkv", 0.5], ["snapkv", 0.9]],

@@ -9,13 +9,13 @@ from pydantic import ValidationError
 from kvguard import config
 from kvguard.controller import (
     NEVER,
-    ControllerConfig,
     Mode,
+    OperatingPoint,
     at_rest,
     first_alarm,
+    grid_points,
     initial_state,
-    settings_grid,
-    stack_settings,
+    stack_points,
     step,
 )
 
@@ -30,7 +30,7 @@ thresholds = st.sampled_from((0.1, 0.2, 0.3, 0.5, 0.7))
 def controllers(draw):
     low, high = sorted((draw(thresholds), draw(thresholds)))
     runs = st.integers(1, 4)
-    return ControllerConfig(tau_low=low, tau_high=high, k=draw(runs), j=draw(runs))
+    return OperatingPoint(tau_low=low, tau_high=high, k=draw(runs), j=draw(runs))
 
 
 def modes_by_table(values, setting):
@@ -98,7 +98,7 @@ def test_at_rest_is_what_steps_would_find(before, values, setting):
 
 
 def test_a_worked_example():
-    setting = ControllerConfig(tau_low=0.2, tau_high=0.5, k=2, j=3)
+    setting = OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=3)
     hazard = [0.3, 0.3, 0.6, 0.6, 0.1, 0.1, 0.1, 0.4, 0.1, 0.1, 0.1]
     expected = ["NORMAL", "ALERT", "ALERT", "SAFE", "SAFE", "SAFE", "ALERT"]
     expected += ["ALERT", "ALERT", "ALERT", "NORMAL"]
@@ -106,7 +106,7 @@ def test_a_worked_example():
 
 
 def test_a_missing_hazard_neither_calms_nor_alarms():
-    setting = ControllerConfig(tau_low=0.2, tau_high=0.5, k=2, j=2)
+    setting = OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=2)
     nan = float("nan")
     assert modes_by_step([0.9, nan, nan, 0.9], setting)[-1] == "ALERT"
     assert modes_by_step([0.9, 0.9, 0.9, 0.9, nan, nan, nan, nan], setting)[-1] == "SAFE"
@@ -114,7 +114,7 @@ def test_a_missing_hazard_neither_calms_nor_alarms():
 
 
 def test_counters_do_not_overflow_in_a_long_request():
-    setting = ControllerConfig(tau_low=0.2, tau_high=0.5, k=1, j=1)
+    setting = OperatingPoint(tau_low=0.2, tau_high=0.5, k=1, j=1)
     state = initial_state(1)
     for _ in range(33_000):
         state = step(state, np.float32(0.9), setting)
@@ -132,7 +132,7 @@ def test_first_alarm_of_a_grid_is_that_of_each_request_and_setting_alone(rows, p
     hazard = np.full((len(rows), int(lengths.max()) + 2), 0.99, np.float32)  # junk past the end
     for number, row in enumerate(rows):
         hazard[number, : len(row)] = row
-    found = first_alarm(hazard, lengths, stack_settings(points))
+    found = first_alarm(hazard, lengths, stack_points(points))
     assert found.dtype == np.int32
     assert found.tolist() == [[first_safe(row, point) for row in rows] for point in points]
 
@@ -141,23 +141,23 @@ def test_first_alarm_across_block_borders():
     rng = np.random.default_rng(0)
     hazard = rng.uniform(size=(1100, 12)).astype(np.float32)
     lengths = rng.integers(0, 13, 1100)
-    point = ControllerConfig(tau_low=0.3, tau_high=0.6, k=2, j=2)
+    point = OperatingPoint(tau_low=0.3, tau_high=0.6, k=2, j=2)
     expected = [
         first_safe(row[:length], point) for row, length in zip(hazard, lengths, strict=True)
     ]
-    assert first_alarm(hazard, lengths, stack_settings([point]))[0].tolist() == expected
+    assert first_alarm(hazard, lengths, stack_points([point]))[0].tolist() == expected
 
 
 @given(hazards, controllers(), controllers())
 def test_an_easier_setting_alarms_no_later(values, one, other):
-    easier = ControllerConfig(
+    easier = OperatingPoint(
         tau_low=min(one.tau_low, other.tau_low),
         tau_high=min(one.tau_high, other.tau_high),
         k=min(one.k, other.k),
         j=max(one.j, other.j),
     )
     hazard = np.array([values], np.float32)
-    found = first_alarm(hazard, [len(values)], stack_settings([easier, one, other]))[:, 0]
+    found = first_alarm(hazard, [len(values)], stack_points([easier, one, other]))[:, 0]
     easy, *hard = np.where(found == NEVER, len(values), found).tolist()
     assert easy <= min(hard)
 
@@ -177,21 +177,19 @@ def test_rows_of_a_batch_are_independent(rows, setting):
 
 def test_thresholds_mean_the_same_as_scalar_and_as_array():
     # float32(0.1) lies above 0.1: comparing it in double precision would alarm here.
-    point = ControllerConfig(tau_low=0.1, tau_high=0.1, k=1, j=1)
+    point = OperatingPoint(tau_low=0.1, tau_high=0.1, k=1, j=1)
     hazard = np.full((1, 4), 0.1, np.float32)
     assert modes_by_step(hazard[0], point) == ["NORMAL"] * 4
-    assert first_alarm(hazard, [4], stack_settings([point])).tolist() == [[NEVER]]
+    assert first_alarm(hazard, [4], stack_points([point])).tolist() == [[NEVER]]
 
 
 def test_grid_of_a_config_holds_every_ordered_combination_once():
     controller = config.Controller(tau_low=[0.1, 0.3], tau_high=[0.2, 0.3], k=[1, 2], j=[8])
-    grid = settings_grid(controller)
-    found = [grid.setting(index) for index in range(len(grid.k))]
+    grid = grid_points(controller)
+    found = [grid.point(index) for index in range(len(grid.k))]
     pairs = [(0.1, 0.2), (0.1, 0.3), (0.3, 0.3)]
     expected = [
-        ControllerConfig(tau_low=low, tau_high=high, k=k, j=8)
-        for low, high in pairs
-        for k in (1, 2)
+        OperatingPoint(tau_low=low, tau_high=high, k=k, j=8) for low, high in pairs for k in (1, 2)
     ]
     assert found == expected
 
@@ -208,11 +206,11 @@ def test_grid_of_a_config_holds_every_ordered_combination_once():
 )
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises(ValidationError, match=message):
-        ControllerConfig(**values)
+        OperatingPoint(**values)
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    point = stack_settings([ControllerConfig(tau_low=0.1, tau_high=0.2, k=1, j=1)])
+    point = stack_points([OperatingPoint(tau_low=0.1, tau_high=0.2, k=1, j=1)])
     with pytest.raises(ValueError, match=r"hazard is \(N, T\)"):
         first_alarm(np.zeros(4, np.float32), [4], point)
     with pytest.raises(ValueError, match=r"lengths lie in 0\.\.4"):

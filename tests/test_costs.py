@@ -38,14 +38,14 @@ def test_mean_over_the_steps_is_the_cost_of_the_recovery():
     runs = pl.concat(
         [
             run_row(trace, "none", generated_tokens=trace["generated_tokens"][0]),
-            run_row(trace, "guard_rewind", generated_tokens=30, alarm_steps=[12], rewound_to=[5]),
+            run_row(trace, "guard_promote", generated_tokens=30, alarm_steps=[12], rewound_to=[5]),
             run_row(trace, "always_safe", generated_tokens=30),
             run_row(trace, "loopguard", generated_tokens=30),
         ]
     )
     steps = memory_steps(trace, runs)
-    assert set(steps["policy"]) == {"none", "guard_rewind", "always_safe"}
-    guarded = steps.filter(pl.col("policy") == "guard_rewind")
+    assert set(steps["policy"]) == {"none", "guard_promote", "always_safe"}
+    guarded = steps.filter(pl.col("policy") == "guard_promote")
     memory = trace_memory(trace)
     cost = recovery_cost(memory, trace["prompt_tokens"].to_numpy(), [12], [12], [5], [30])
     assert guarded.height == int(cost.decode_steps[0])
@@ -64,7 +64,7 @@ def test_mean_over_the_steps_is_the_cost_of_the_recovery():
 def test_what_cannot_be_shown_is_refused():
     trace = one_trace()
     twice = run_row(
-        trace, "guard_rewind", generated_tokens=30, alarm_steps=[9, 20], rewound_to=[5, 9]
+        trace, "guard_promote", generated_tokens=30, alarm_steps=[9, 20], rewound_to=[5, 9]
     )
     with pytest.raises(ValueError, match="recovered at most once"):
         memory_steps(trace, twice)
@@ -80,12 +80,12 @@ def test_what_cannot_be_shown_is_refused():
 def test_the_example_is_the_median_rewind():
     trace = one_trace()
     rows = [
-        run_row(trace, "guard_rewind", alarm_steps=[alarm], rewound_to=[1]).with_columns(
+        run_row(trace, "guard_promote", alarm_steps=[alarm], rewound_to=[1]).with_columns(
             prompt_id=pl.lit(name)
         )
         for name, alarm in (("late", 40), ("early", 3), ("middle", 9))
     ]
-    never = run_row(trace, "guard_rewind").with_columns(prompt_id=pl.lit("never"))
+    never = run_row(trace, "guard_promote").with_columns(prompt_id=pl.lit("never"))
     assert choose_guarded(pl.concat([*rows, never]))["prompt_id"] == "middle"
     with pytest.raises(ValueError, match="rewound"):
         choose_guarded(never)
@@ -93,7 +93,7 @@ def test_the_example_is_the_median_rewind():
 
 def test_a_run_without_a_rewind_that_can_be_shown_gives_no_rows():
     trace = one_trace()
-    guarded = run_row(trace, "guard_rewind", generated_tokens=30, alarm_steps=[12], rewound_to=[5])
+    guarded = run_row(trace, "guard_promote", generated_tokens=30, alarm_steps=[12], rewound_to=[5])
     assert memory_of_rewind(trace, guarded).height == 35
     assert memory_of_rewind(trace, run_row(trace, "none", generated_tokens=30)).is_empty()
     bent = trace.with_columns(kv_kept_bytes_mean=pl.lit(1.0))

@@ -16,21 +16,21 @@ from kvguard.compare_policies import (
     summarize_differences,
     summarize_runs,
 )
-from kvguard.controller import ControllerConfig, Mode, settings_grid, stack_settings
+from kvguard.controller import Mode, OperatingPoint, grid_points, stack_points
 from kvguard.costs import COSTS
 from kvguard.detectors import detect_all, detect_outcomes
 from kvguard.evaluate_controller import (
-    SIMULABILITY,
     simulability,
     simulate_controller,
-    simulate_settings,
+    simulate_points,
 )
 from kvguard.experiment import run_shard
 from kvguard.features import compute_features
-from kvguard.guard_observer import Tolerance, harmful_token
+from kvguard.guard_observer import harmful_token
 from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import LoadedModel
-from kvguard.policies import ENTROPY, Action, Observation, make_policy
+from kvguard.policies import AFTER_END, ENTROPY, Action, Observation
+from kvguard.policy_factory import make_policy
 from kvguard.prompts import Prompt, prompts_frame
 from kvguard.simulation import OUTCOME_COLUMNS, alarm_rates, simulate_policies
 from kvguard.stored_requests import load_requests, tied_requests
@@ -45,8 +45,13 @@ DETECTION = config.Detection(
     divergence_window_tokens=4,
     divergence_llr=0.25,
 )
-TOLERANCE = Tolerance(window_tokens=4, window_llr=0.25)
+TOLERANCE = config.Tolerance(window_tokens=4, window_llr=0.25)
+GUARD = config.GuardSettings(check_every_tokens=1, tolerance=TOLERANCE)
 LIVE = config.Live(
+    clock_tokens=17,
+    gate_threshold=1.5,
+    probation_tokens=6,
+    lossless_tokens=7,
     entropy_nats=3.0,
     entropy_tokens=3,
     ergo_window_tokens=5,
@@ -55,7 +60,7 @@ LIVE = config.Live(
     loop_pattern_tokens=6,
     loop_cover_tokens=9,
 )
-POINT = ControllerConfig(tau_low=0.4, tau_high=0.6, k=1, j=3)
+POINT = OperatingPoint(tau_low=0.4, tau_high=0.6, k=1, j=3)
 KEYS = list(schema.TRACE_KEYS)
 
 
@@ -188,13 +193,19 @@ def add_trace(rng, traces, tokens, predictions, prompt_id, index, press, ratio, 
 
 
 def requests_of(run, **options):
+    options = {"guard": GUARD} | options
     return load_requests(run.traces, run.tokens, run.outcomes, run.predictions, **options)
 
 
 def simulate(run, policies, **options):
-    options = {"controller": POINT, "decode": decode} | options
+    options = {"controller": POINT, "decode": decode, "guard": GUARD} | options
     return simulate_policies(
-        requests_of(run), policies, prompts=run.prompts, live=LIVE, detection=DETECTION, **options
+        requests_of(run, guard=options["guard"]),
+        policies,
+        prompts=run.prompts,
+        live=LIVE,
+        detection=DETECTION,
+        **options,
     )
 
 
@@ -219,7 +230,13 @@ def play(name, request, baseline, holdback=16, rate=None, every=1):
     Returns final tokens, alarm steps, cuts and costs; None when the baseline cannot say.
     """
     policy = make_policy(
-        name, 1, max_new_tokens=MAX_NEW_TOKENS, live=LIVE, controller=POINT, alarm_rate=rate
+        name,
+        1,
+        max_new_tokens=MAX_NEW_TOKENS,
+        live=LIVE,
+        controller=POINT,
+        check_every_tokens=every,
+        alarm_rate=rate,
     )
     policy.reset(0, request["trace"]["seed"])
     prompt = request["trace"]["prompt_tokens"]
@@ -254,12 +271,10 @@ def play(name, request, baseline, holdback=16, rate=None, every=1):
             look = at + 1  # tokens there when the guard looks at this one
             while name.startswith("guard") and look % every and look < len(draft):
                 look += 1
-            if name == "guard_gate" and at == 0:
-                look = 1
             ended = look == len(draft)
-            if ended and action not in (Action.REWIND, Action.RECOMPUTE, Action.RESTART):
+            if ended and action not in AFTER_END:
                 action = Action.CONTINUE
-            if action in (Action.RELAX, Action.RECOMPUTE) and (ended or action == Action.RELAX):
+            if action == Action.RELAX:
                 alarms.append(look)  # nothing changes
                 action = Action.CONTINUE
             if action == Action.CONTINUE:
@@ -268,7 +283,7 @@ def play(name, request, baseline, holdback=16, rate=None, every=1):
                 if decision.modes[0] == Mode.NORMAL and look == at + 1:
                     streamed = max(streamed, look - holdback)
                 continue
-            if action in (Action.PRUNE, Action.REFRESH) or policy.safe_after == "resume":
+            if action in (Action.PRUNE, Action.REFRESH):
                 return None
             bytes_ += [held + entry * s for s in range(at + 1, look)]
             alarms.append(look)
@@ -281,19 +296,30 @@ def play(name, request, baseline, holdback=16, rate=None, every=1):
                 seen_so_far = (np.array(request[c][:look]) for c in ("llr", "audit_logprob"))
                 harm = harmful_token(*seen_so_far, TOLERANCE)
                 cut = look if harm is None else harm
-            if action == Action.RESTART:
-                kept, carried = 0, 0
-            elif action == Action.REWIND:
-                kept, carried = cut, look
-            else:
-                kept, carried = look, look
+            kept, carried = (0, 0) if action == Action.RESTART else (cut, look)
             if kept > rejected:
                 return None
+            if action == Action.CHECK:
+                cuts, final = [kept], None
+                if kept == look == len(draft):
+                    final = draft
+                elif kept < look and kept >= len(baseline["token_id"]) - 1:
+                    final = baseline["token_id"]
+                elif kept < look or look < len(draft):
+                    return None
+                return {
+                    "token_ids": final,
+                    "alarm_steps": alarms,
+                    "rewound_to": cuts,
+                    "unrecoverable": unrecoverable + (kept < streamed),
+                }
+            if action == Action.COMMIT and kept == look:
+                return {"token_ids": draft, "alarm_steps": alarms, "rewound_to": [kept]}
             unrecoverable += kept < streamed
             prefilled += prompt + carried
             peak_of_passes.append(full + entry * carried)
             wasted += look - kept
-            cuts += [] if action == Action.RECOMPUTE else [kept]
+            cuts.append(kept)
             assert draft[:kept] == baseline["token_id"][:kept]
             final = draft[:kept]
             while final != baseline["token_id"]:
@@ -327,10 +353,13 @@ EXACT = (
     "guard_relax_only",
     "guard_recompute",
     "guard_restart",
-    "guard_rewind",
-    "guard_rewind_tolerant",
-    "guard_rewind_resume",
-    "guard_gate",
+    "guard_promote",
+    "guard_tolerant",
+    "guard",
+    "verify_on_failure",
+    "clock_or_loop",
+    "probation",
+    "gate",
 )
 
 
@@ -338,7 +367,12 @@ def assert_as_played(run, name, holdback=4, every=1):
     """Every simulated request is the one played by hand; how many are known, how many act."""
     played = sequences(run)
     simulated = simulate(
-        run, [name], random_rate=0.6, holdback_tokens=holdback, check_every_tokens=every
+        run,
+        [name],
+        random_rate=0.6,
+        guard=config.GuardSettings(
+            holdback_tokens=holdback, check_every_tokens=every, tolerance=TOLERANCE
+        ),
     )
     known, acted = 0, 0
     for row in simulated.filter(pl.col("press") != "none").to_dicts():
@@ -367,12 +401,12 @@ def test_simulated_requests_are_those_of_a_guard_played_by_hand(name, seed, ever
     run = make_run(seed, conditions=(("snapkv", "0.500"), ("adakv", "0.750")))
     known, acted = assert_as_played(run, name, every=every)
     assert known > 0
-    if name in EXACT and name not in ("none", "always_safe", "guard_rewind_resume"):
+    if name in EXACT and name not in ("none", "always_safe", "guard", "guard_recompute"):
         assert acted > 0
 
 
 @pytest.mark.parametrize("holdback", range(9))
-@pytest.mark.parametrize("name", ["guard_rewind", "guard_recompute", "verify_all"])
+@pytest.mark.parametrize("name", ["guard_promote", "guard_restart", "verify_all"])
 def test_alarms_at_the_last_token(name, holdback):
     run = make_run(21)
     last = pl.col("position").max().over(KEYS)
@@ -447,7 +481,7 @@ def test_a_tie_between_audit_and_tokens_makes_only_later_alarms_unknown():
     tied = judge(run._replace(tokens=tokens))
     requests = requests_of(tied)
     drafts = {key: trace["token_id"] for key, trace in sequences(run).items()}
-    runs = simulate(tied, ["guard_rewind"]).filter(mine)
+    runs = simulate(tied, ["guard_promote"]).filter(mine)
     seen = set()
     for row in runs.to_dicts():
         own = drafts[tuple(row[k] for k in KEYS)]
@@ -465,8 +499,8 @@ def test_a_tie_between_audit_and_tokens_makes_only_later_alarms_unknown():
 def test_without_an_audit_the_cut_is_where_the_tokens_differ():
     run = make_run(6)
     silent = run.tokens.with_columns(pl.lit(None, pl.Float32).alias("audit_gap"))
-    one = simulate(run, ["guard_rewind", "none"])
-    other = simulate(run._replace(tokens=silent), ["guard_rewind", "none"])
+    one = simulate(run, ["guard_promote", "none"])
+    other = simulate(run._replace(tokens=silent), ["guard_promote", "none"])
     assert one.equals(other)
 
 
@@ -474,13 +508,17 @@ def test_order_of_the_tables_does_not_matter():
     run = make_run(7)
     shuffled = Run(*(table.sample(fraction=1, shuffle=True, seed=1) for table in run))
     by = [*KEYS, "policy"]
-    names = ["guard_rewind", "ngram_stop", "random"]
+    names = ["guard_promote", "ngram_stop", "random"]
     assert simulate(run, names).sort(by).equals(simulate(shuffled, names).sort(by))
 
 
 def test_a_safe_ratio_above_zero_leaves_recoveries_unknown():
     run = make_run(8)
-    runs = simulate(run, ["guard_rewind", "guard_restart", "always_safe"], safe_ratio="0.250")
+    runs = simulate(
+        run,
+        ["guard_promote", "guard_restart", "always_safe"],
+        guard=config.GuardSettings(safe_ratio="0.250"),
+    )
     assert runs.filter(pl.col("alarmed"))["token_ids"].null_count() == runs["alarmed"].sum() > 0
     assert runs.filter(pl.col("policy") == "always_safe")["catastrophe"].is_null().all()
 
@@ -492,15 +530,15 @@ def test_relaxing_after_compression_while_decoding_is_unknown():
         .then(pl.lit(777.0))
         .otherwise("kv_kept_bytes_mean")
     )
-    runs = simulate(run._replace(traces=flat), ["guard_relax_only", "guard_rewind"])
+    runs = simulate(run._replace(traces=flat), ["guard_relax_only", "guard_promote"])
     relaxed = runs.filter((pl.col("policy") == "guard_relax_only") & pl.col("alarmed"))
     assert relaxed.height > 0
     assert relaxed["token_ids"].is_null().all()
-    rewound = runs.filter((pl.col("policy") == "guard_rewind") & pl.col("alarmed"))
+    rewound = runs.filter((pl.col("policy") == "guard_promote") & pl.col("alarmed"))
     assert rewound["token_ids"].is_not_null().all()
     assert rewound["kv_bytes_mean"].is_null().all()  # the draft's share of it is not on the line
     assert rewound["decode_steps"].is_not_null().all()
-    with pytest.raises(ValueError, match=r"guard_rewind for m snapkv 0\.750 is not known"):
+    with pytest.raises(ValueError, match=r"guard_promote for m snapkv 0\.750 is not known"):
         match_guard(runs, "constant", model="m", press="snapkv", ratio="0.750")
 
 
@@ -512,10 +550,10 @@ def test_failed_prompts_stay_rows():
         status=pl.when("failed").then(pl.lit("error")).otherwise("status"),
         error=pl.when("failed").then(pl.lit("ValueError: too short")),
     )
-    runs = simulate(run._replace(traces=bad.drop("failed")), ["none", "guard_rewind"])
+    runs = simulate(run._replace(traces=bad.drop("failed")), ["none", "guard_promote"])
     assert runs.height == 3 * 14 + 2 * 14
     rows = runs.filter(pl.col("status") == "error")
-    assert sorted(rows["policy"]) == ["guard_rewind", "none"]
+    assert sorted(rows["policy"]) == ["guard_promote", "none"]
     assert rows["error"].to_list() == ["ValueError: too short"] * 2
     table = summarize_runs(runs, run.outcomes, bootstrap_samples=20)
     assert table.filter(pl.col("ratio") == "0.750")["requests"].to_list() == [13, 13]
@@ -549,17 +587,15 @@ def test_only_the_given_prompts_are_simulated():
 def test_settings_agree_with_simulating_each_of_them():
     run = make_run(12, num_prompts=24)
     requests = requests_of(run)
-    grid = settings_grid(
-        config.Controller(tau_low=[0.3, 0.5], tau_high=[0.5, 0.7], k=[1, 2], j=[3])
-    )
-    table = simulate_settings(requests, grid, bootstrap_samples=50)
+    grid = grid_points(config.Controller(tau_low=[0.3, 0.5], tau_high=[0.5, 0.7], k=[1, 2], j=[3]))
+    table = simulate_points(requests, grid, bootstrap_samples=50)
     assert table.height == 2 * len(grid.k)
     measures = ("alarmed", "cfr", "accuracy", "agreement", "excess_cfr", "prevented_cfr", *COSTS)
     for index in range(len(grid.k)):
-        setting = grid.setting(index)
-        runs = simulate(run, ["none", "guard_rewind"], controller=setting)
+        setting = grid.point(index)
+        runs = simulate(run, ["none", "guard_promote"], controller=setting)
         alone = summarize_runs(runs, run.outcomes, bootstrap_samples=50)
-        for row in alone.filter(pl.col("policy") == "guard_rewind").to_dicts():
+        for row in alone.filter(pl.col("policy") == "guard_promote").to_dicts():
             mine = table.filter(
                 (pl.col("ratio") == row["ratio"])
                 & (pl.col("tau_low") == setting.tau_low)
@@ -575,7 +611,7 @@ def test_detection_columns_by_hand():
     run = make_run(13, num_prompts=30)
     table = simulate_controller(requests_of(run), {"balanced": POINT}, bootstrap_samples=20)
     assert table["operating_point"].to_list() == ["balanced"] * 2
-    runs = simulate(run, ["guard_rewind"]).join(
+    runs = simulate(run, ["guard_promote"]).join(
         run.outcomes.select(*KEYS, alone="catastrophe", onset="onset"), on=KEYS
     )
     for row in table.to_dicts():
@@ -625,10 +661,10 @@ def test_constant_ratio_of_equal_memory_is_interpolated_within_the_measured_rang
                 ("none", "0.000", "none", 1000.0, 0.1),
                 ("snapkv", "0.500", "none", 600.0, 0.3),
                 ("snapkv", "0.750", "none", 400.0, 0.7),
-                ("snapkv", "0.750", "guard_rewind", 700.0, 0.1),
+                ("snapkv", "0.750", "guard_promote", 700.0, 0.1),
                 ("snapkv", "0.750", "guard_restart", 450.0, 0.1),
                 ("snapkv", "0.750", "verify_all", 1200.0, 0.1),
-                ("knorm", "0.750", "guard_rewind", 700.0, 0.1),
+                ("knorm", "0.750", "guard_promote", 700.0, 0.1),
             ]
         )
     )
@@ -643,7 +679,7 @@ def test_constant_ratio_of_equal_memory_is_interpolated_within_the_measured_rang
     assert guards[6] is None  # one measured point of this press at 1000 bytes: 700 is outside
     assert table["constant_agreement"][3] == pytest.approx(0.75)
     assert table["constant_accuracy"][3] == pytest.approx(0.5)
-    live = frontier_rows([("snapkv", "0.750", "guard_rewind", 700.0, 0.2)])
+    live = frontier_rows([("snapkv", "0.750", "guard_promote", 700.0, 0.2)])
     assert constant_frontier(live)["constant_cfr"].to_list() == [None]
     assert constant_frontier(live, table)["constant_cfr"][0] == pytest.approx(0.25)
 
@@ -651,7 +687,7 @@ def test_constant_ratio_of_equal_memory_is_interpolated_within_the_measured_rang
 def test_pareto_marks_what_nothing_else_beats():
     run = make_run(15, num_prompts=30)
     requests = requests_of(run)
-    grid = simulate_settings(requests, settings_grid(config.Controller()), bootstrap_samples=20)
+    grid = simulate_points(requests, grid_points(config.Controller()), bootstrap_samples=20)
     runs = simulate(run, [name for name in config.POLICY_NAMES if name != "constant"])
     summary = summarize_runs(
         runs, run.outcomes, exclude=tied_requests(requests), bootstrap_samples=20
@@ -678,21 +714,21 @@ def test_pareto_marks_what_nothing_else_beats():
 def test_random_alarms_as_often_as_the_guard_in_each_condition():
     run = make_run(16, num_prompts=200)
     requests = requests_of(run)
-    runs = simulate(run, ["guard_rewind", "random"])
+    runs = simulate(run, ["guard_promote", "random"])
     shares = runs.group_by("ratio", "policy").agg(pl.col("alarmed").mean())
     shares = {(ratio, policy): share for ratio, policy, share in shares.iter_rows()}
     rates = dict(zip(requests.table["ratio"], alarm_rates(requests, POINT), strict=True))
     for ratio in ("0.500", "0.750"):
-        guard = shares[ratio, "guard_rewind"]
+        guard = shares[ratio, "guard_promote"]
         assert rates[ratio] == pytest.approx(guard)
         assert abs(shares[ratio, "random"] - guard) < 4 * np.sqrt(guard * (1 - guard) / 200)
 
 
 def test_rivals_are_matched_to_the_guard_of_their_condition():
     run = make_run(16)
-    runs = simulate(run, ["none", "guard_rewind"])
+    runs = simulate(run, ["none", "guard_promote"])
     where = {"model": "m", "press": "snapkv", "ratio": "0.750"}
-    guard = runs.filter((pl.col("policy") == "guard_rewind") & (pl.col("ratio") == "0.750"))
+    guard = runs.filter((pl.col("policy") == "guard_promote") & (pl.col("ratio") == "0.750"))
     assert match_guard(runs, "verify_all", **where) == {}
     assert match_guard(runs, "random", **where) == {"alarm_rate": guard["alarmed"].mean()}
 
@@ -706,26 +742,27 @@ def test_rivals_are_matched_to_the_guard_of_their_condition():
     assert match_guard(flat, "constant", **where) == {"constant_ratio": "0.375"}
     low = flat.with_columns(kv_bytes_mean=pl.col("kv_bytes_mean").replace(7_000.0, 5_000.0))
     assert match_guard(low, "constant", **where) == {"constant_ratio": "0.625"}
-    with pytest.raises(ValueError, match=r"no simulated guard_rewind for m knorm 0\.500"):
+    with pytest.raises(ValueError, match=r"no simulated guard_promote for m knorm 0\.500"):
         match_guard(runs, "random", model="m", press="knorm", ratio="0.500")
 
 
 def test_simulability_says_what_is_known_of_every_policy():
     run = make_run(17)
     table = simulability(simulate(run, config.POLICY_NAMES))
-    assert table["policy"].to_list() == list(config.POLICY_NAMES) == list(SIMULABILITY)
+    assert table["policy"].to_list() == list(config.POLICIES)
     counts = {row["policy"]: row for row in table.to_dicts()}
-    for name in ("none", "always_safe", "random", "entropy", "verify_all", "guard_rewind"):
+    for name in ("none", "always_safe", "random", "entropy", "verify_all", "guard_promote"):
         assert counts[name]["known"] == counts[name]["requests"] == 28
-    resume = counts["guard_rewind_resume"]
+    resume = counts["guard"]
     assert resume["alarmed"] > 0
-    assert resume["known"] == resume["requests"] - resume["alarmed"]
+    quiet = resume["requests"] - resume["alarmed"]
+    assert resume["known"] == quiet + resume["known_among_alarmed"] < resume["requests"]
     assert counts["constant"]["requests"] == 0
 
 
 def test_live_runs_that_differ_from_the_simulation_are_told_apart():
     run = make_run(18)
-    simulated = simulate(run, ["guard_rewind", "none", "guard_rewind_resume"])
+    simulated = simulate(run, ["guard_promote", "none", "guard"])
     simulated = simulated.filter(pl.col("press") != "none")
     live = simulated.with_columns(source=pl.lit("live")).with_row_index("n")
     same = compare_live_simulation(live.drop("n"), simulated)
@@ -734,7 +771,7 @@ def test_live_runs_that_differ_from_the_simulation_are_told_apart():
         0
     ).sum().sum_horizontal()[0] == pytest.approx(0)
 
-    guard, alone = pl.col("policy") == "guard_rewind", pl.col("policy") == "none"
+    guard, alone = pl.col("policy") == "guard_promote", pl.col("policy") == "none"
     rewound = live.filter(guard & pl.col("alarmed"))["n"].to_list()
     calm = live.filter(alone)["n"].to_list()
     changed = pl.concat_list(pl.col("token_ids").list.head(4), pl.lit(7, pl.Int32))
@@ -786,8 +823,8 @@ def test_tables_that_do_not_belong_together_are_refused():
         requests_of(run, prompt_ids=["unheard of"])
     only = run.traces.filter(pl.col("press") == "none")
     with pytest.raises(ValueError, match="only the baseline was given"):
-        simulate_settings(
-            load_requests(only, run.tokens, run.outcomes, run.predictions), stack_settings([POINT])
+        simulate_points(
+            load_requests(only, run.tokens, run.outcomes, run.predictions), stack_points([POINT])
         )
 
 
@@ -832,7 +869,7 @@ def test_simulation_predicts_the_live_guard_request_by_request(
             "presses": [press | {"phase": phase, "interval_tokens": 8}],
             "generation": {"max_new_tokens": 40, "batch_size": 3},
             "detection": {"divergence_window_tokens": 8},
-            "controller": {"holdback_tokens": 4, "check_every_tokens": every},
+            "guard": {"holdback_tokens": 4, "check_every_tokens": every},
             "live": {
                 "entropy_nats": 3.0,
                 "entropy_tokens": 2,
@@ -843,7 +880,7 @@ def test_simulation_predicts_the_live_guard_request_by_request(
             },
         }
     )
-    compressor, point = experiment.presses[0], ControllerConfig(tau_low=0.5, tau_high=0.6, k=1, j=4)
+    compressor, point = experiment.presses[0], OperatingPoint(tau_low=0.5, tau_high=0.6, k=1, j=4)
     shards = [
         run_shard(model, prompts, [], press=p, ratio=r, shard=0, experiment=experiment)
         for p, r in ((None, "0.000"), (compressor, "0.125"))
@@ -857,7 +894,7 @@ def test_simulation_predicts_the_live_guard_request_by_request(
     )
     requests = load_requests(traces, tokens, outcomes, predictions)
     assert tied_requests(requests).height == 0
-    names = [name for name in EXACT if name != "guard_rewind_resume"]
+    names = [name for name in EXACT if name != "guard"]
     simulated = simulate_policies(
         requests,
         names,
@@ -888,7 +925,7 @@ def test_simulation_predicts_the_live_guard_request_by_request(
         for name in names
     )
     found = compare_live_simulation(live, simulated)
-    unknown = {"guard_recompute", "guard_rewind_tolerant"}
+    unknown = {"guard_recompute", "guard_tolerant"}
     unknown |= {"guard_relax_only"} if phase == "both" else set()
     for policy, part in found.group_by("policy"):
         allowed = {"same", "outcome unknown offline"} if policy[0] in unknown else {"same"}

@@ -67,7 +67,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tasks": [{"name": "none", "num_prompts": 80}],
         "presses": [{"name": "snapkv", "ratios": ["0.500", "0.750"]}],
         "generation": {"max_new_tokens": 60},
-        "controller": {"check_every_tokens": 8},
+        "guard": {"check_every_tokens": 8},
     }
     (folder / "config.json").write_text(json.dumps(described))
     return folder
@@ -79,7 +79,7 @@ def _policies() -> pl.DataFrame:
     one = {"model": "m", "press": "snapkv", "ratio": "0.500", "requests": 20, **costs}
     one |= {"alarmed": 0.4, "alarmed_low": 0.2, "alarmed_high": 0.6}
     one |= {"excess_error": 0.0, "excess_error_low": None, "excess_error_high": None}
-    spans = [("live", "guard_rewind", 0.1, 1.0), ("simulation", "guard_rewind", 0.2, 1.0)]
+    spans = [("live", "guard_promote", 0.1, 1.0), ("simulation", "guard_promote", 0.2, 1.0)]
     spans += [("live", "loopguard", 0.3, 1.0), ("simulation", "loopguard", 0.4, 0.5)]
     return pl.DataFrame(
         one
@@ -92,7 +92,7 @@ def _policies() -> pl.DataFrame:
 def test_policies_stand_beside_their_simulation(results: Path, tmp_path: Path) -> None:
     write_findings([results], tmp_path / "findings.md")
     text = (tmp_path / "findings.md").read_text()
-    guard = "| guard_rewind | 0.40 [0.20, 0.60] | 0.10 [0.00, 0.20] | 0.00 | 0.20 [0.10, 0.30] |"
+    guard = "| guard_promote | 0.40 [0.20, 0.60] | 0.10 [0.00, 0.20] | 0.00 | 0.20 [0.10, 0.30] |"
     assert f"| snapkv 0.500 {guard} 3.0 | 40 | 7 |" in text
     assert "| loopguard | 0.40 [0.20, 0.60] | 0.30 [0.20, 0.40] | 0.00 | unknown |" in text
     assert "38 of 38 had the simulated alarm step and final tokens; of 2 more" in text

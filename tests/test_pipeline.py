@@ -34,7 +34,7 @@ SMALL = {
     "tasks": [TASK],
     "presses": [PRESS],
     "generation": {"shard_size": 4},
-    "live": {"conditions": [], "policies": ["none", "guard_rewind", "random"]},
+    "live": {"conditions": [], "policies": ["none", "guard_promote", "random"]},
 }
 
 Snakemake = Callable[..., subprocess.CompletedProcess[str]]

@@ -7,21 +7,21 @@ from hypothesis import strategies as st
 
 from kvguard import config
 from kvguard.controller import Mode
-from kvguard.policies import (
-    ENTROPY,
-    Action,
-    Observation,
-    RepetitionRuns,
-    is_alarm,
-    make_policy,
-)
+from kvguard.policies import ENTROPY, Action, Observation, is_alarm
+from kvguard.policy_factory import make_policy
+from kvguard.rivals import RepetitionRuns
 from kvguard.schema import SIGNALS
 
 POINT = config.OperatingPoint(tau_low=0.2, tau_high=0.5, k=1, j=2)
 
 
 def build(name, rows=1, max_new_tokens=100, **options):
-    needs = {"constant": {"press_ratio": "0.500"}, "random": {"alarm_rate": 0.5}}
+    needs = {
+        "constant": {"press_ratio": "0.500"},
+        "random": {"alarm_rate": 0.5},
+        "clock_or_loop": {"clock_tokens": 6},
+        "gate": {"gate_threshold": 2.0},
+    }
     options = {"controller": POINT} | needs.get(name, {}) | options
     return make_policy(name, rows, max_new_tokens=max_new_tokens, **options)
 
@@ -76,7 +76,7 @@ CALM, WORRY, DANGER = 0.1, 0.3, 0.9
         st.lists(st.sampled_from([0.1, 0.1, 0.1, 0.3, 0.9, np.nan]), min_size=1, max_size=8),
         max_size=8,
     ),
-    name=st.sampled_from(["guard_rewind", "guard_rewind_resume", "guard_gate"]),
+    name=st.sampled_from(["guard_promote", "guard", "guard_restart"]),
 )
 def test_rows_at_rest_are_as_steps_would_leave_them(looks, name):
     point = config.OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=3)
@@ -102,10 +102,9 @@ def test_rows_at_rest_are_as_steps_would_leave_them(looks, name):
     ("name", "action"),
     [
         ("guard_relax_only", Action.RELAX),
-        ("guard_recompute", Action.RECOMPUTE),
         ("guard_restart", Action.RESTART),
-        ("guard_rewind", Action.REWIND),
-        ("guard_rewind_tolerant", Action.REWIND),
+        ("guard_promote", Action.REWIND),
+        ("guard_tolerant", Action.REWIND),
     ],
 )
 def test_a_guard_acts_once_when_its_controller_reaches_safe(name, action):
@@ -115,14 +114,16 @@ def test_a_guard_acts_once_when_its_controller_reaches_safe(name, action):
 
 
 def test_guards_say_where_they_cut_and_what_follows():
-    assert build("guard_rewind").recovery_cut == "exact"
-    assert build("guard_rewind_tolerant").recovery_cut == "tolerant"
-    assert build("guard_rewind").safe_after == "stay"
-    assert build("guard_rewind_resume").safe_after == "resume"
+    assert build("guard_promote").recovery_cut == "exact"
+    assert build("guard_tolerant").recovery_cut == "tolerant"
+    assert build("guard_promote").safe_after == "stay"
+    assert build("guard").safe_after == build("guard_recompute").safe_after == "resume"
+    assert build("guard_recompute").fresh_checks
+    assert not build("guard").fresh_checks
 
 
 def test_alert_is_visible_before_any_action():
-    policy = build("guard_rewind")
+    policy = build("guard_promote")
     decisions = [
         policy.step(observe([0], at, [[5] * 9], [h])) for at, h in enumerate([CALM, WORRY, DANGER])
     ]
@@ -130,33 +131,71 @@ def test_alert_is_visible_before_any_action():
     assert [Action(d.actions[0]).name for d in decisions] == ["CONTINUE", "CONTINUE", "REWIND"]
 
 
-def test_resume_compresses_again_after_calm_and_can_alarm_again():
-    # SAFE at 1; j = 2 calm tokens twice lead to NORMAL at 5; the next danger alarms again at 7.
-    hazard = [DANGER, DANGER, CALM, CALM, CALM, CALM, DANGER, DANGER, CALM]
-    found = acted(run(build("guard_rewind_resume"), 9, hazard=hazard))
-    assert found == [(1, Action.REWIND), (5, Action.REFRESH), (7, Action.REWIND)]
+@pytest.mark.parametrize("name", ["guard", "guard_recompute"])
+def test_the_guard_checks_on_alarm_and_then_in_turn_until_calm(name):
+    # SAFE at 1; in turn at 3 and 7; j = 4 calm tokens lead to ALERT at 7, four more to NORMAL.
+    point = config.OperatingPoint(tau_low=0.2, tau_high=0.5, k=1, j=4)
+    policy = build(name, controller=point, check_every_tokens=4)
+    hazard = [DANGER, DANGER, WORRY, DANGER, *[CALM] * 12]
+    found = acted(run(policy, 16, hazard=hazard))
+    assert found == [(1, Action.CHECK), (3, Action.CHECK), (7, Action.CHECK)]
+    assert policy.modes[0] == Mode.NORMAL
 
 
-def test_resume_does_not_recover_again_while_the_cache_is_still_uncompressed():
-    # SAFE at 1, back to ALERT at 3, danger at 4 enters SAFE again: nothing to undo.
-    hazard = [DANGER, DANGER, CALM, CALM, DANGER, CALM, CALM, CALM, CALM]
-    found = acted(run(build("guard_rewind_resume"), 9, hazard=hazard))
-    assert found == [(1, Action.REWIND), (8, Action.REFRESH)]
+def test_a_request_that_ends_in_safe_is_checked_at_its_end():
+    policy = build("guard", check_every_tokens=8)
+    assert acted(run(policy, 6, hazard=[DANGER] * 6)) == [(1, Action.CHECK), (6, Action.CHECK)]
+    policy = build("guard", check_every_tokens=6)
+    assert acted(run(policy, 6, hazard=[DANGER] * 6)) == [(1, Action.CHECK), (5, Action.CHECK)]
 
 
-def test_gate_starts_a_risky_prompt_in_safe_and_guards_the_others():
-    policy = build("guard_gate", rows=3)
+def test_gate_promotes_by_the_first_tokens_score_alone():
+    policy = build("gate", rows=3)
     tokens = [[1] * 5] * 3
-    first = policy.step(observe([0, 1, 2], 0, tokens, [DANGER, WORRY, CALM]))
+    first = policy.step(observe([0, 1, 2], 0, tokens, entropy=[2.5, 2.0, np.nan]))
     assert first.actions.tolist() == [Action.REWIND, Action.CONTINUE, Action.CONTINUE]
-    assert first.modes.tolist() == [Mode.SAFE, Mode.ALERT, Mode.NORMAL]
-    second = policy.step(observe([0, 1, 2], 1, tokens, [DANGER, DANGER, DANGER]))
-    assert second.actions.tolist() == [Action.CONTINUE, Action.REWIND, Action.CONTINUE]
+    assert first.modes.tolist() == [Mode.SAFE, Mode.NORMAL, Mode.NORMAL]
+    second = policy.step(observe([0, 1, 2], 1, tokens, entropy=[9, 9, 9]))
+    assert second.actions.tolist() == [Action.CONTINUE] * 3
+    probed = observe([0, 1], 0, tokens[:2], entropy=[9, 0])
+    probed = probed._replace(probe=np.array([1.0, 3.0], np.float32))
+    assert build("gate", rows=2).step(probed).actions.tolist() == [
+        Action.CONTINUE,
+        Action.REWIND,
+    ]
+
+
+def test_what_anyone_can_see_is_checked_at_the_end():
+    fine = build("verify_on_failure", max_new_tokens=30)
+    assert acted(run(fine, 29)) == []
+    assert acted(run(fine, 30)) == [(30, Action.REWIND)]
+    assert acted(run(fine, 29, tokens=[*[7] * 22, *range(100, 107)])) == [(29, Action.REWIND)]
+
+
+def test_clock_or_loop_alarms_once_at_whichever_comes_first():
+    assert acted(run(build("clock_or_loop"), 20)) == [(5, Action.REWIND)]
+    assert acted(run(build("clock_or_loop"), 5)) == []
+    late = build("clock_or_loop", clock_tokens=99)
+    assert acted(run(late, 30, tokens=[7] * 30)) == [(19, Action.REWIND)]
+
+
+def test_probation_checks_once():
+    live = config.Live(probation_tokens=4)
+    assert acted(run(build("probation", live=live), 9)) == [(3, Action.COMMIT)]
+    assert acted(run(build("probation", live=live), 4)) == [(3, Action.COMMIT)]
+    assert acted(run(build("probation", live=live), 3)) == [(3, Action.COMMIT)]
+
+
+def test_lossless_checks_every_m_tokens_and_the_rest():
+    live = config.Live(lossless_tokens=4)
+    found = acted(run(build("lossless", live=live), 10))
+    assert found == [(3, Action.CHECK), (7, Action.CHECK), (10, Action.CHECK)]
+    assert acted(run(build("lossless", live=live), 8)) == [(3, Action.CHECK), (7, Action.CHECK)]
 
 
 def test_a_guard_without_hazard_is_an_error_not_a_calm_request():
     with pytest.raises(ValueError, match=r"needs Observation\.hazard"):
-        build("guard_rewind").step(observe([0], 0, [[1]]))
+        build("guard_promote").step(observe([0], 0, [[1]]))
 
 
 @pytest.mark.parametrize("name", ["none", "constant", "always_safe"])
@@ -319,8 +358,8 @@ def test_rows_do_not_see_their_neighbours_and_may_change_slots(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("guard", {}, "unknown policy 'guard'; known: none, always_safe"),
-        ("guard_rewind", {"controller": None}, "needs a controller"),
+        ("guards", {}, "unknown policy 'guards'; known: none, always_safe"),
+        ("guard_promote", {"controller": None}, "needs a controller"),
         ("random", {"alarm_rate": None}, "needs an alarm rate"),
         ("random", {"alarm_rate": 1.5}, r"alarm rate in \[0, 1\], got 1.5"),
         ("constant", {"press_ratio": None}, "needs the ratio"),

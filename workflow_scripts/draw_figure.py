@@ -21,7 +21,9 @@ def main(
     frames = {table: read_table(path) for table, path in tables.items()}
     points = {}
     if certificate is not None:
-        points = {str(point): chosen.setting for point, chosen in certificate.points.items()}
+        points = {
+            str(point): chosen.operating_point for point, chosen in certificate.points.items()
+        }
     figure = draw_figure(
         name,
         frames,

@@ -18,7 +18,7 @@ def main(config: Config, inputs: dict[str, list[Path]], targets: dict[str, Path]
     test = prompts_of(read_splits(inputs["splits"][0]), "test")
     prompts = read_table(inputs["prompts"][0], PROMPTS)
     certificate = load_certificate(inputs["certificate"][0])
-    points = {str(name): point.setting for name, point in certificate.points.items()}
+    points = {str(name): point.operating_point for name, point in certificate.points.items()}
     results = []
     for model, checkpoint in zip(config.models, inputs["checkpoints"], strict=True):
         wanted = (pl.col("model") == model.name) & pl.col("prompt_id").is_in(test)
