@@ -4,9 +4,9 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from kvguard.code_digest import code_digest, data_digest, definition_digest
 from kvguard.config import BASELINE, ConfigError, parse_config
 from kvguard.figures import FIGURES
-from kvguard.provenance import data_digest, definition_digest, library_digest
 from kvguard.splits import check_split_sizes
 
 
@@ -37,9 +37,12 @@ def job(kind):
     return resources
 
 
-def library(rule):
-    """Digest of the kvguard code that a rule's script runs, so that a change of it reruns the rule."""
-    return library_digest(Path(workflow.basedir) / "workflow_scripts" / f"{rule}.py")
+def library(rule, only=None):
+    """Digest of a rule's script and of the kvguard code that it reaches: a change reruns the rule.
+
+    `only` maps a dict literal of the library, "module.NAME", to the one entry that the job reads.
+    """
+    return code_digest(Path(workflow.basedir) / "workflow_scripts" / f"{rule}.py", only)
 
 
 def section(name):
@@ -153,10 +156,9 @@ def figure_digest(name):
     """Digest of the code that draws one figure, of its entry in the registry and of the plot style."""
     entry = FIGURES[name]
     return [
+        library("draw_figure", {"figures.FIGURES": name}),
         definition_digest(entry.module, entry.function),
         data_digest("kvguard.mplstyle"),
-        [*entry.tables, *entry.arguments],
-        dict(entry.fixed),
     ]
 
 

@@ -17,7 +17,6 @@ import yaml
 
 from kvguard.config import load_config, overlay
 from kvguard.figures import FIGURES
-from kvguard.provenance import definition_digest, library_digest, library_modules
 
 CHECKOUT = Path(__file__).parent.parent
 PARTS = ("Snakefile", "rules", "workflow_scripts", "profiles", "envs", "reports", "kvguard")
@@ -104,14 +103,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def edited(finished: Path) -> Callable[..., Path]:
-    """Append code to a file of the finished copy, or replace some of it; undone after the test."""
+    """Replace a text in a file of the finished copy, as an editor does; taken back afterwards."""
     originals: dict[Path, str] = {}
 
-    def edit(name: str, code: str, replaced: str = "") -> Path:
+    def edit(name: str, old: str, new: str) -> Path:
         path = finished / name
-        text = originals.setdefault(path, path.read_text())
-        assert replaced in text
-        path.write_text(text.replace(replaced, code, 1) if replaced else text + code)
+        text = path.read_text()
+        originals.setdefault(path, text)
+        assert text.count(old) >= 1, f"{name} has no {old!r}"
+        path.write_text(text.replace(old, new, 1))
         return finished
 
     yield edit  # type: ignore[misc]
@@ -139,16 +139,58 @@ def test_a_new_look_redraws_every_figure_and_nothing_upstream(
     assert jobs == {"draw_figure": len(FIGURES), "render_report": 1}
 
 
-def test_an_edited_signal_generates_again(edited: Callable[[str, str], Path]) -> None:
-    jobs = planned(edited("kvguard/signals.py", "\n\nNATS_PER_BIT = 0.6931471805599453\n"))
+PUBLISHED = {"export_tables", "write_findings", "write_manifest", "render_report", "draw_figure"}
+"""Rules that show what others computed, after any change of a table."""
+
+
+def test_a_docstring_reruns_nothing(edited: Callable[..., Path]) -> None:
+    edited("kvguard/signals.py", '"""', '"""Another first sentence. ')
+    edited("kvguard/engine.py", "    Args:", "    The arguments:\n\n    Args:")
+    folder = edited("workflow_scripts/generate.py", '"""', '"""Another first sentence. ')
+    assert planned(folder, "all", "figures") == {}
+
+
+def test_a_comment_reruns_nothing(edited: Callable[..., Path]) -> None:
+    assert planned(edited("kvguard/signals.py", "import torch\n", "import torch  # nats\n")) == {}
+
+
+def test_a_message_about_a_download_reruns_nothing(edited: Callable[..., Path]) -> None:
+    edited("kvguard/checkpoints.py", "could not be fetched from the ", "did not come from the ")
+    folder = edited("kvguard/checkpoints.py", '"downloading %s"', '"fetching %s"')
+    assert planned(folder, "all", "figures") == {}
+
+
+def head(name: str, function: str) -> str:
+    """The source of a function up to the end of its docstring."""
+    text = (CHECKOUT / name).read_text()
+    found = re.search(rf'^def {function}\(.*?"""\n(?=    \S)', text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{name} has no {function}"
+    return found[0]
+
+
+def test_an_edited_summary_makes_the_summary_again(edited: Callable[..., Path]) -> None:
+    start = head("kvguard/compare_policies.py", "summarize_runs")
+    folder = edited("kvguard/compare_policies.py", start, start + "    rounding = 3\n")
+    jobs = planned(folder, "all", "figures")
+    assert jobs["summarize_live"] == 1
+    assert set(jobs) <= {"summarize_live", *PUBLISHED}
+
+
+def test_an_edited_signal_generates_again(edited: Callable[..., Path]) -> None:
+    jobs = planned(edited("kvguard/signals.py", "_CHUNK = ", "_CHUNK = 2 * "))
     assert jobs["generate"] == 3 * 2, "the baseline and two ratios, two shards each"
     assert jobs["run_live"] == 2 * 3, "two ratios, three policies"
     assert "prepare_model" not in jobs
     assert "prepare_prompts" not in jobs
 
 
-def test_a_comment_reruns_nothing(edited: Callable[[str, str], Path]) -> None:
-    assert planned(edited("kvguard/signals.py", "\n# nats, as everywhere\n")) == {}
+def test_an_edited_script_reruns_its_rule(edited: Callable[..., Path]) -> None:
+    folder = edited(
+        "workflow_scripts/export_tables.py",
+        "write_csv(temporary)",
+        "write_csv(temporary, separator=';')",
+    )
+    assert planned(folder, "all") == {"export_tables": 1, "render_report": 1, "write_manifest": 1}
 
 
 def test_one_press_parameter_reruns_that_press_alone(finished: Path) -> None:
@@ -250,12 +292,16 @@ def test_profiles_plan_the_whole_run(tmp_path: Path, profile: str) -> None:
     assert jobs["render_report"] == 1
 
 
-def test_the_gpu_profile_does_not_rerun_for_a_changed_script(
-    edited: Callable[[str, str], Path],
+@pytest.mark.parametrize("profile", ["default", "gpu", "slurm"])
+def test_a_changed_script_reruns_its_rule_under_every_profile(
+    edited: Callable[..., Path], profile: str
 ) -> None:
-    folder = edited("workflow_scripts/generate.py", "\nprint('changed')\n")
-    assert planned(folder, "--workflow-profile", "profiles/gpu") == {}
-    assert planned(folder)["generate"] == 6
+    folder = edited(
+        "workflow_scripts/generate.py", "write_table(", "print('a shard')\n    write_table("
+    )
+    jobs = planned(folder, "--workflow-profile", f"profiles/{profile}")
+    assert jobs["generate"] == 6
+    assert "prepare_model" not in jobs
 
 
 def test_slurm_resources_come_from_the_configuration(tmp_path: Path) -> None:
@@ -325,63 +371,11 @@ def test_a_run_records_its_configuration_and_its_versions(tmp_path: Path) -> Non
     assert provenance["cores"] == os.cpu_count()
 
 
-# --- digests of library code ---------------------------------------------------------------------
+# --- layout and style ----------------------------------------------------------------------------
 
 
 def scripts() -> list[str]:
     return sorted(path.stem for path in (CHECKOUT / "workflow_scripts").glob("*.py"))
-
-
-def test_generation_depends_on_what_makes_tokens_and_on_no_picture() -> None:
-    modules = library_modules(CHECKOUT / "workflow_scripts/generate.py")
-    assert {"signals", "engine", "audit", "presses", "prompts", "models"} <= set(modules)
-    assert not {"plot_style", "viewer", "train", "calibration", "live"} & set(modules)
-
-
-@pytest.mark.parametrize("script", scripts())
-def test_only_figures_depend_on_plots(script: str) -> None:
-    modules = library_modules(CHECKOUT / "workflow_scripts" / f"{script}.py")
-    assert any(name.startswith("plot_") for name in modules) == (script == "draw_figure")
-
-
-def test_a_definition_is_followed_through_its_module_and_its_imports(tmp_path: Path) -> None:
-    drawing = (
-        "from kvguard.b import g\nA = 1\ndef f():\n    return g() + A\ndef other():\n    return 2\n"
-    )
-    (tmp_path / "a.py").write_text(drawing)
-    (tmp_path / "b.py").write_text("B = 1\ndef g():\n    return B\ndef h():\n    return 1\n")
-    before = definition_digest("a", "f", tmp_path)
-    (tmp_path / "a.py").write_text(drawing.replace("return 2", "return 3"))
-    (tmp_path / "b.py").write_text(
-        'B = 1\ndef g():\n    """B."""\n    return B\ndef h(): return 2\n'
-    )
-    assert definition_digest("a", "f", tmp_path) == before
-    (tmp_path / "a.py").write_text(drawing.replace("A = 1", "A = 2"))
-    assert definition_digest("a", "f", tmp_path) != before
-    (tmp_path / "a.py").write_text(drawing)
-    (tmp_path / "b.py").write_text("B = 2\ndef g():\n    return B\n")
-    assert definition_digest("a", "f", tmp_path) != before
-    with pytest.raises(KeyError, match="'absent'"):
-        definition_digest("a", "absent", tmp_path)
-
-
-def test_digest_follows_imports_inside_functions(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("def f():\n    from kvguard.b import g\n    return g()\n")
-    (tmp_path / "b.py").write_text("def g():\n    return 1\n")
-    (tmp_path / "c.py").write_text("def h():\n    return 1\n")
-    script = tmp_path / "script.py"
-    script.write_text("from kvguard import a\n\na.f()\n")
-    before = library_digest(script, tmp_path)
-    assert library_modules(script, tmp_path) == ("a", "b")
-    (tmp_path / "c.py").write_text("def h():\n    return 2\n")
-    assert library_digest(script, tmp_path) == before
-    (tmp_path / "b.py").write_text('def g():\n    """One."""\n    return   1  # still\n')
-    assert library_digest(script, tmp_path) == before
-    (tmp_path / "b.py").write_text("def g():\n    return 2\n")
-    assert library_digest(script, tmp_path) != before
-
-
-# --- layout and style ----------------------------------------------------------------------------
 
 
 def rules() -> dict[str, str]:
