@@ -125,7 +125,7 @@ def test_a_finished_run_has_nothing_to_do(finished: Path) -> None:
 
 def test_an_edited_figure_redraws_itself_alone(edited: Callable[..., Path]) -> None:
     folder = edited(
-        "kvguard/plot_failures.py", '"excess_cfr": "failures"', '"excess_cfr": "catastrophes"'
+        "kvguard/plot_failures.py", '"excess_cfr": "catastrophes"', '"excess_cfr": "failures"'
     )
     assert planned(folder, "all", "figures") == {"draw_figure": 1, "render_report": 1}
     assert planned(folder, "results/figures/excess.png") == {"draw_figure": 1}
@@ -134,7 +134,7 @@ def test_an_edited_figure_redraws_itself_alone(edited: Callable[..., Path]) -> N
 def test_a_new_look_redraws_every_figure_and_nothing_upstream(
     edited: Callable[..., Path],
 ) -> None:
-    folder = edited("kvguard/data/kvguard.mplstyle", "font.size: 9", "font.size: 8")
+    folder = edited("kvguard/data/kvguard.mplstyle", "font.size: 8", "font.size: 9")
     jobs = planned(folder, "all", "figures")
     assert jobs == {"draw_figure": len(FIGURES), "render_report": 1}
 
@@ -169,7 +169,7 @@ def head(name: str, function: str) -> str:
 
 
 def test_an_edited_summary_makes_the_summary_again(edited: Callable[..., Path]) -> None:
-    start = head("kvguard/compare_policies.py", "summarize_runs")
+    start = head("kvguard/compare_policies.py", "summarize_differences")
     folder = edited("kvguard/compare_policies.py", start, start + "    rounding = 3\n")
     jobs = planned(folder, "all", "figures")
     assert jobs["summarize_live"] == 1
