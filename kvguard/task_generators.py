@@ -197,15 +197,18 @@ def tool_call(task: config.ToolCall, seed: int) -> tuple[Iterator[Question], lis
         tool = rng.choice(sorted(tools))
         message, makers = tools[tool]
         values = {argument: make(rng) for argument, make in makers.items()}
-        asked = sorted(rng.sample(list(makers), task.items), key=list(makers).index)
-        arguments = {argument: values[argument] for argument in asked}
-        listed = ", ".join(f"{other}({', '.join(tools[other][1])})" for other in sorted(tools))
+        signatures = {}
+        for other, (_, theirs) in sorted(tools.items()):
+            chosen = rng.sample(list(theirs), task.items)
+            signatures[other] = sorted(chosen, key=list(theirs).index)
+        arguments = {argument: values[argument] for argument in signatures[tool]}
+        listed = ", ".join(f"{other}({', '.join(its)})" for other, its in signatures.items())
         context = _with_filler(
             rng, f"Tools: {listed}\nMessage: {message.format(**values)}", task.filler_sentences
         )
         question = (
-            f"Call the tool {tool} with the arguments {', '.join(asked)} from the message. Reply "
-            'with one JSON object only: {"name": ..., "arguments": {...}}'
+            f"Call {tool} as the message says. Reply with one JSON object on one line and nothing "
+            'else: {"name": ..., "arguments": {...}}'
         )
         call: dict[str, Any] = {"name": tool, "arguments": arguments}
         worked = json.dumps(call)
