@@ -1,11 +1,17 @@
-"""The key-value caches of the rows that decode together.
+"""The key-value caches of the rows that decode together, in pages.
 
-Each row owns one right-padded slot per layer and writes its next entry behind its last one. Rotary
-positions are part of the keys, so the place of an entry does not matter. Rewinding a row lowers a
-length, refilling a slot overwrites it, and a step writes one entry a row. Buffers grow by blocks,
-which copies them once in 64 steps, and shrink when the longest row leaves; they are rectangular, so
-one long row makes padding in the others, which is counted. Layers may hold different lengths
-(PyramidKV, SimLayerKV), heads may hide entries (AdaKV).
+Each layer has a pool of pages of 16 entries, and each row a list of the pages that hold its
+entries, in order. Rotary positions are part of the keys, so the place of an entry does not matter.
+Rewinding a row lowers a length, a row that leaves gives its pages back, a step writes one entry a
+row, and a long row makes no padding in the others: what is allocated beyond the entries is the end
+of each row's last page and a few free pages. Layers may hold different lengths (PyramidKV,
+SimLayerKV), heads may hide entries (AdaKV).
+
+Attention needs no kernel of its own: one batched product of every page of the pool with the query
+of the row that owns it, a softmax over each row's pages, one batched product with the values, and a
+sum over each row's pages. Keys and values are read once, where they lie, on any device; the number
+of calls does not grow with the rows. Compared with one call a row and with rectangular buffers in
+``docs/performance.md``.
 """
 
 from collections.abc import Sequence
@@ -17,22 +23,36 @@ from numpy.typing import NDArray
 from transformers import AttentionInterface, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 
-BLOCK_ENTRIES = 64
-"""Buffers grow by this many entries a row."""
+from kvguard.pages import PAGE_ENTRIES, SLACK, Pool
 
 ATTENTION_NAME = "kvguard_slots"
 
 
-class SlotBytes(NamedTuple):
-    """Bytes that one row's slot takes: in use, hidden by a head-wise press, and empty."""
+class Plan(NamedTuple):
+    """Where the entries of one step lie; layers whose rows have the same pages share it.
 
-    kept: int
-    masked: int
-    padding: int
+    Attributes:
+        writes: per block (source rows of the new entries, flat places (heads x rows)).
+        owner: (pages,) the row whose query meets each page.
+        table: (rows x most pages) page of each row, a free place behind the row's own is page 0;
+            None where the pages lie in order, every row with as many: then nothing is gathered.
+        sums: like ``table``, but free places are the page behind the last, which is 0.
+        inverse: (pages,) place of each page in ``table``.
+        mask: (rows, 1, 1, entries) additive; None: every place is taken.
+        scores: (pages x heads, groups, PAGE_ENTRIES), overwritten in each layer.
+        mixed: ((pages + 1) x heads, groups, head_dim), overwritten in each layer.
+        parts: per block its share of the first axis of ``scores`` and ``mixed``.
+    """
 
-    @property
-    def allocated(self) -> int:
-        return self.kept + self.masked + self.padding
+    writes: list[tuple[torch.Tensor | None, torch.Tensor]]
+    owner: torch.Tensor
+    table: torch.Tensor | None
+    sums: torch.Tensor
+    inverse: torch.Tensor
+    mask: torch.Tensor | None
+    scores: torch.Tensor
+    mixed: torch.Tensor
+    parts: list[slice]
 
 
 class Slots:
@@ -60,22 +80,31 @@ class Slots:
         self.active = 0
         self.lengths: NDArray[np.int64] = np.zeros((self.layers, rows), dtype=np.int64)
         self.appended: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
-        empty = (rows, heads, 0, size)
-        self.keys = [torch.zeros(empty, device=device, dtype=dtype) for _ in range(self.layers)]
-        self.values = [torch.zeros(empty, device=device, dtype=dtype) for _ in range(self.layers)]
-        # (rows, heads, capacity) bool, True = hidden; None while no row of the layer hides any.
-        self.hidden: list[torch.Tensor | None] = [None] * self.layers
         self.hidden_entries: NDArray[np.int64] = np.zeros((self.layers, rows), dtype=np.int64)
-        self._plans: dict[bytes, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
+        self.pools = [
+            Pool(self.heads, self.head_dim, device=device, dtype=dtype) for _ in range(self.layers)
+        ]
+        self.tables: list[list[list[int]]] = [[[] for _ in range(rows)] for _ in range(self.layers)]
+        self._plans: list[Plan] = []
+        self._peak_bytes = 0
 
     @property
     def bytes_per_entry(self) -> int:
         """Bytes of one key and one value of one layer, all heads."""
         return 2 * self.heads * self.head_dim * self.dtype.itemsize
 
-    def capacity(self, layer: int) -> int:
-        """Entries a row of this layer can hold before its buffer grows."""
-        return self.keys[layer].shape[2]
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all pages of all layers, and of the masks of head-wise presses."""
+        return sum(pool.nbytes for pool in self.pools)
+
+    def take_peak(self) -> int:
+        """The most bytes allocated at once since the last call, copies while growing included."""
+        peak = max(self._peak_bytes, self.allocated_bytes)
+        self._peak_bytes = 0
+        return peak
+
+    # --- rows come, change and go ---
 
     def insert(
         self, row: int, cache: DynamicCache, masked: Sequence[torch.Tensor | None] | None = None
@@ -90,7 +119,7 @@ class Slots:
         for layer in range(self.layers):  # whatever runs out of memory does so before any change
             keys = cache.layers[layer].keys
             assert keys is not None
-            self._reserve(layer, keys.shape[2] + 1)
+            self._reserve(layer, {row: keys.shape[2]})
         self.active = max(self.active, row + 1)
         for layer in range(self.layers):
             keys, values = cache.layers[layer].keys, cache.layers[layer].values
@@ -108,164 +137,240 @@ class Slots:
         masked: torch.Tensor | None = None,
     ) -> None:
         """Replace a row's entries of one layer: keys and values (heads, length, head_dim)."""
-        length = keys.shape[1]
-        self._reserve(layer, length + 1)
-        self.keys[layer][row, :, :length] = keys
-        self.values[layer][row, :, :length] = values
-        self.lengths[layer, row] = length
+        self._reserve(layer, {row: keys.shape[1]})
+        self._fit(layer, row, 0)
+        hides = masked is not None and bool(masked.any())
+        self._append(layer, row, keys, values, masked if hides else None)
+        self.hidden_entries[layer, row] = int(masked.sum()) if hides and masked is not None else 0
         self.appended[row] = -1  # the entry of the step that is under way is among those written
-        hidden = self.hidden[layer]
-        self.hidden_entries[layer, row] = 0
-        if masked is not None and bool(masked.any()):
-            if hidden is None:
-                shape = (self.rows, self.heads, self.capacity(layer))
-                hidden = self.hidden[layer] = torch.zeros(
-                    shape, dtype=torch.bool, device=self.device
-                )
-            hidden[row] = False
-            hidden[row, :, :length] = masked
-            self.hidden_entries[layer, row] = int(masked.sum())
-        elif hidden is not None:
-            hidden[row] = False
 
-    def drop_tail(self, row: int, entries: int) -> None:
-        """Forget a row's newest entries, as many of ``entries`` as stand last in every layer."""
-        dropped = min(entries, int(self.appended[row]))
-        self.lengths[:, row] -= dropped
-        self.appended[row] -= dropped
-
-    def install(
-        self, row: int, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """Replace a row's entries of one layer from ``start`` on; what stood behind is lost.
-
-        Entries before ``start`` stay as they are, hidden ones too; none of the new ones is hidden.
-        The layers of a row may have different lengths: ``start`` is this layer's own. Whoever
-        installs entries in every layer tells how many are newest with `set_appended`.
+    def replace_tail(self, row: int, dropped: int, entries: torch.Tensor) -> None:
+        """Forget a row's newest entries in every layer and put others in their place.
 
         Args:
             row: which.
-            layer: layer number.
-            start: entries that stay, at most the row's length in this layer.
-            keys: (heads, entries, head_dim), on any device; 0 entries truncate.
-            values: like keys.
+            dropped: entries to forget, at most `appended` of the row.
+            entries: (layers, 2, heads, n, head_dim) keys and values, none of them hidden; on any
+                device.
 
         Raises:
-            ValueError: ``start`` lies behind the row's last entry.
+            ValueError: so many do not stand last in every layer.
         """
-        length = int(self.lengths[layer, row])
-        if not 0 <= start <= length:
-            raise ValueError(f"start lies in 0..{length}, the row's entries, got {start}")
-        end = start + keys.shape[1]
-        self._reserve(layer, end + 1)
-        self.keys[layer][row, :, start:end] = keys
-        self.values[layer][row, :, start:end] = values
-        hidden = self.hidden[layer]
-        if hidden is not None:
-            hidden[row, :, start:] = False
-            self.hidden_entries[layer, row] = int(hidden[row, :, :start].sum())
-        self.lengths[layer, row] = end
+        if not 0 <= dropped <= self.appended[row]:
+            raise ValueError(f"dropped lies in 0..{self.appended[row]}, got {dropped}")
+        kept = self.lengths[:, row] - dropped
+        for layer in range(self.layers):
+            self._reserve(layer, {row: int(kept[layer]) + entries.shape[3]})
+        for layer in range(self.layers):
+            self._fit(layer, row, int(kept[layer]))
+            keys, values = entries[layer]
+            self._append(layer, row, keys, values, None)
+        self.appended[row] += entries.shape[3] - dropped
 
-    def truncate(self, row: int, layer: int, length: int) -> None:
-        """Keep a row's first ``length`` entries of one layer; see `install`."""
-        nothing = self.keys[layer][row, :, :0]
-        self.install(row, layer, length, nothing, nothing)
-
-    def set_appended(self, row: int, entries: int) -> None:
-        """Say how many of a row's newest entries stand last in every layer, one a token."""
-        self.appended[row] = entries
-
-    def end_step(self) -> None:
-        """Every active row has one entry more."""
-        self.appended[: self.active] += 1
+    def drop_tail(self, row: int, entries: int) -> None:
+        """Forget a row's newest entries, as many of ``entries`` as stand last in every layer."""
+        dropped = max(0, min(entries, int(self.appended[row])))
+        if dropped > 1:
+            for layer in range(self.layers):
+                self._fit(layer, row, int(self.lengths[layer, row]) - dropped)
+        else:  # of one entry the next step takes the place
+            self.lengths[:, row] -= dropped
+        self.appended[row] -= dropped
 
     def remove(self, row: int) -> int:
-        """Free a row: the last active row moves into its slot.
+        """Free a row: the last active row takes its number.
 
         Returns:
             The number that the moved row had before, ``active - 1``.
         """
         last = self.active - 1
-        if row != last:
-            for layer in range(self.layers):
-                length = int(self.lengths[layer, last])
-                self.keys[layer][row, :, :length] = self.keys[layer][last, :, :length]
-                self.values[layer][row, :, :length] = self.values[layer][last, :, :length]
-                hidden = self.hidden[layer]
-                if hidden is not None:
-                    hidden[row] = hidden[last]
-            self.lengths[:, row] = self.lengths[:, last]
-            self.hidden_entries[:, row] = self.hidden_entries[:, last]
-            self.appended[row] = self.appended[last]
-        self.lengths[:, last] = 0
-        self.hidden_entries[:, last] = 0
-        for hidden in self.hidden:
-            if hidden is not None:
-                hidden[last] = False
+        for layer, table in enumerate(self.tables):
+            self._fit(layer, row, 0)
+            table[row], table[last] = table[last], table[row]
+        for array in (self.lengths, self.hidden_entries):
+            array[:, row] = array[:, last]
+            array[:, last] = 0
+        self.appended[row] = self.appended[last]
         self.active = last
-        self._shrink()
         return last
 
-    def _shrink(self) -> None:
-        """Give back what only a row that has left needed, when it is several blocks."""
-        for layer in range(self.layers):
-            longest = int(self.lengths[layer, : self.active].max(initial=0)) + 1
-            wanted = -(-longest // BLOCK_ENTRIES) * BLOCK_ENTRIES
-            if self.capacity(layer) < wanted + 4 * BLOCK_ENTRIES:
-                continue
-            for buffers in (self.keys, self.values):
-                buffers[layer] = buffers[layer][:, :, :wanted].clone()
-            hidden = self.hidden[layer]
-            if hidden is not None:
-                self.hidden[layer] = hidden[:, :, :wanted].clone()
-
     def entries(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A row's keys and values, (1, heads, length, head_dim) views without padding."""
+        """A row's keys and values, copies (1, heads, length, head_dim) without padding."""
         length = int(self.lengths[layer, row])
-        return self.keys[layer][row : row + 1, :, :length], self.values[layer][
-            row : row + 1, :, :length
-        ]
+        keys, values = self.pools[layer].read(self.tables[layer][row], length)
+        return keys[None], values[None]
 
     def row_bytes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Kept, masked and padding bytes of each active row, three (active,) arrays."""
+        """Kept, masked and padding bytes of each active row, three (active,) arrays.
+
+        Padding is what is left of the row's pages and its share of what no row uses: over the rows
+        the three sum to `allocated_bytes`.
+        """
         per_head = self.bytes_per_entry // self.heads
-        lengths = self.lengths[:, : self.active].sum(axis=0)
         masked = self.hidden_entries[:, : self.active].sum(axis=0) * per_head
-        capacity = sum(self.capacity(layer) for layer in range(self.layers))
-        used = lengths * self.bytes_per_entry
-        return used - masked, masked, capacity * self.bytes_per_entry - used
+        used = self.lengths[:, : self.active].sum(axis=0) * self.bytes_per_entry
+        pages = np.array(
+            [sum(len(table[row]) for table in self.tables) for row in range(self.active)],
+            dtype=np.int64,
+        )
+        own = pages * PAGE_ENTRIES * self.bytes_per_entry
+        unused = self.allocated_bytes - int(own.sum())
+        shares = np.full(self.active, unused // max(self.active, 1), dtype=np.int64)
+        shares[: unused - int(shares.sum())] += 1
+        return used - masked, masked, own + shares - used
 
-    def _reserve(self, layer: int, entries: int) -> None:
-        """Grow a layer's buffer to hold ``entries`` entries a row."""
-        capacity = self.capacity(layer)
-        if entries <= capacity:
+    # --- pages ---
+
+    def _reserve(self, layer: int, lengths: dict[int, int]) -> None:
+        """Have pages for rows to grow to these lengths; what they use stays as it is."""
+        pool, table = self.pools[layer], self.tables[layer]
+        missing = sum(
+            max(0, -(-length // PAGE_ENTRIES) - len(table[row])) for row, length in lengths.items()
+        )
+        if missing > len(pool.free):
+            # A pool of one or two rows grows once in many steps and is quicker in one block.
+            pool.reserve(missing, in_one_block=self.active <= 2)
+            self._note_peak(pool)
+
+    def _note_peak(self, pool: Pool) -> None:
+        self._peak_bytes = max(self._peak_bytes, self.allocated_bytes + pool.transient_bytes)
+        pool.transient_bytes = 0
+
+    def _fit(self, layer: int, row: int, length: int) -> None:
+        """Shorten a row to ``length`` entries; what stood behind them is wiped."""
+        pool, table = self.pools[layer], self.tables[layer][row]
+        pages = -(-length // PAGE_ENTRIES)
+        pool.release(table[pages:])
+        del table[pages:]
+        if length % PAGE_ENTRIES and length < self.lengths[layer, row]:
+            stale = pages * PAGE_ENTRIES - length
+            wiped = torch.zeros(self.heads, stale, self.head_dim, device=self.device)
+            pool.write(table, length, wiped, wiped, None)
+        if pool.hidden is not None and self.hidden_entries[layer, row]:
+            hidden = 0 if not table else int(pool.hidden[table].sum())
+            self.hidden_entries[layer, row] = hidden
+        self.lengths[layer, row] = length
+
+    def _append(
+        self,
+        layer: int,
+        row: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> None:
+        """Put entries behind a row's last one of a layer; their pages are reserved."""
+        pool, table = self.pools[layer], self.tables[layer][row]
+        start = int(self.lengths[layer, row])
+        end = start + keys.shape[1]
+        while len(table) * PAGE_ENTRIES < end:
+            table.append(pool.free.pop(0))
+        pool.write(table, start, keys, values, hidden)
+        self.lengths[layer, row] = end
+
+    def _compact(self, layer: int) -> None:
+        """Give pages back that only rows needed which have left."""
+        pool, table = self.pools[layer], self.tables[layer]
+        used = [page for row in table[: self.active] for page in row]
+        if len(pool.free) <= 1 + 2 * (len(used) // SLACK):
             return
-        grown = -(-entries // BLOCK_ENTRIES) * BLOCK_ENTRIES
-        shape = (self.rows, self.heads, grown, self.head_dim)
-        wider = [torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2)]
-        hidden = self.hidden[layer]
-        if hidden is not None:
-            hidden = torch.nn.functional.pad(hidden, (0, grown - capacity))
-        for buffers, buffer in zip((self.keys, self.values), wider, strict=True):
-            # Padding has no weight in the attention, but 0 times NaN would still be NaN.
-            buffer[:, :, capacity:] = 0
-            buffer[self.active :, :, :capacity] = 0
-            buffer[: self.active, :, :capacity] = buffers[layer][: self.active]
-            buffers[layer] = buffer
-        self.hidden[layer] = hidden
+        pool.compact(used)
+        self._note_peak(pool)
+        first = 0
+        for row in table[: self.active]:
+            row[:] = range(first, first + len(row))
+            first += len(row)
 
-    # --- one decoding step: the model calls `update` per layer, the attention asks for `mask` ---
+    # --- one decoding step: the model calls `update` per layer, the attention calls `attend` ---
 
     def begin_step(self) -> None:
         """Prepare for one token per active row."""
-        self._plans = {}
+        active = self.active
         for layer in range(self.layers):
-            self._reserve(layer, int(self.lengths[layer, : self.active].max()) + 1)
+            self._compact(layer)
+            table = self.tables[layer]
+            for_new = {
+                row: int(length) + 1
+                for row, length in enumerate(self.lengths[layer, :active].tolist())
+                if length == len(table[row]) * PAGE_ENTRIES
+            }
+            if for_new:
+                self._reserve(layer, for_new)
+                for row in for_new:
+                    table[row].append(self.pools[layer].free.pop(0))
+        self._plans = []
+        for layer in range(self.layers):
+            same = (
+                layer > 0
+                and self.pools[layer].sizes == self.pools[layer - 1].sizes
+                and bool((self.lengths[layer] == self.lengths[layer - 1]).all())
+                and self.tables[layer] == self.tables[layer - 1]
+            )
+            self._plans.append(self._plans[-1] if same else self._plan(layer))
+
+    def end_step(self) -> None:
+        """Every active row has one entry more."""
+        self.appended[: self.active] += 1
+
+    def _plan(self, layer: int) -> Plan:
+        pool, active, heads = self.pools[layer], self.active, self.heads
+        table = self.tables[layer][:active]
+        lengths = self.lengths[layer, :active]
+        pages = pool.pages
+        counts = np.array([len(row) for row in table])
+        most = int(counts.max())
+        places = np.full((active, most), -1, dtype=np.int64)
+        for row, own in enumerate(table):
+            places[row, : len(own)] = own
+        taken = places >= 0
+        owner = np.zeros(pages, dtype=np.int64)
+        owner[places[taken]] = np.nonzero(taken)[0]
+        inverse = np.zeros(pages, dtype=np.int64)
+        inverse[places[taken]] = np.flatnonzero(taken)
+        ordered = places.size == pages and np.array_equal(places.ravel(), np.arange(pages))
+        last = np.array([row[-1] for row in table], dtype=np.int64)
+        offsets = torch.from_numpy(lengths % PAGE_ENTRIES).to(self.device)
+        head = torch.arange(heads, device=self.device)[:, None]
+        writes: list[tuple[torch.Tensor | None, torch.Tensor]] = []
+        for which, inside in pool.by_block(last):
+            flat = (inside * heads + head) * PAGE_ENTRIES + offsets[which]  # (heads, n)
+            writes.append((None if len(which) == active else which, flat.view(-1)))
+        mask = None
+        if (lengths + 1 < most * PAGE_ENTRIES).any():
+            after = torch.from_numpy(lengths + 1).to(self.device)
+            beyond = torch.arange(most * PAGE_ENTRIES, device=self.device) >= after[:, None]
+            mask = torch.zeros(beyond.shape, dtype=self.dtype, device=self.device)
+            mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
+        parts, first = [], 0
+        for size in pool.sizes:
+            parts.append(slice(first * heads, (first + size) * heads))
+            first += size
+
+        def on_device(values: NDArray[np.int64]) -> torch.Tensor:
+            return torch.from_numpy(values).to(self.device)
+
+        scores = torch.empty(
+            (pages * heads, self.groups, PAGE_ENTRIES), device=self.device, dtype=self.dtype
+        )
+        mixed = torch.zeros(
+            ((pages + 1) * heads, self.groups, self.head_dim), device=self.device, dtype=self.dtype
+        )
+        return Plan(
+            writes,
+            on_device(owner),
+            None if ordered else on_device(np.where(taken, places, 0).ravel()),
+            on_device(np.where(taken, places, pages).ravel()),
+            on_device(inverse),
+            mask,
+            scores,
+            mixed,
+            parts,
+        )
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, _: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one new entry per active row; return the layer's entries up to the longest row.
+        """Write one new entry per active row.
 
         Args:
             keys: (active, heads, 1, head_dim), rotary positions applied.
@@ -273,46 +378,60 @@ class Slots:
             layer: layer number.
 
         Returns:
-            Views (active, heads, longest, head_dim); entries behind a row's own are padding.
+            What it was given: `attend` reads the pages.
         """
-        rows, places, _mask = self._plan(layer)
-        active = self.active
-        longest = int(self.lengths[layer, :active].max()) + 1
-        self.keys[layer][rows, :, places] = keys[:, :, 0]
-        self.values[layer][rows, :, places] = values[:, :, 0]
-        self.lengths[layer, :active] += 1
-        return self.keys[layer][:active, :, :longest], self.values[layer][:active, :, :longest]
+        pool, size = self.pools[layer], self.head_dim
+        for blocks, new in ((pool.keys, keys), (pool.values, values)):
+            entries = new[:, :, 0].transpose(0, 1)  # (heads, active, head_dim)
+            for block, (rows, places) in zip(blocks, self._plans[layer].writes, strict=True):
+                own = entries if rows is None else entries[:, rows]
+                block.view(-1, size).index_copy_(0, places, own.reshape(-1, size))
+        self.lengths[layer, : self.active] += 1
+        return keys, values
 
-    def _plan(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Row numbers, places to write, and the additive mask; layers of equal lengths share it."""
-        lengths = self.lengths[layer, : self.active]
-        plan = self._plans.get(key := lengths.tobytes())
-        if plan is None:
-            places = torch.from_numpy(lengths.copy()).to(self.device)
-            longest = int(lengths.max()) + 1
-            mask = None
-            if (lengths != lengths[0]).any():
-                beyond = torch.arange(longest, device=self.device) > places[:, None]
-                mask = torch.zeros(beyond.shape, dtype=self.dtype, device=self.device)
-                mask = mask.masked_fill_(beyond, -torch.inf)[
-                    :, None, None
-                ]  # (active, 1, 1, longest)
-            rows = torch.arange(self.active, device=self.device)
-            plan = self._plans[key] = (rows, places, mask)
-        return plan
+    def attend(self, layer: int, query: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attention of one query per row over its entries.
 
-    def mask(self, layer: int) -> torch.Tensor | None:
-        """Additive mask (active, 1 or heads, 1, longest) after `update`; None: nothing to hide."""
-        before = self.lengths[layer, : self.active] - 1
-        mask = self._plans[before.tobytes()][2]
-        hidden = self.hidden[layer]
-        if hidden is None or not self.hidden_entries[layer, : self.active].any():
-            return mask
-        longest = int(before.max()) + 1
-        extra = torch.zeros((), dtype=self.dtype, device=self.device).masked_fill(
-            hidden[: self.active, :, None, :longest], -torch.inf
-        )
-        return extra if mask is None else extra + mask
+        The query heads that share a key head become the query axis, so grouped keys and values are
+        never repeated.
+
+        Args:
+            layer: layer number.
+            query: (active, query heads, 1, head_dim).
+            scale: factor on the scores.
+
+        Returns:
+            (active, 1, query heads, head_dim).
+        """
+        pool, plan = self.pools[layer], self._plans[layer]
+        active, heads, groups, size = self.active, self.heads, self.groups, self.head_dim
+        pages = pool.pages
+        grouped = query.reshape(active, heads, groups, size) * scale
+        by_page = grouped.index_select(0, plan.owner).reshape(pages * heads, groups, size)
+        for block, part in zip(pool.keys, plan.parts, strict=True):
+            keys = block.view(-1, PAGE_ENTRIES, size).transpose(1, 2)
+            torch.bmm(by_page[part], keys, out=plan.scores[part])
+        scores = plan.scores.view(pages, heads, groups, PAGE_ENTRIES)
+        if pool.hidden is not None:
+            scores.masked_fill_(pool.hidden[:, :, None], -torch.inf)
+        if plan.table is not None:
+            scores = scores.index_select(0, plan.table)
+        most = len(scores) // active
+        shape = (active, most, heads, groups, PAGE_ENTRIES)
+        scores = scores.reshape(shape).permute(0, 2, 3, 1, 4).reshape(active, heads, groups, -1)
+        if plan.mask is not None:
+            scores += plan.mask
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(self.dtype)
+        weights = weights.reshape(active, heads, groups, most, PAGE_ENTRIES).permute(0, 3, 1, 2, 4)
+        weights = weights.reshape(active * most, heads, groups, PAGE_ENTRIES)
+        if plan.table is not None:
+            weights = weights.index_select(0, plan.inverse)
+        weights = weights.reshape(pages * heads, groups, PAGE_ENTRIES)
+        for block, part in zip(pool.values, plan.parts, strict=True):
+            torch.bmm(weights[part], block.view(-1, PAGE_ENTRIES, size), out=plan.mixed[part])
+        mixed = plan.mixed.view(pages + 1, -1)
+        mixed = mixed[:pages] if plan.table is None else mixed.index_select(0, plan.sums)
+        return mixed.view(active, most, -1).sum(dim=1).reshape(active, 1, heads * groups, size)
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Longest row; part of the interface that models expect of a cache."""
@@ -329,17 +448,14 @@ def slot_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one query per row over its slot.
-
-    The query heads that share a key head become the query axis, so grouped keys and values are
-    read once and never repeated.
+    """Attention of one query per row over its slot; see `Slots.attend`.
 
     Args:
         module: the attention layer; names its number.
         query: (rows, query heads, 1, head_dim).
-        key: (rows, heads, longest, head_dim), a view of the slots.
-        value: like key.
-        attention_mask: unused; the slots know their own padding.
+        key: unused; the slots have it.
+        value: unused; the slots have it.
+        attention_mask: unused; the slots know what is a row's own.
         dropout: unused; decoding has none.
         scaling: factor on the scores.
         kwargs: ``kvguard_slots`` is the `Slots`.
@@ -348,21 +464,8 @@ def slot_attention(
         (rows, 1, query heads, head_dim), None.
     """
     slots: Slots = kwargs["kvguard_slots"]
-    rows, heads, _, size = key.shape
-    scale = size**-0.5 if scaling is None else scaling
-    mask = slots.mask(module.layer_idx)
-    grouped = query.reshape(rows, heads, slots.groups, size)
-    if query.device.type == "cpu":
-        scores = torch.matmul(grouped * scale, key.transpose(2, 3))
-        if mask is not None:
-            scores += mask
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-        mixed = torch.matmul(weights, value)
-    else:
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            grouped, key, value, attn_mask=mask, scale=scale
-        )
-    return mixed.reshape(rows, 1, heads * slots.groups, size), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return slots.attend(module.layer_idx, query, scale), None
 
 
 AttentionInterface.register(ATTENTION_NAME, slot_attention)

@@ -20,6 +20,7 @@ from kvguard import press_catalogue
 from kvguard.config import Press
 from kvguard.engine import Completion, Request, Session, generate
 from kvguard.models import LoadedModel, ModelError, load_model
+from kvguard.pages import PAGE_ENTRIES
 from kvguard.prefill import prefill, prefill_prefix
 from kvguard.presses import PressError, build_press, fresh, phases
 from kvguard.sampling import Decoding
@@ -447,7 +448,7 @@ def test_memory_is_what_the_press_leaves(tiny_llama: PreTrainedModel) -> None:
     kept = (prompt // 2 + np.arange(1, NEW_TOKENS)) * entry
     np.testing.assert_array_equal(done.kv_bytes[:, 0], kept)
     assert (done.kv_bytes[:, 1] == 0).all()
-    assert (done.kv_bytes.sum(axis=1) % (64 * entry) == 0).all()
+    assert (done.kv_bytes.sum(axis=1) % (PAGE_ENTRIES * entry) == 0).all()
 
 
 def test_head_wise_presses_hide_entries_and_free_none(tiny_llama: PreTrainedModel) -> None:
@@ -511,12 +512,15 @@ def test_a_shared_prefix_makes_the_same_cache(tiny_llama: PreTrainedModel) -> No
             torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=1e-4)
 
 
-def test_buffers_shrink_when_a_long_row_has_left(tiny_llama: PreTrainedModel) -> None:
+def test_memory_shrinks_when_a_long_row_has_left(tiny_llama: PreTrainedModel) -> None:
     long = Request("long", [5] * 700, max_new_tokens=2)
     short = [Request(str(i), [5 + i] * 20, max_new_tokens=NEW_TOKENS) for i in range(3)]
+    session = Session(tiny_llama, Decoding(NEW_TOKENS, (2,)), rows=4)
+    allocated = [session.slots.allocated_bytes for _ in generate(session, [long, *short])]
     done = run(tiny_llama, [long, *short], None, 4)
-    padding = done["0"].kv_bytes[:, 2]
-    assert padding[0] > 10 * padding[-1]
+    kept, _, padding = done["0"].kv_bytes.T
+    assert (padding[1:] < kept[1:]).all()
+    assert session.slots.allocated_bytes <= allocated[-1] < done["long"].kv_bytes.sum()
 
 
 @pytest.mark.parametrize(
