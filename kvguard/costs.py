@@ -11,7 +11,8 @@ The live guard measures these, the offline simulation computes them from a trace
 `recovery_cost` is the arithmetic that both agree on.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import polars as pl
@@ -22,6 +23,69 @@ from kvguard.config import BASELINE
 from kvguard.controller import Mode
 
 FloatArray = NDArray[np.float64]
+
+
+class MeteredSlots(Protocol):
+    """What `CostMeter` asks of the rows' caches (`slots.Slots`)."""
+
+    @property
+    def allocated_bytes(self) -> int: ...
+
+    def take_peak(self) -> int: ...
+
+    def row_bytes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+
+
+class CostMeter:
+    """Charges what a batch allocates to its requests, once a pass of the model.
+
+    A pass is a decode step of the batch, a check of some rows' drafts, or a recovery's prefill: as
+    long as it takes, everything that is allocated stays so, that of rows which wait too. A row's
+    share of the slots is its own pages and an equal part of the free ones (`Slots.row_bytes`); what
+    a pass needs beyond the slots is charged to the rows that it is for. So the requests' shares sum
+    to what the batch allocated. A request's own admission, before its cache is compressed, is the
+    same under every policy and left out.
+
+    Args:
+        slots: the caches.
+        rows: one per active row, in order, each with a ``completion`` and its ``cold`` entries,
+            None where it has none; the session's own list, which changes as rows come and go.
+    """
+
+    def __init__(self, slots: MeteredSlots, rows: Sequence[Any]) -> None:
+        self.slots, self.rows = slots, rows
+
+    def step(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """A decode step has ended.
+
+        Returns:
+            `Slots.row_bytes`, as charged.
+        """
+        return self.extra_pass({})
+
+    def extra_pass(
+        self, transient: Mapping[int, int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """A pass of the model that is no decode step.
+
+        Args:
+            transient: by row, the device bytes that the pass needed for it beyond the slots: layers
+                of a cold cache, a fresh cache.
+
+        Returns:
+            `Slots.row_bytes`, as charged.
+        """
+        kept, masked, padding = self.slots.row_bytes()
+        beyond = sum(transient.values())
+        peak = max(self.slots.take_peak(), self.slots.allocated_bytes + beyond)
+        for number, row in enumerate(self.rows):
+            completion = row.completion
+            share = int(kept[number] + masked[number] + padding[number])
+            completion.device_byte_steps += share + transient.get(number, 0)
+            completion.device_bytes_peak = max(completion.device_bytes_peak, peak)
+            cold = getattr(row, "cold", None)
+            completion.host_byte_steps += 0 if cold is None else cold.nbytes
+        return kept, masked, padding
 
 
 class Cost(NamedTuple):

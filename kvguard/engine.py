@@ -17,6 +17,7 @@ from kvpress import BasePress, CompressionRatioDecodingPress
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from kvguard.costs import CostMeter
 from kvguard.models import check_architecture, position_limit
 from kvguard.prefill import Prefilled, Prefix, attention_layers, is_pressed, prefill
 from kvguard.presses import Phases, PressError, fresh, phases
@@ -66,6 +67,9 @@ class Completion:
         tokens_prefilled: tokens of prefill-shaped passes; a shared prefix counts for every request.
         decode_steps: single-token passes, those of dropped tokens included.
         tokens_wasted: generated, then dropped by an observer.
+        device_byte_steps: its share of the allocated bytes, summed over passes; see `CostMeter`.
+        device_bytes_peak: of the batch's caches, over the passes that it was part of.
+        host_byte_steps: bytes of its cold cache, summed over the same passes.
         probes: what the prefill measured, (25,) `schema.PROBE_NAMES`; None where not asked for.
     """
 
@@ -84,6 +88,9 @@ class Completion:
     tokens_prefilled: int = 0
     decode_steps: int = 0
     tokens_wasted: int = 0
+    device_byte_steps: int = 0
+    device_bytes_peak: int = 0
+    host_byte_steps: int = 0
     probes: NDArray[np.float32] | None = None
 
 
@@ -189,6 +196,7 @@ class Session:
             raise PressError("compression while decoding needs sdpa attention, got 'eager'")
         self.slots = Slots(model.config, rows, device=model.device, dtype=model.dtype)
         self.rows: list[Row] = []
+        self.meter = CostMeter(self.slots, self.rows)
         shape = (rows, decoding.max_new_tokens)
         self.history: NDArray[np.int32] = np.full(shape, -1, dtype=np.int32)
         self.signals: NDArray[np.float32] = np.zeros((*shape, len(SIGNAL_NAMES)), np.float32)
@@ -411,7 +419,7 @@ class Session:
             )
         self.logits[:active] = output.logits[:, -1]
         self.slots.end_step()
-        held_bytes = zip(*self.slots.row_bytes(), strict=True)
+        held_bytes = zip(*self.meter.step(), strict=True)
         for number, (row, held) in enumerate(zip(self.rows, held_bytes, strict=True)):
             if row.held is not None:
                 self.slots.drop_tail(number, 1)

@@ -272,6 +272,9 @@ def trace_row(completion: Completion, model: LoadedModel, decoding: Decoding) ->
         "allocator_bytes_peak": (
             torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         ),
+        "device_byte_steps": completion.device_byte_steps,
+        "device_bytes_peak": completion.device_bytes_peak,
+        "host_byte_steps": completion.host_byte_steps,
         "tokens_prefilled": completion.tokens_prefilled,
         "decode_steps": completion.decode_steps,
         "tokens_wasted": completion.tokens_wasted,

@@ -1,18 +1,28 @@
 """Memory over time adds up to the costs that the tables report."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import polars as pl
 import pytest
+from kvpress import SnapKVPress
+from numpy.typing import NDArray
 from synthetic import make_run
+from test_slots import allocated
+from transformers import PreTrainedModel
 
 from kvguard import schema
 from kvguard.costs import (
     MEMORY,
+    CostMeter,
     choose_guarded,
     memory_of_rewind,
     memory_steps,
     recovery_cost,
     trace_memory,
 )
+from kvguard.engine import Completion, Request, Session, generate
+from kvguard.sampling import Decoding
 
 RUN = make_run(num_prompts=6, max_new_tokens=64, error_rate=0)
 
@@ -99,3 +109,52 @@ def test_a_run_without_a_rewind_that_can_be_shown_gives_no_rows():
     bent = trace.with_columns(kv_kept_bytes_mean=pl.lit(1.0))
     assert memory_of_rewind(bent, guarded).schema == pl.Schema(MEMORY)
     assert memory_of_rewind(bent, guarded).is_empty()
+
+
+def test_requests_shares_sum_to_what_the_batch_allocated(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Device byte-steps against a recount of the pools' storages at every pass, with refill."""
+    session = Session(tiny_llama, Decoding(12, (2,)), press=SnapKVPress(0.5, window_size=4), rows=3)
+    recounted: list[int] = []
+    advance = session.advance
+
+    def counted() -> None:
+        before = session.active
+        advance()
+        if before:
+            recounted.append(allocated(session.slots))
+
+    monkeypatch.setattr(session, "advance", counted)
+    requests = [
+        Request(str(i), [5 + i] * length, max_new_tokens=4 + i)
+        for i, length in enumerate((9, 70, 33, 200, 12, 40))
+    ]
+    done = list(generate(session, requests))
+    assert [completion.error for completion in done] == [None] * 6
+    assert sum(completion.device_byte_steps for completion in done) == sum(recounted)
+    assert max(completion.device_bytes_peak for completion in done) >= max(recounted)
+    steps = sum(completion.kv_bytes.sum() for completion in done)
+    assert steps == sum(recounted)
+
+
+def test_a_pass_beyond_the_slots_is_charged_to_the_rows_that_it_is_for() -> None:
+    class Fixed:
+        allocated_bytes = 70
+
+        def take_peak(self) -> int:
+            return 75
+
+        def row_bytes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+            return np.array([20, 30]), np.array([0, 5]), np.array([8, 7])
+
+    rows = [SimpleNamespace(completion=Completion(Request(str(i), [5])), cold=None) for i in (0, 1)]
+    rows[1].cold = SimpleNamespace(nbytes=1000)
+    meter = CostMeter(Fixed(), rows)
+    meter.step()
+    meter.extra_pass({1: 400})
+    first, second = (row.completion for row in rows)
+    assert first.device_byte_steps == 2 * 28
+    assert second.device_byte_steps == 2 * 42 + 400
+    assert first.device_bytes_peak == second.device_bytes_peak == 470
+    assert (first.host_byte_steps, second.host_byte_steps) == (0, 2000)
