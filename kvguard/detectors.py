@@ -87,7 +87,7 @@ def detect_all(
 
     Args:
         token_ids: (t,) generated token ids.
-        stop_reason: "length" when the answer ran into ``max_new_tokens``; anything else ended it.
+        stop_reason: "eos" when the answer ended by itself; what runs out or is stopped did not.
         max_new_tokens: the most tokens that the answer could have had.
         llr: (t,) nats, compressed minus uncompressed log-probability of each token; None: no audit.
         detection: thresholds and window lengths.
@@ -100,7 +100,7 @@ def detect_all(
     found = _detect(
         tokens,
         np.array([0, len(tokens)]),
-        np.array([stop_reason == "length"]),
+        np.array([stop_reason != "eos"]),
         np.array([max_new_tokens]),
         _audited(llr, len(tokens), "llr"),
         _audited(audit_gap, len(tokens), "audit_gap"),
@@ -136,7 +136,7 @@ def detect_outcomes(
     found = _detect(
         tokens["token_id"].to_numpy(),
         offsets,
-        (finished["stop_reason"] == "length").to_numpy(),
+        (finished["stop_reason"] != "eos").to_numpy(),  # a stop cures nothing
         finished["max_new_tokens"].to_numpy(),
         tokens["llr"].cast(pl.Float64).to_numpy(),
         tokens["audit_gap"].cast(pl.Float64).to_numpy(),

@@ -14,6 +14,7 @@ from kvguard.controller import NEVER, OperatingPoints, first_alarm, grid_points,
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement
 from kvguard.policies import Policy, look_at
+from kvguard.rival_settings import RivalSetting
 from kvguard.schema import CONDITION
 from kvguard.simulation import simulate_policies
 from kvguard.stored_requests import StoredRequests, load_requests, tied_requests
@@ -194,37 +195,75 @@ def simulate_model(
     frames: Frames,
     prompts: pl.DataFrame,
     experiment: config.Config,
-    operating_points: Mapping[str, config.OperatingPoint],
+    controller: config.OperatingPoint,
     decode: Callable[[Sequence[int]], str],
-) -> dict[str, pl.DataFrame]:
-    """Every policy and the whole grid of settings on one model's stored requests.
+    rivals: Mapping[tuple[str, str, str], RivalSetting] | None = None,
+) -> pl.DataFrame:
+    """Every policy and every oracle on one model's stored requests.
 
     Args:
         frames: tables of the requests, those of the uncompressed runs among them.
         prompts: `schema.PROMPTS`.
         experiment: the whole configuration.
-        operating_points: by name; ``live.operating_point`` drives the guard.
+        controller: drives the guard.
         decode: token ids to text, of that model's tokenizer.
+        rivals: what ``clock_or_loop`` and ``gate`` learned, by condition; None leaves them out.
 
     Returns:
-        ``simulation`` (`schema.RUNS`), ``operating_points``, ``pareto`` and ``simulability``.
+        `schema.RUNS`.
     """
     requests = load_requests(*frames, guard=experiment.guard)
-    runs = simulate_policies(
+    clocks, gates = (None, None) if rivals is None else _per_request(requests, rivals)
+    left_out = ("clock_or_loop", "gate") if rivals is None else ()
+    return simulate_policies(
         requests,
-        [name for name in config.POLICY_NAMES if name not in ("clock_or_loop", "gate")],
+        [name for name in config.POLICIES if name not in left_out],
         prompts=prompts,
         live=experiment.live,
         detection=experiment.detection,
-        controller=operating_points[experiment.live.operating_point],
+        controller=controller,
         guard=experiment.guard,
         decode=decode,
+        clock_tokens=clocks,
+        gate_threshold=gates,
     )
+
+
+def _per_request(
+    requests: StoredRequests, rivals: Mapping[tuple[str, str, str], RivalSetting]
+) -> tuple[NDArray[np.int32], FloatArray]:
+    """The rivals' numbers for each request; those of a condition without any never alarm."""
+    found = [rivals.get(key) for key in requests.table.select(CONDITION).iter_rows()]
+    never = np.iinfo(np.int32).max
+    clocks = [never if one is None else one.clock_tokens for one in found]
+    gates = [np.inf if one is None else one.gate_threshold for one in found]
+    return np.array(clocks, np.int32), np.array(gates, np.float64)
+
+
+def summarize_model(
+    frames: Frames,
+    runs: pl.DataFrame,
+    experiment: config.Config,
+    operating_points: Mapping[str, config.OperatingPoint],
+) -> dict[str, pl.DataFrame]:
+    """Tables of one model's simulation: the whole grid, the operating points, what is known.
+
+    Args:
+        frames: tables of the requests, as `simulate_model` saw them.
+        runs: what it returned.
+        experiment: the whole configuration.
+        operating_points: by name.
+
+    Returns:
+        ``operating_points``, ``pareto`` and ``simulability``.
+    """
+    requests = load_requests(*frames, guard=experiment.guard)
     samples, seed = experiment.predictor.bootstrap_samples, experiment.seed
+    every = experiment.guard.check_every_tokens
     grid = simulate_points(
         requests,
         grid_points(experiment.controller),
-        check_every_tokens=experiment.guard.check_every_tokens,
+        check_every_tokens=every,
         bootstrap_samples=samples,
         seed=seed,
     )
@@ -236,11 +275,10 @@ def simulate_model(
         seed=seed,
     )
     return {
-        "simulation": runs,
         "operating_points": simulate_controller(
             requests,
             operating_points,
-            check_every_tokens=experiment.guard.check_every_tokens,
+            check_every_tokens=every,
             bootstrap_samples=samples,
             seed=seed,
         ),

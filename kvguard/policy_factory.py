@@ -27,29 +27,29 @@ def make_policy(
     name: str,
     rows: int,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | NDArray[np.integer],
     live: Live | None = None,
     controller: OperatingPoint | None = None,
     check_every_tokens: int = 1,
     alarm_rate: float | NDArray[np.float64] | None = None,
     press_ratio: str | None = None,
-    clock_tokens: int | None = None,
-    gate_threshold: float | None = None,
+    clock_tokens: int | NDArray[np.integer] | None = None,
+    gate_threshold: float | NDArray[np.float64] | None = None,
 ) -> Policy:
     """Build the policy of that name for a batch of ``rows`` slots.
 
     Args:
         name: one of config.POLICY_NAMES.
         rows: slots of the batch.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the longest answer, of all rows or of each.
         live: parameters of the rivals; None takes the defaults.
         controller: the guard's thresholds; the ``guard*`` policies need it.
         check_every_tokens: of the ``guard*`` policies.
         alarm_rate: share of requests that ``random`` alarms, when ``live.random_rate`` is
             "matched": the guard's own rate, one for all or one per row.
         press_ratio: the ratio of ``constant``.
-        clock_tokens: of ``clock_or_loop``, chosen on train prompts; ``live.clock_tokens`` where
-            that is a number.
+        clock_tokens: of ``clock_or_loop``, of all rows or of each, chosen on train prompts;
+            ``live.clock_tokens`` where that is a number.
         gate_threshold: of ``gate``, chosen on calibration prompts; ``live.gate_threshold`` where
             that is a number.
 
@@ -112,7 +112,11 @@ def _guard(name: str, rows: int, controller: OperatingPoint, every: int) -> Guar
 
 
 def _loop_rival(
-    name: str, rows: int, max_new_tokens: int, live: Live, clock_tokens: int | None
+    name: str,
+    rows: int,
+    max_new_tokens: int | NDArray[np.integer],
+    live: Live,
+    clock_tokens: int | NDArray[np.integer] | None,
 ) -> Policy:
     """A rival that watches for exact repetitions."""
     runs = RepetitionRuns(rows, live.loop_pattern_tokens, live.loop_copies, live.loop_cover_tokens)

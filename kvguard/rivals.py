@@ -70,18 +70,18 @@ class RandomAlarm(OneAlarm):
 
     action = Action.REWIND
 
-    def __init__(self, name: str, rows: int, rate: ArrayLike, max_new_tokens: int) -> None:
+    def __init__(self, name: str, rows: int, rate: ArrayLike, max_new_tokens: ArrayLike) -> None:
         super().__init__(name, rows)
         self.rate = np.broadcast_to(np.asarray(rate, np.float64), (rows,))
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (rows,)).copy()
         self.alarm_at = np.full(rows, np.iinfo(np.int32).max, np.int32)
-        self.row_state.append(self.alarm_at)
+        self.row_state += [self.alarm_at, self.max_new_tokens]
 
     def reset(self, row: int, seed: int) -> None:
         """Draw whether the new request alarms, and when."""
         super().reset(row, seed)
         draws = np.random.default_rng([seed % 2**64, _RANDOM_ALARM_STREAM])
-        drawn, position = draws.random() < self.rate[row], draws.integers(self.max_new_tokens)
+        drawn, position = draws.random() < self.rate[row], draws.integers(self.max_new_tokens[row])
         self.alarm_at[row] = position if drawn else np.iinfo(np.int32).max
 
     def fires(self, observation: Observation) -> BoolArray:
@@ -91,7 +91,7 @@ class RandomAlarm(OneAlarm):
     def finish(self, observation: Observation) -> Decision:
         """Alarm where the drawn step lies beyond the request's end."""
         rows = observation.rows
-        alarm = (self.alarm_at[rows] < self.max_new_tokens) & (self.modes[rows] != Mode.SAFE)
+        alarm = (self.alarm_at[rows] < self.max_new_tokens[rows]) & (self.modes[rows] != Mode.SAFE)
         self.modes[rows[alarm]] = Mode.SAFE
         return self._decide(observation, self.action, alarm)
 
@@ -282,11 +282,14 @@ class VerifyOnFailure(Policy):
 
     needs_history = True
 
-    def __init__(self, name: str, rows: int, runs: RepetitionRuns, max_new_tokens: int) -> None:
+    def __init__(
+        self, name: str, rows: int, runs: RepetitionRuns, max_new_tokens: ArrayLike
+    ) -> None:
         super().__init__(name, rows)
-        self.runs, self.max_new_tokens = runs, max_new_tokens
+        self.runs = runs
+        self.max_new_tokens = np.broadcast_to(np.asarray(max_new_tokens, np.int32), (rows,)).copy()
         self.looped = np.zeros(rows, np.bool_)
-        self.row_state += [runs.runs, self.looped]
+        self.row_state += [runs.runs, self.looped, self.max_new_tokens]
 
     def reset(self, row: int, seed: int) -> None:
         """Forget the row's repetitions."""
@@ -302,7 +305,7 @@ class VerifyOnFailure(Policy):
     def finish(self, observation: Observation) -> Decision:
         """Check the requests that failed visibly."""
         rows = observation.rows
-        failed = self.looped[rows] | (observation.positions + 1 >= self.max_new_tokens)
+        failed = self.looped[rows] | (observation.positions + 1 >= self.max_new_tokens[rows])
         alarm = failed & (self.modes[rows] != Mode.SAFE)
         self.modes[rows[alarm]] = Mode.SAFE
         return self._decide(observation, Action.REWIND, alarm)
@@ -317,10 +320,11 @@ class ClockOrLoop(OneAlarm):
     action = Action.REWIND
     needs_history = True
 
-    def __init__(self, name: str, rows: int, runs: RepetitionRuns, clock_tokens: int) -> None:
+    def __init__(self, name: str, rows: int, runs: RepetitionRuns, clock_tokens: ArrayLike) -> None:
         super().__init__(name, rows)
-        self.runs, self.clock_tokens = runs, clock_tokens
-        self.row_state.append(runs.runs)
+        self.runs = runs
+        self.clock_tokens = np.broadcast_to(np.asarray(clock_tokens, np.int32), (rows,)).copy()
+        self.row_state += [runs.runs, self.clock_tokens]
 
     def reset(self, row: int, seed: int) -> None:
         """Forget the row's repetitions."""
@@ -329,7 +333,7 @@ class ClockOrLoop(OneAlarm):
 
     def fires(self, observation: Observation) -> BoolArray:
         """Whether the answer is that long, or ends in a repetition."""
-        late = observation.positions + 1 >= self.clock_tokens
+        late = observation.positions + 1 >= self.clock_tokens[observation.rows]
         return np.asarray(late | (self.runs.tail(observation) > 0))
 
 
@@ -378,16 +382,17 @@ class Gate(OneAlarm):
 
     action = Action.REWIND
 
-    def __init__(self, name: str, rows: int, threshold: float) -> None:
+    def __init__(self, name: str, rows: int, threshold: ArrayLike) -> None:
         super().__init__(name, rows)
-        self.threshold = threshold
+        self.threshold = np.broadcast_to(np.asarray(threshold, np.float32), (rows,)).copy()
+        self.row_state.append(self.threshold)
 
     def fires(self, observation: Observation) -> BoolArray:
         """Whether the first token's score is above the threshold; NaN never is."""
         score = observation.signals[:, ENTROPY]
         if observation.probe is not None:
             score = observation.probe
-        risky: BoolArray = (observation.positions == 0) & (score > self.threshold)
+        risky: BoolArray = (observation.positions == 0) & (score > self.threshold[observation.rows])
         return risky
 
 

@@ -37,6 +37,7 @@ from kvguard.controller import NEVER, Mode, first_alarm, stack_points
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, judge_answers, loop_onsets
 from kvguard.harm import judge_harm
+from kvguard.oracles import ORACLES, Ending, is_proven, oracle_ending
 from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, look_at
 from kvguard.policy_factory import make_policy
 from kvguard.schema import CATASTROPHES, CONDITION, TRACE_KEYS
@@ -128,8 +129,8 @@ def simulate_policies(
     detection: config.Detection,
     controller: config.OperatingPoint | None = None,
     random_rate: float | None = None,
-    clock_tokens: int | None = None,
-    gate_threshold: float | None = None,
+    clock_tokens: IntArray | int | None = None,
+    gate_threshold: FloatArray | float | None = None,
     guard: config.GuardSettings | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> pl.DataFrame:
@@ -142,14 +143,14 @@ def simulate_policies(
 
     Args:
         requests: the traces.
-        policies: names out of config.POLICY_NAMES.
+        policies: names out of config.POLICIES.
         prompts: PROMPTS, for the reference answers.
         live: parameters of the rivals.
         detection: what counts as a loop in a request that a policy stopped.
         controller: the guard's setting; the ``guard_*`` policies need it.
         random_rate: the rate of ``random``; None takes the controller's own rate in each condition.
-        clock_tokens: of ``clock_or_loop``.
-        gate_threshold: of ``gate``.
+        clock_tokens: of ``clock_or_loop``, one for all or one per request.
+        gate_threshold: of ``gate``, one for all or one per request.
         guard: how the guard works; None takes the defaults. Above a safe ratio of "0.000" what
             follows a recovery is unknown.
         decode: token ids to text, for requests that a policy stopped; None: their answer is null.
@@ -163,10 +164,15 @@ def simulate_policies(
     for name in dict.fromkeys(policies):
         if name == "constant":
             continue
+        if name in ORACLES:
+            ending = oracle_ending(name, requests)
+            runs = ending_runs(name, requests, ending, guard.holdback_tokens)
+            frames.append(runs.filter(pl.col("press") != config.BASELINE))
+            continue
         policy = make_policy(
             name,
             len(requests.lengths),
-            max_new_tokens=int(requests.table["max_new_tokens"].to_numpy().max()),
+            max_new_tokens=requests.table["max_new_tokens"].to_numpy(),
             live=live,
             controller=controller,
             check_every_tokens=guard.check_every_tokens,
@@ -177,7 +183,7 @@ def simulate_policies(
         exact = guard.safe_ratio == config.BASELINE_RATIO
         replayed = replay(policy, requests, guard.check_every_tokens)
         ending = _ending(policy, requests, replayed, exact)
-        runs = _runs(policy, requests, ending, guard.holdback_tokens)
+        runs = ending_runs(name, requests, ending, guard.holdback_tokens)
         runs = _judge_stopped(runs, requests, prompts, detection, decode)
         runs = pl.concat([runs, failed.with_columns(policy=pl.lit(name))], how="diagonal")
         frames.append(runs if name == "none" else runs.filter(pl.col("press") != config.BASELINE))
@@ -187,21 +193,6 @@ def simulate_policies(
     unknown = [name for name in schema.COSTS if name not in frame.columns]
     frame = frame.with_columns(pl.lit(None).alias(name) for name in unknown)
     return schema.check(schema.conform(frame, schema.RUNS), schema.RUNS, "simulation")
-
-
-class Ending(NamedTuple):
-    """How N requests end under a policy, all (N,)."""
-
-    draft: NDArray[np.int64]  # tokens generated when the policy intervenes, or all of them
-    alarmed: BoolArray
-    released: IntArray  # see Replay
-    source: NDArray[np.int64]  # row whose tokens are the final ones (STOP: their start); -1 unknown
-    stopped: BoolArray
-    checks: BoolArray  # goes on compressed after a check, or ended with it
-    recovers: BoolArray  # goes on at the safe ratio after a pass over what it keeps
-    carried: NDArray[np.int64]  # tokens that the recovering pass processes
-    kept: NDArray[np.int64]  # tokens that stay; -1 unknown
-    cuts: BoolArray  # a recovery that asked which tokens stay
 
 
 def _ending(
@@ -220,10 +211,7 @@ def _ending(
     kept = np.where(restarts, 0, draft)
     kept = np.where(verifies, np.minimum(_first_cut(policy, requests, draft), draft), kept)
     promotes = rewinds | restarts | (commits & (kept < draft))
-    # What is kept is the uncompressed answer's prefix, and so is what the audit lets through.
-    rejected, differs = requests.first_rejected, requests.first_difference
-    prefix = (kept <= rejected) & (kept <= differs)
-    prefix &= ~((kept < draft) & (kept == rejected) & (rejected < differs))  # a tie at the cut
+    prefix = is_proven(requests, kept, draft)
     uncompressed = requests.baseline if safe_is_uncompressed else np.full(len(draft), -1)
 
     own = np.arange(len(draft))
@@ -232,7 +220,8 @@ def _ending(
     source = np.where(relaxes & np.isnan(trace_memory(requests.table).slope), -1, source)
     source = np.where((action == Action.PRUNE) | (action == Action.REFRESH), -1, source)
     if policy.checks_everything:
-        source = np.where(rejected == differs, requests.baseline, -1)
+        same = requests.first_rejected == requests.first_difference
+        source = np.where(same, requests.baseline, -1)
     else:
         # After a check the cache is no longer the trace's: known where nothing is left to decode.
         # The check gives the token at the cut as well.
@@ -265,8 +254,8 @@ def _first_cut(
     return np.minimum(requests.first_implausible, np.where(inside, window, NOWHERE))
 
 
-def _runs(
-    policy: Policy, requests: StoredRequests, ending: Ending, holdback_tokens: int
+def ending_runs(
+    policy: str, requests: StoredRequests, ending: Ending, holdback_tokens: int
 ) -> pl.DataFrame:
     """RUNS columns of one policy, but for the verdict on requests that it stopped."""
     known = ending.source >= 0
@@ -278,14 +267,14 @@ def _runs(
         pl.when(pl.Series(known)).then(pl.col(name)).alias(name) for name in gathered.columns
     ).with_columns(
         table.select(*TRACE_KEYS, "task", "shard", "status", "error"),
-        policy=pl.lit(policy.name),
+        policy=pl.lit(policy),
         alarmed=pl.Series(ending.alarmed),
         stopped=pl.Series(ending.stopped),
         draft=pl.Series(ending.draft, dtype=pl.Int32),
         kept=pl.Series(ending.kept, dtype=pl.Int32),
         cuts=pl.Series(ending.cuts),
         streamed=pl.Series(np.maximum(ending.released - holdback_tokens, 0)),
-        **_costs(policy, requests, ending),
+        **_costs(requests, ending),
     )
     behind = pl.col("cuts") & (pl.col("kept") < pl.col("streamed"))
     empty = pl.lit([], dtype=pl.List(pl.Int32))
@@ -297,7 +286,7 @@ def _runs(
     )
 
 
-def _costs(policy: Policy, requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
+def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     """Costs of each request, null where its continuation is unknown.
 
     Of a recovery after which the policy only waits, the tokens that it prefilled and dropped are
@@ -314,8 +303,8 @@ def _costs(policy: Policy, requests: StoredRequests, ending: Ending) -> dict[str
     # A trace that ran to its end was measured; that holds whatever the press did to its cache.
     whole = drafted == requests.lengths
     own = own._replace(kv_bytes_mean=np.where(whole, memory.measured_mean, own.kv_bytes_mean))
-    if policy.starts_safe:
-        own = type(own)(*(field[ending.source] for field in own))
+    # Decoded under another condition from the first token on: that trace's costs.
+    own = type(own)(*(field[np.maximum(ending.source, 0)] for field in own))
     recovery = recovery_cost(
         memory, prompt_tokens, ending.draft, ending.carried, ending.kept, final
     )
@@ -351,7 +340,7 @@ def _judge_stopped(
         text=pl.Series(texts, dtype=pl.String),
         generated_tokens="draft",
         looping=pl.Series(loops),
-        non_termination=pl.lit(False),
+        non_termination=pl.lit(True),  # it did not end by itself: a stop cures nothing
         # The onset is that of the first window, which counts if it lies within what is left.
         amnesia=pl.col("amnesia") & (window_ends <= pl.col("draft")).fill_null(False),
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kvguard.code_digest import code_digest, data_digest, definition_digest
-from kvguard.config import BASELINE, ConfigError, parse_config
+from kvguard.config import BASELINE, POLICIES, ConfigError, parse_config
 from kvguard.figures import FIGURES
 from kvguard.splits import check_split_sizes
 
@@ -123,11 +123,13 @@ def every_live_run(pattern):
 def policy_files(wildcards):
     """What a policy needs beyond the model: a guard its predictor, a matched rival what it matches."""
     files = {}
-    if wildcards.policy.startswith("guard"):
+    if POLICIES[wildcards.policy].needs_hazard:
         files["predictor"] = "<results>/models/hazard_predictor.json"
         files["certificate"] = "<results>/models/certificate.json"
     if wildcards.policy in ("random", "constant"):
         files["simulation"] = "<results>/simulation.parquet"
+    if wildcards.policy in ("clock_or_loop", "gate"):
+        files["rivals"] = "<results>/models/rivals.json"
     return files
 
 

@@ -29,6 +29,29 @@ rule calibrate_controller:
         "../workflow_scripts/calibrate_controller.py"
 
 
+rule fit_rivals:
+    input:
+        traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
+        tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
+        outcomes="<results>/outcomes.parquet",
+        splits="<results>/splits.parquet",
+    output:
+        rivals="<results>/models/rivals.json",
+    log:
+        "<results>/logs/fit_rivals.log",
+    benchmark:
+        "<results>/benchmarks/fit_rivals.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.small.threads
+    resources:
+        **job("small"),
+    params:
+        library=library("fit_rivals"),
+    script:
+        "../workflow_scripts/fit_rivals.py"
+
+
 rule simulate_controller:
     input:
         checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
@@ -39,11 +62,9 @@ rule simulate_controller:
         predictions="<results>/predictions.parquet",
         splits="<results>/splits.parquet",
         certificate="<results>/models/certificate.json",
+        rivals="<results>/models/rivals.json",
     output:
         simulation="<results>/simulation.parquet",
-        operating_points="<results>/tables/operating_points.parquet",
-        pareto="<results>/tables/pareto.parquet",
-        simulability="<results>/tables/simulability.parquet",
     log:
         "<results>/logs/simulate_controller.log",
     benchmark:
@@ -55,14 +76,43 @@ rule simulate_controller:
         **job("train"),
     params:
         guard=section("guard"),
-        controller=section("controller"),
         live=section("live"),
         detection=section("detection"),
-        predictor={"bootstrap_samples": experiment.predictor.bootstrap_samples},
-        seed=experiment.seed,
         library=library("simulate_controller"),
     script:
         "../workflow_scripts/simulate_controller.py"
+
+
+rule summarize_simulation:
+    input:
+        traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
+        tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
+        outcomes="<results>/outcomes.parquet",
+        predictions="<results>/predictions.parquet",
+        splits="<results>/splits.parquet",
+        certificate="<results>/models/certificate.json",
+        simulation="<results>/simulation.parquet",
+    output:
+        operating_points="<results>/tables/operating_points.parquet",
+        pareto="<results>/tables/pareto.parquet",
+        simulability="<results>/tables/simulability.parquet",
+    log:
+        "<results>/logs/summarize_simulation.log",
+    benchmark:
+        "<results>/benchmarks/summarize_simulation.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.train.threads
+    resources:
+        **job("train"),
+    params:
+        guard=section("guard"),
+        controller=section("controller"),
+        predictor={"bootstrap_samples": experiment.predictor.bootstrap_samples},
+        seed=experiment.seed,
+        library=library("summarize_simulation"),
+    script:
+        "../workflow_scripts/summarize_simulation.py"
 
 
 rule build_timeline:

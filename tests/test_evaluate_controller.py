@@ -29,9 +29,11 @@ from kvguard.features import compute_features
 from kvguard.guard_observer import harmful_token
 from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import LoadedModel
+from kvguard.oracles import ORACLES, harmless_ratio
 from kvguard.policies import AFTER_END, ENTROPY, Action, Observation
 from kvguard.policy_factory import make_policy
 from kvguard.prompts import Prompt, prompts_frame
+from kvguard.rival_settings import fit_rivals
 from kvguard.simulation import OUTCOME_COLUMNS, alarm_rates, simulate_policies
 from kvguard.stored_requests import load_requests, tied_requests
 
@@ -744,6 +746,77 @@ def test_rivals_are_matched_to_the_guard_of_their_condition():
     assert match_guard(low, "constant", **where) == {"constant_ratio": "0.625"}
     with pytest.raises(ValueError, match=r"no simulated guard_promote for m knorm 0\.500"):
         match_guard(runs, "random", model="m", press="knorm", ratio="0.500")
+
+
+def test_oracles_leave_no_harm_and_touch_nobody_else():
+    run = make_run(17)
+    requests = requests_of(run)
+    runs = simulate(run, ["none", "always_safe", *ORACLES])
+    alone = runs.filter((pl.col("policy") == "none") & (pl.col("press") != "none")).select(
+        *KEYS, own="token_ids", hurt="harmed", spent="decode_steps", memory="kv_bytes_mean"
+    )
+    table = runs.filter(pl.col("policy").is_in(ORACLES)).join(alone, on=KEYS)
+    assert table.height == 4 * alone.height
+    assert alone["hurt"].sum() > 0
+    assert not table["harmed"].drop_nulls().any()
+    known = table.filter(pl.col("token_ids").is_not_null() & ~pl.col("hurt"))
+    same = known.filter(pl.col("policy") != "oracle_ratio")
+    assert (same["token_ids"] == same["own"]).all()
+    assert same["kv_bytes_mean"].equals(same["memory"], check_names=False)
+    assert table.filter(pl.col("policy") == "oracle_gate")["alarmed"].equals(
+        alone["hurt"], check_names=False
+    )
+    # the highest harmless ratio by hand
+    rows = requests.table.select(*KEYS, "harmed").to_dicts()
+    chosen = harmless_ratio(requests)
+    for row, place in zip(rows, chosen, strict=True):
+        fine = [
+            (other["ratio"], index)
+            for index, other in enumerate(rows)
+            if other["press"] == row["press"]
+            and other["prompt_id"] == row["prompt_id"]
+            and other["ratio"] <= row["ratio"]
+            and not other["harmed"]
+        ]
+        expected = max(fine)[1] if fine else None
+        if expected is None:
+            assert rows[place]["press"] == "none"
+        else:
+            assert place == expected
+
+
+def test_a_lossless_run_is_the_uncompressed_one():
+    run = make_run(17)
+    runs = simulate(run, ["none", "lossless"])
+    baseline = runs.filter(pl.col("press") == "none").select("prompt_id", own="token_ids")
+    found = runs.filter(pl.col("policy") == "lossless").join(baseline, on="prompt_id")
+    assert (found["token_ids"] == found["own"]).all()
+    assert not found["harmed"].any()
+    assert found["kv_bytes_mean"].is_null().all()  # no trace says what the drafts between would be
+
+
+def test_rivals_learn_from_train_and_calibration_alone():
+    rows = []
+    for index in range(40):
+        harmed = index % 2 == 0
+        split = ("train", "calibration", "test")[index % 3]
+        # on test prompts everything is the other way round
+        late = harmed != (split == "test")
+        keys = {"model": "m", "press": "p", "ratio": "0.500", "prompt_id": f"{index:02d}"}
+        rows.append(
+            keys
+            | {"status": "ok", "generated_tokens": 50 if late else 20, "max_new_tokens": 90}
+            | {"harmed": harmed, "entropy": 2.0 if late else 1.0, "split": split}
+        )
+    table = pl.DataFrame(rows)
+    (chosen,) = fit_rivals(table, table, table, table)
+    assert (chosen.clock_tokens, chosen.train_harmed) == (50, 7)
+    assert 1.0 < chosen.gate_threshold < 2.0 or chosen.gate_threshold == pytest.approx(2.0)
+    assert np.float32(2.0) > np.float32(chosen.gate_threshold) > 1.0
+    calm = table.with_columns(harmed=pl.lit(False))
+    (none,) = fit_rivals(table, table, calm, table)
+    assert none.clock_tokens == 90
+    assert none.gate_threshold > 1e30
 
 
 def test_simulability_says_what_is_known_of_every_policy():

@@ -10,6 +10,7 @@ from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import load_model
 from kvguard.predictor import load_predictor
 from kvguard.prompts import read_examples, read_prompts
+from kvguard.rival_settings import load_rivals
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
 from kvguard.splits import prompts_of, read_splits
 
@@ -33,6 +34,9 @@ def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target:
     if "simulation" in inputs:
         simulated = read_table(inputs["simulation"], RUNS)
         needs |= match_guard(simulated, policy, model=spec.name, press=press.name, ratio=ratio)
+    if "rivals" in inputs:
+        learned = load_rivals(inputs["rivals"])[spec.name, press.name, ratio]
+        needs |= learned.model_dump(include={"clock_tokens", "gate_threshold"})
     attention = press.attention or spec.attention
     runs = run_policy_shard(
         load_model(inputs["checkpoint"], dtype=spec.dtype, device=spec.device, attention=attention),
