@@ -163,7 +163,7 @@ def _counts(module: str, name: str, body: _Module) -> bool:
     if module in NOT_RESULTS or name not in body.definitions:
         return False
     first = body.definitions[name][0]
-    if module == "config":
+    if module.startswith("config"):
         return first.kind is not ast.ClassDef and " = Annotated[" not in first.code
     return not (module == "schema" and first.kind in (ast.FunctionDef, ast.ClassDef))
 

@@ -6,6 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+BASELINE = "none"
+"""The press name of the uncompressed run, always at ratio "0.000"."""
+
+BASELINE_RATIO = "0.000"
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names each field and what it accepts."""
