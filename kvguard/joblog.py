@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from kvguard.files import check_inputs
+
 logger = logging.getLogger("kvguard")
 
 LINE_SECONDS = 10.0
@@ -54,18 +56,20 @@ def configure_logging(log: str | Path | None = None) -> None:
 
 
 def start_job() -> Any:
-    """Set up the log of the rule whose script is running.
+    """Set up the log of the rule whose script is running, and check the digests of its inputs.
 
     Returns:
         The object that Snakemake puts into a script's globals: input, output, params, wildcards.
 
     Raises:
         RuntimeError: the script was not started by Snakemake.
+        DamagedFile: an input is not what was written; names it and how to heal it.
     """
     job = getattr(sys.modules.get("__main__"), "snakemake", None)
     if job is None:
         raise RuntimeError("this script is started by Snakemake, as the rule of the same name")
     configure_logging(job.log[0])
+    check_inputs(map(str, job.input))
     return job
 
 

@@ -24,11 +24,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from kvguard.files import RECORD as RECORD
+
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 """Values of a model config's ``model_type`` that the engine decodes exactly."""
-
-RECORD = "kvguard_model.json"
-"""What `prepare_model` writes beside the weights: source, end token ids, digests, versions."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ATTENTIONS = ("sdpa", "eager", "flash_attention_2")

@@ -1,6 +1,5 @@
 """What a result was made by: the configuration, the versions, the machine, the files."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ import psutil
 
 import kvguard
 from kvguard.config import Config, digest
+from kvguard.files import file_sha256
 
 PACKAGE = Path(__file__).parent
 
@@ -38,12 +38,6 @@ PACKAGES = (
     "datasets",
 )
 """Packages whose versions a result carries."""
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file, as 64 hex digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def manifest(paths: Iterable[str | Path], root: str | Path) -> dict[str, dict[str, Any]]:

@@ -5,14 +5,15 @@ folder and then renamed, so that a reader never sees half a file. Keys are colum
 parsed out of a file name. ``ratio`` is text with three decimals: no float is ever compared.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+
+from kvguard.files import DamagedFile, check_file
+from kvguard.files import atomic_path as atomic_path
 
 TOP_LOGPROBS = 20
 """How many of the largest log-probabilities are stored per token."""
@@ -312,12 +313,17 @@ def read_table(path: str | Path, schema: Mapping[str, pl.DataType] | None = None
 
     Raises:
         FileNotFoundError: names the path and the command that would make it.
+        DamagedFile: the file is not what was written, or no Parquet; says how to heal it.
         SchemaError: the file does not match.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no table at {path}; `snakemake {path}` makes it")
-    frame = pl.read_parquet(path, hive_partitioning=False)
+    check_file(path)
+    try:
+        frame = pl.read_parquet(path, hive_partitioning=False)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DamagedFile(path, error) from error
     return frame if schema is None else check(frame, schema, path.stem)
 
 
@@ -369,28 +375,3 @@ def conform(frame: pl.DataFrame, schema: Mapping[str, pl.DataType]) -> pl.DataFr
     """
     present = [pl.col(name).cast(kind) for name, kind in schema.items() if name in frame.columns]
     return frame.select(present)
-
-
-class atomic_path:
-    """Context manager: a temporary name beside ``path``, renamed onto it on success.
-
-    >>> with atomic_path(target) as temporary:
-    ...     temporary.write_text("whole or not at all")
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.temporary.chmod(0o644)
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)

@@ -27,9 +27,16 @@ def any_of(names):
 
 
 def job(kind):
-    """Resources of one kind of job, from the configuration's section `jobs`."""
+    """Resources of one kind of job, from the configuration's section `jobs`.
+
+    A job that is retried asks for its memory and its minutes once more with every attempt.
+    """
     asked = getattr(experiment.jobs, kind)
-    resources = {"mem_mb": asked.mem_mb, "runtime": asked.runtime, "gpu": asked.gpu}
+    resources = {
+        "mem_mb": lambda wildcards, attempt: asked.mem_mb * attempt,
+        "runtime": lambda wildcards, attempt: asked.runtime * attempt,
+        "gpu": asked.gpu,
+    }
     if asked.partition is not None:
         resources["slurm_partition"] = asked.partition
     if asked.account is not None:

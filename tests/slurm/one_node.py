@@ -1,0 +1,227 @@
+"""A SLURM cluster of one node on this machine, for tests: installed, started, read and stopped.
+
+Debian's packages, run as root without systemd, cgroups or an accounting database. The GPU is a
+stand-in: the scheduler hands it out, it computes nothing. The scheduler's own records are read from
+its completion log and from ``scontrol``, never from Snakemake.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGES = ("slurm-wlm", "slurmctld", "slurmd", "slurm-client", "munge")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo")
+ETC = Path("/etc/slurm")
+OURS = "# Written by KVGuard's tests"
+
+CONTROLLER = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+SlurmctldPort=26817
+SlurmdPort=26818
+AuthType=auth/munge
+AuthInfo=socket={folder}/run/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.log
+MailProg=/bin/true
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/filetxt
+JobCompLoc={folder}/log/jobcomp.log
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
+ReturnToService=2
+SlurmdParameters=config_overrides
+KillWait=2
+MinJobAge=3600
+DefMemPerCPU=100
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 \
+ThreadsPerCore=1 RealMemory=16000 Gres=gpu:1 State=UNKNOWN
+PartitionName=cpu Nodes=localhost Default=YES MaxTime=600 DefaultTime=10 State=UP
+PartitionName=gpu Nodes=localhost Default=NO MaxTime=600 DefaultTime=10 State=UP
+"""
+
+GPUS = "AutoDetect=off\nName=gpu Count=1 File=/dev/null\n"
+
+
+class Unavailable(Exception):
+    """There can be no cluster on this machine; the message says why."""
+
+
+class Record(NamedTuple):
+    """What the scheduler wrote down when a job ended."""
+
+    job: str
+    name: str
+    comment: str
+    state: str
+    memory_mb: int
+    gpus: int
+    limit_minutes: int
+    array: str | None
+
+
+class OneNode:
+    """The running cluster.
+
+    Args:
+        folder: an absolute path for its state and logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self) -> None:
+        """Write the configuration, start the three daemons, wait until the node is idle."""
+        for part in ("run", "state", "spool", "log"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o755)
+        key = self.folder / "run/munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        ETC.mkdir(exist_ok=True)
+        (ETC / "slurm.conf").write_text(OURS + CONTROLLER.format(folder=self.folder))
+        (ETC / "gres.conf").write_text(GPUS)
+        run = self.folder / "run"
+        _call(
+            "munged",
+            f"--key-file={key}",
+            f"--socket={run}/munge.socket",
+            f"--pid-file={run}/munged.pid",
+            f"--log-file={self.folder}/log/munged.log",
+            f"--seed-file={run}/munged.seed",
+        )
+        _call("slurmctld", "-c")
+        _call("slurmd")
+        wait_until(lambda: _call("sinfo", "-h", "-p", "cpu", "-o", "%T").strip() == "idle", 60)
+
+    def stop(self) -> None:
+        """Cancel every job, end the daemons, remove the configuration."""
+        subprocess.run(["scancel", "--user", "root"], capture_output=True)
+        wait_until(lambda: not self.queue(), 30)
+        _end_daemons(self.folder)
+        for name in ("slurm.conf", "gres.conf"):
+            (ETC / name).unlink()
+
+    def queue(self) -> dict[str, str]:
+        """State of each job that has not ended, by its number: PENDING, RUNNING, COMPLETING."""
+        lines = _call("squeue", "-h", "-r", "-o", "%i %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    def describe(self, job: str) -> dict[str, str]:
+        """What ``scontrol`` says about one job, also after its end; of an array, about one task."""
+        for line in _call("scontrol", "--oneliner", "show", "job", job).splitlines():
+            entry = dict(part.split("=", 1) for part in line.split() if "=" in part)
+            if entry["JobId"] == job:
+                return entry
+        raise KeyError(job)
+
+    def records(self) -> list[Record]:
+        """Every job that has ended, in the order in which the scheduler wrote them down."""
+        log = self.folder / "log/jobcomp.log"
+        found = []
+        for line in log.read_text().splitlines() if log.exists() else []:
+            entry = dict(part.split("=", 1) for part in line.split() if "=" in part)
+            shown = self.describe(entry["JobId"])
+            resources = dict(part.split("=", 1) for part in entry["Tres"].split(","))
+            task = shown.get("ArrayTaskId")
+            found.append(
+                Record(
+                    job=entry["JobId"],
+                    name=entry["Name"],
+                    comment=shown.get("Comment", ""),
+                    state=entry["JobState"],
+                    memory_mb=_megabytes(resources["mem"]),
+                    gpus=int(shown.get("TresPerJob", "gres:gpu:0").removeprefix("gres:gpu:")),
+                    limit_minutes=int(entry["TimeLimit"]),
+                    array=f"{shown['ArrayJobId']}_{task}" if task else None,
+                )
+            )
+        return found
+
+
+def install() -> None:
+    """Make sure that the cluster's programs are there.
+
+    Raises:
+        Unavailable: they are not and cannot be installed, or the machine has a cluster of its own.
+    """
+    config = ETC / "slurm.conf"
+    if config.exists() and not config.read_text().startswith(OURS):
+        raise Unavailable(f"{config} is not of these tests: this machine belongs to a cluster")
+    if os.geteuid() != 0:
+        raise Unavailable("a SLURM of one node needs root, for its daemons and /etc/slurm")
+    if all(map(shutil.which, PROGRAMS)):
+        return
+    if shutil.which("apt-get") is None:
+        raise Unavailable(f"no apt-get to install {', '.join(PACKAGES)}")
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *PACKAGES]):
+        done = subprocess.run(
+            ["apt-get", *command], env=environment, capture_output=True, text=True
+        )
+    if done.returncode != 0:
+        raise Unavailable(f"apt-get cannot install {', '.join(PACKAGES)}: {done.stderr.strip()}")
+
+
+def stop_leftover() -> None:
+    """End the daemons of an earlier test run that was killed before it could."""
+    config = ETC / "slurm.conf"
+    if config.exists() and config.read_text().startswith(OURS):
+        (spool,) = (
+            line.split("=", 1)[1]
+            for line in config.read_text().splitlines()
+            if line.startswith("SlurmdSpoolDir")
+        )
+        _end_daemons(Path(spool).parent)
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str = "") -> None:
+    """Return as soon as the condition is true; TimeoutError when it does not become so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(what or f"nothing happened within {seconds:.0f} s")
+        time.sleep(0.2)
+
+
+def _end_daemons(folder: Path) -> None:
+    for program in ("slurmd", "slurmctld", "munged"):
+        file = folder / "run" / f"{program}.pid"
+        if not file.exists():
+            continue
+        pid = int(file.read_text())
+        name = Path(f"/proc/{pid}/comm")
+        if name.exists() and name.read_text().strip() == program:
+            os.kill(pid, signal.SIGTERM)
+            wait_until(lambda gone=name: not gone.exists(), 30, f"{program} does not end")
+
+
+def _call(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _megabytes(text: str) -> int:
+    number, unit = float(text[:-1]), text[-1]
+    return round(number * {"K": 1 / 1024, "M": 1, "G": 1024}[unit])

@@ -1,0 +1,223 @@
+"""The workflow on a real scheduler: arrays, GPUs, retries, limits, interruptions, the whole run.
+
+What happened is read from the scheduler's own records. The jobs of ``workflow/Snakefile`` keep a
+journal of when they start and end, so that computing anything twice is seen.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_experiment
+import yaml
+from one_node import OneNode, Record, Unavailable, install, stop_leftover, wait_until
+
+FAULTS = Path(__file__).parent / "workflow/Snakefile"
+
+SLURM = (
+    *("--executor", "slurm", "--jobs", "8", "--latency-wait", "10"),
+    *("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "8"),
+)
+"""The cluster has no accounting database, so jobs are followed by ``squeue``."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneNode]:
+    """The running cluster; without its packages, and only then, the tests are skipped."""
+    try:
+        install()
+    except Unavailable as reason:
+        pytest.skip(f"no SLURM here: {reason}")
+    stop_leftover()
+    started = OneNode(tmp_path_factory.mktemp("slurm"))
+    started.start()
+    yield started
+    started.stop()
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start Snakemake on the misbehaving jobs, in ``folder``, its output in ``output.txt``."""
+    command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", str(FAULTS)]
+    folder.mkdir(exist_ok=True)
+    with (folder / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            [*command, "--nocolor", *SLURM],
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """As `start`, to the end, which must be good; the output."""
+    status = start(folder, *arguments).wait()
+    output = (folder / "output.txt").read_text()
+    assert status == 0, output
+    return output
+
+
+def journal(folder: Path) -> Counter[str]:
+    """How often each shard started and ended."""
+    path = folder / "journal.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return Counter(" ".join(line.split()[:2]) for line in lines)
+
+
+def new_records(cluster: OneNode, before: list[Record]) -> list[Record]:
+    wait_until(lambda: not cluster.queue(), 60, "jobs are left in the queue")
+    return cluster.records()[len(before) :]
+
+
+def of_rule(records: list[Record], rule: str) -> list[Record]:
+    return [record for record in records if record.comment.startswith(f"rule_{rule}")]
+
+
+def test_an_array_shares_one_gpu(cluster: OneNode, tmp_path: Path) -> None:
+    before = cluster.records()
+    run(tmp_path, "sweep", "--slurm-array-jobs", "shard", "--config", "gpu=1", "shards=3")
+    tasks = new_records(cluster, before)
+    assert len(tasks) == 3
+    assert all(task.state == "COMPLETED" and task.gpus == 1 for task in tasks)
+    assert len({task.array.split("_")[0] for task in tasks if task.array}) == 1, "one sbatch"
+    lines = (tmp_path / "journal.txt").read_text().split("\n")[:-1]
+    begun = [line.split()[0] for line in lines if "starts" in line]
+    assert all(line.endswith(" 0") for line in lines if "starts" in line), "CUDA_VISIBLE_DEVICES"
+    order = [" ".join(line.split()[:2]) for line in lines]
+    assert order == [f"{shard} {what}" for shard in begun for what in ("starts", "ends")]
+
+
+@pytest.fixture(scope="module")
+def faults(
+    cluster: OneNode, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Record], str]:
+    """A job that needs more memory, one that is too slow, one that is cancelled, side by side."""
+    folder = tmp_path_factory.mktemp("faults")
+    before = cluster.records()
+    targets = ("greedy.txt", "slow.txt", "cancelled.txt")
+    running = start(folder, *targets, "--keep-going")
+
+    def written() -> bool:
+        return (folder / "cancelled.txt").exists()
+
+    wait_until(written, 120, "the job that is to be cancelled does not start")
+    (number,) = (
+        job
+        for job, state in cluster.queue().items()
+        if cluster.describe(job)["Comment"].startswith("rule_cancelled")
+    )
+    subprocess.run(["scancel", number], check=True)
+    assert running.wait() == 1
+    return folder, new_records(cluster, before), (folder / "output.txt").read_text()
+
+
+def test_a_failed_job_is_retried_with_more_memory(
+    faults: tuple[Path, list[Record], str],
+) -> None:
+    folder, records, _ = faults
+    attempts = [(job.state, job.memory_mb) for job in of_rule(records, "greedy")]
+    assert attempts == [("FAILED", 200), ("COMPLETED", 400)]
+    assert (folder / "greedy.txt").read_text().strip() == "400M"
+
+
+def test_a_job_past_its_limit_is_retried_with_more_time(
+    faults: tuple[Path, list[Record], str],
+) -> None:
+    folder, records, _ = faults
+    attempts = [(job.state, job.limit_minutes) for job in of_rule(records, "slow")]
+    assert attempts == [("TIMEOUT", 1), ("COMPLETED", 2)]
+    assert (folder / "slow.txt").read_text() == "done\n"
+
+
+def test_a_cancelled_job_leaves_no_half_output_and_is_named(
+    faults: tuple[Path, list[Record], str],
+) -> None:
+    folder, records, output = faults
+    (job,) = of_rule(records, "cancelled")
+    assert job.state == "CANCELLED"
+    assert not (folder / "cancelled.txt").exists()
+    assert f"SLURM-job '{job.job}' failed, SLURM status is: 'CANCELLED'" in output
+
+
+def one_done_one_running(folder: Path) -> None:
+    """Wait until a shard has ended and another one computes."""
+
+    def so() -> bool:
+        counts = journal(folder)
+        started = {line.split()[0] for line in counts if line.endswith("starts")}
+        ended = {line.split()[0] for line in counts if line.endswith("ends")}
+        return bool(ended and started - ended)
+
+    wait_until(so, 120, "no shard ended while another one computed")
+
+
+def test_an_interrupted_sweep_cancels_its_jobs_and_resumes(
+    cluster: OneNode, tmp_path: Path
+) -> None:
+    before = cluster.records()
+    sweep = ("sweep", "--rerun-incomplete", "--config", "seconds=4", "shards=4")
+    running = start(tmp_path, *sweep)
+    one_done_one_running(tmp_path)
+    os.kill(running.pid, signal.SIGINT)
+    assert running.wait() != 0
+    stopped = new_records(cluster, before)
+    assert "CANCELLED" in {job.state for job in stopped}
+    finished = {line.split()[0] for line in journal(tmp_path) if line.endswith("ends")}
+    run(tmp_path, *sweep)
+    counts = journal(tmp_path)
+    assert {counts[f"{shard} ends"] for shard in ("00", "01", "02", "03")} == {1}
+    assert all(counts[f"{shard} starts"] == 1 for shard in finished)
+
+
+def test_jobs_outlive_a_killed_snakemake_and_nothing_is_computed_twice(
+    cluster: OneNode, tmp_path: Path
+) -> None:
+    before = cluster.records()
+    sweep = ("sweep", "--rerun-incomplete", "--config", "seconds=4", "shards=4")
+    running = start(tmp_path, *sweep)
+    one_done_one_running(tmp_path)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert cluster.queue(), "the scheduler goes on without Snakemake"
+    orphans = new_records(cluster, before)
+    assert {job.state for job in orphans} == {"COMPLETED"}
+    run(tmp_path, *sweep[:1], "--unlock", *sweep[2:])
+    run(tmp_path, *sweep)
+    counts = journal(tmp_path)
+    assert set(counts.values()) == {1}, "every shard started once and ended once"
+    assert len(counts) == 2 * 4
+    assert len(cluster.records()) == len(before) + 4, "the resumed sweep submitted nothing"
+
+
+def test_the_tiny_experiment_runs_through_the_shipped_profile(
+    cluster: OneNode, tmp_path: Path
+) -> None:
+    before = cluster.records()
+    folder = tiny_experiment.make_experiment(tmp_path)
+    written = folder / "gpu.yaml"
+    written.write_text(yaml.safe_dump({"jobs": {"model": {"partition": "gpu", "gpu": 1}}}))
+    command = [sys.executable, "-m", "snakemake", "--nocolor", "--configfile", str(written)]
+    done = subprocess.run(
+        [*command, "--workflow-profile", "profiles/slurm", *SLURM],
+        cwd=folder,
+        env=tiny_experiment.environment(folder),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = new_records(cluster, before)
+    assert {job.state for job in records} == {"COMPLETED"}
+    for rule in ("generate", "run_live"):
+        jobs = of_rule(records, rule)
+        assert jobs
+        assert all(job.gpus == 1 for job in jobs)
+    steps = re.search(r"(\d+) of \1 steps \(100%\) done", done.stdout + done.stderr)
+    assert steps is not None
+    assert len(records) < int(steps[1]) // 2, "short jobs share a submission"
+    assert (folder / tiny_experiment.RESULTS / "report.html").exists()
