@@ -9,7 +9,7 @@ PARALLEL := --numprocesses $(CORES) --dist loadfile
 SNAKEMAKE := $(BIN)/snakemake --resources gpu=1 --cores
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick check fmt fmt-check lint typecheck figures phase2 status bench findings docs schema envs clean
+.PHONY: help demo test test-quick test-slurm check fmt fmt-check lint typecheck figures phase2 status bench findings docs schema envs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -28,6 +28,9 @@ test: $(READY) ## the test suite
 
 test-quick: $(READY) ## the tests that need neither the embedded model nor Snakemake, in 3 minutes
 	$(BIN)/python -m pytest $(PARALLEL) -m "unit and not slow"
+
+test-slurm: $(READY) ## the workflow on a SLURM cluster of one node, installed and started for it
+	$(BIN)/python -m pytest tests/slurm
 
 check: fmt-check lint typecheck ## formatting, lint and types, changing nothing
 

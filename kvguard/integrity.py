@@ -9,7 +9,7 @@ import polars as pl
 
 from kvguard import schema
 from kvguard.config import BASELINE, Config
-from kvguard.provenance import file_sha256
+from kvguard.files import file_sha256
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every file of a finished run."""
