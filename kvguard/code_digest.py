@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import kvguard
 from kvguard.config import digest
-from kvguard.provenance import file_sha256
+from kvguard.files import file_sha256
 
 PACKAGE = Path(__file__).parent
 
-NOT_RESULTS = frozenset({"joblog"})
+NOT_RESULTS = frozenset({"files", "joblog"})
 """Modules whose code changes no stored value."""
 
 _SPEAKERS = frozenset({"logger", "logging", "warnings"})

@@ -7,16 +7,13 @@ One uninterrupted run of the tiny experiment is what everything is compared with
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
-import tiny_experiment
 from polars.testing import assert_frame_equal
 from tiny_experiment import RESULTS, command, environment, make_experiment, run
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,17 +29,19 @@ SLURM = (
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneNode]:
+def cluster() -> Iterator[OneNode]:
     """The running cluster; without its packages, and only then, the tests are skipped."""
     try:
         install()
     except Unavailable as reason:
         pytest.skip(f"no SLURM here: {reason}")
     stop_leftover()
-    started = OneNode(tmp_path_factory.mktemp("slurm"))
-    started.start()
-    yield started
-    started.stop()
+    # Not below pytest's own folder: every user must be able to reach munge's socket.
+    with tempfile.TemporaryDirectory(prefix="kvguard-slurm-") as folder:
+        started = OneNode(Path(folder))
+        started.start()
+        yield started
+        started.stop()
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
