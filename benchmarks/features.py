@@ -29,7 +29,8 @@ import numpy as np
 import polars as pl
 
 from kvguard import schema
-from kvguard.features import FeatureState, build_features, compute_features
+from kvguard.feature_files import build_features
+from kvguard.features import FeatureState, compute_features
 
 TRACES_PER_SHARD = 500
 MAX_NEW_TOKENS = 256

@@ -49,11 +49,13 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
     "entropy": (
         *("entropy", "alternatives_entropy", "entropy_mean_8", "entropy_std_8"),
         *("alternatives_entropy_mean_8", "alternatives_entropy_std_8"),
+        *("entropy_mean", "entropy_max"),
     ),
     "entropy change": ("entropy_delta", "entropy_delta_mean_8", "entropy_delta_std_8"),
     "confidence": (
         *("top1_probability", "top5_probability"),
         *("top1_probability_mean_8", "top1_probability_std_8"),
+        *("top1_probability_mean", "runner_up_probability_mean"),
     ),
     "chosen token": ("chosen_logprob", "chosen_rank"),
     "top log-probabilities": (
@@ -63,8 +65,9 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
     "repetition": ("repeated_ngram", "repetition_sum"),
     "position": ("relative_position",),
     "ratio": ("compression_ratio",),
+    "probes": schema.PROBE_NAMES,
 }
-"""Features that are permuted together; every one of the 40 is in one group."""
+"""Features that are permuted together; every one is in one group."""
 
 
 _RANKING = ("auroc", "auroc_within", "pr_auc", "request_auroc", "request_auroc_early")

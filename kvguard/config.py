@@ -159,7 +159,16 @@ class Predictor(Section):
     """Training of the hazard predictors."""
 
     targets: list[Target] = Field(default=list(get_args(Target)))
-    feature_set: Literal["full", "no_ratio", "no_repetition", "logit_only"] = "no_ratio"
+    feature_set: Literal[
+        "full",
+        "with_probes",
+        "no_ratio",
+        "no_repetition",
+        "logit_only",
+        "entropy_only",
+        "clock_repetition",
+        "probes_only",
+    ] = "no_ratio"
     formulation: Literal["windowed", "discrete_time"] = "windowed"
     include_post_onset: bool = False
     include_baseline: bool = True

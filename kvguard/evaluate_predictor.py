@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from kvguard import config, schema
 from kvguard.config import BASELINE
+from kvguard.harm_metrics import HARM_TYPES, NO_HEADLINE, build_panel, harm_table
 from kvguard.leakage import LeakageCheck, check_trained_on
 from kvguard.metrics import (
     INTERVAL_TYPES,
@@ -47,6 +48,7 @@ from kvguard.metrics import (
     with_intervals,
 )
 from kvguard.predictor import Predictor, rules_predictor
+from kvguard.predictor_curves import predictor_curves
 from kvguard.rows import Rows, load_rows
 from kvguard.splits import Table, read_splits, scan_table
 from kvguard.train import Models
@@ -56,8 +58,6 @@ logger = logging.getLogger(__name__)
 RUN_TOKENS = 8
 EARLY_TOKENS = 32
 CONDITION = ("model", "press", "ratio")
-CURVE_POINTS = 101
-CALIBRATION_BINS = 10
 
 _NEVER = -1.0  # score of a request without a run, below every hazard
 
@@ -311,6 +311,8 @@ def evaluate_predictors(
         - ``predictor_metrics``: one row per target, predictor (``hazard``, its baselines and
           ``rules``), group of requests and metric; see `measure`. Group ``kind`` holds the harmless
           requests and those whose first failure is of that kind.
+        - ``harm_metrics``: metrics that position cannot win, see `kvguard.harm_metrics`; the
+          headline. Targets whose onset is a proxy have none.
         - ``predictor_curves``: points of ROC, precision-recall and calibration curves.
         - ``lead_times``: one row per harmed compressed request and target; ``lead_time_tokens`` =
           onset - alarm (negative: after the onset; null: no alarm), ``detection_delay_tokens`` =
@@ -335,16 +337,16 @@ def evaluate_predictors(
     measured: list[tuple[dict[str, Any], Measured]] = []
     detected: list[tuple[dict[str, Any], Measured]] = []
     leads: list[pl.DataFrame] = []
-    for target, predictor in models.predictors.items():
-        candidates = {"hazard": predictor} | {
-            kind: by_target[target]
-            for kind, by_target in models.baselines.items()
-            if target in by_target
-        }
-        if predictor.kind != "rules":
-            candidates["rules"] = rules_predictor(target)
+    harm: list[pl.DataFrame] = []
+    everyone = {target: _candidates(models, target) for target in models.predictors}
+    for target, candidates in everyone.items():
+        hazards = {name: model.predict(test.features) for name, model in candidates.items()}
+        if target not in NO_HEADLINE:
+            panel = build_panel(test, target, known, settings.bootstrap_samples, seed)
+            if len(panel.table):
+                harm.append(harm_table(panel, target, hazards))
         for name, model in candidates.items():
-            scored = score(test, model.predict(test.features), target, weights)
+            scored = score(test, hazards[name], target, weights)
             threshold = request_threshold(calibration, model, target, settings.false_alarm_rate)
             for group, where in _groups(scored, everything=name == "hazard"):
                 described = {"target": target, "predictor": name} | group
@@ -383,11 +385,25 @@ def evaluate_predictors(
     )
     return {
         "predictor_metrics": metrics,
-        "predictor_curves": _curves(models, test, weights, metrics),
+        "harm_metrics": pl.concat(harm) if harm else pl.DataFrame(schema=HARM_TYPES),
+        "predictor_curves": predictor_curves(everyone, test, weights, metrics),
         "lead_times": pl.concat(leads) if leads else pl.DataFrame(schema=_LEAD_TYPES),
         "detection": pl.DataFrame(detection, schema=_DETECTION_TYPES),
         "leakage_check_evaluation": leakage.table(),
     }
+
+
+def _candidates(models: Models, target: str) -> dict[str, Predictor]:
+    """The predictor of a target and all that it is compared with, by name."""
+    predictor = models.predictors[target]
+    found = {"hazard": predictor} | {
+        kind: by_target[target]
+        for kind, by_target in models.baselines.items()
+        if target in by_target
+    }
+    if predictor.kind != "rules":
+        found["rules"] = rules_predictor(target)
+    return found
 
 
 def request_threshold(
@@ -511,106 +527,3 @@ def _detection(lead: pl.DataFrame, scored: Scored) -> list[tuple[dict[str, Any],
                 )
                 found.append((described | {"metric": f"{column}_{name}"} | size, measured))
     return found
-
-
-# --- curves --------------------------------------------------------------------------------------
-
-_CURVE_TYPES: dict[str, Any] = {
-    "target": pl.String,
-    "predictor": pl.String,
-    "curve": pl.String,
-    "x": pl.Float64,
-    "y": pl.Float64,
-    "y_low": pl.Float64,
-    "y_high": pl.Float64,
-    "score": pl.Float64,
-    "score_low": pl.Float64,
-    "score_high": pl.Float64,
-}
-
-_CURVE_SCORES = {"roc": "auroc", "precision_recall": "pr_auc", "calibration": "brier"}
-
-
-def _curves(models: Models, test: Rows, weights: Floats, metrics: pl.DataFrame) -> pl.DataFrame:
-    """Curves over all compressed tokens before the onset; bands are pointwise, over prompts."""
-    rows: list[dict[str, Any]] = []
-    for target, predictor in models.predictors.items():
-        candidates = {"hazard": predictor} | {
-            kind: by_target[target]
-            for kind, by_target in models.baselines.items()
-            if target in by_target
-        }
-        part = test.take(test.before_onset(target) & test.compressed())
-        codes = np.unique(test.keys["prompt_id"].to_numpy())
-        prompts = np.searchsorted(codes, part.keys["prompt_id"].to_numpy())
-        for name, model in candidates.items():
-            scores = model.predict(part.features).astype(np.float64)
-            sample = Sample(scores, part.label(target), prompts, weights)
-            if not sample.ranks_something:
-                continue
-            points = _ranking_curves(sample) | {"calibration": _calibration_curve(sample)}
-            own = metrics.filter(target=target, predictor=name, group_by="all")
-            for curve, values in points.items():
-                found = own.filter(metric=_CURVE_SCORES[curve]).row(0, named=True)
-                described = {
-                    "target": target,
-                    "predictor": name,
-                    "curve": curve,
-                    "score": found["value"],
-                    "score_low": found["low"],
-                    "score_high": found["high"],
-                }
-                rows += [
-                    described | dict(zip(("x", "y", "y_low", "y_high"), point, strict=True))
-                    for point in values
-                ]
-    return pl.DataFrame(rows, schema=_CURVE_TYPES)
-
-
-Point = tuple[float, float | None, float | None, float | None]
-
-
-def _ranking_curves(sample: Sample) -> dict[str, list[Point]]:
-    """ROC (recall at false-alarm rates) and precision-recall (precision at recalls)."""
-    grid = np.linspace(0, 1, CURVE_POINTS)
-    levels = tally_levels(sample)
-    both = (
-        _read_curves(levels.exact_positive, levels.exact_negative, grid),
-        _read_curves(levels.positive, levels.negative, grid),
-    )
-    curves: dict[str, list[Point]] = {}
-    for index, curve in enumerate(("roc", "precision_recall")):
-        value, replicates = both[0][index][0], both[1][index]
-        points: list[Point] = []
-        for at, x in enumerate(grid):
-            measured = Measured(float(value[at]), replicates[:, at], sample.units)
-            points.append((float(x), measured.value, *measured.interval()))
-        curves[curve] = points
-    return curves
-
-
-def _read_curves(positive: Floats, negative: Floats, grid: Floats) -> tuple[Floats, Floats]:
-    """Recall at each false-alarm rate and precision at each recall: (B, points) each."""
-    caught = np.cumsum(positive[:, ::-1], axis=1)
-    false = np.cumsum(negative[:, ::-1], axis=1)
-    roc = np.full((len(caught), len(grid)), np.nan)
-    precision = np.full((len(caught), len(grid)), np.nan)
-    for row in range(len(caught)):
-        if caught[row, -1] == 0 or false[row, -1] == 0:
-            continue
-        recall, rate = caught[row] / caught[row, -1], false[row] / false[row, -1]
-        roc[row] = np.interp(grid, np.r_[0, rate], np.r_[0, recall])
-        purity = caught[row] / np.maximum(caught[row] + false[row], 1e-300)
-        reached = np.searchsorted(recall, grid, side="left").clip(0, len(recall) - 1)
-        precision[row] = purity[reached]
-    return roc, precision
-
-
-def _calibration_curve(sample: Sample) -> list[Point]:
-    """Observed share of positives against the mean prediction, in bins of equal size."""
-    order = np.argsort(sample.scores, kind="stable")
-    points: list[Point] = []
-    for part in np.array_split(order, min(CALIBRATION_BINS, len(order))):
-        measured = share(sample.labels[part], sample.prompts[part], sample.weights)
-        points.append((float(sample.scores[part].mean()), measured.value, *measured.interval()))
-    return points

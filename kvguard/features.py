@@ -1,28 +1,27 @@
 """Features of a token: its signals, their last few values, repetition, position and ratio.
 
 One set of kernels serves both uses, and their results agree bit for bit. `compute_features` and
-`build_features` lay whole traces end to end; `FeatureState` carries what a kernel needs of the past
-and takes the next token of each row of a batch. Sums are float64, added in one fixed order, and
-cast to float32 at the end.
+`feature_files.build_features` lay whole traces end to end; `FeatureState` carries what a kernel
+needs of the past and takes the next token of each row of a batch. Sums are float64, added in one
+fixed order, and cast to float32 at the end.
 
 - ``repeated_ngram`` is 1 where the 4 tokens that end here also stand, as a whole, somewhere earlier
   within the last 128 generated tokens; the two may overlap. ``repetition_sum`` adds it up over the
   last 32 tokens.
+- ``entropy_mean``, ``entropy_max``, ``top1_probability_mean`` and ``runner_up_probability_mean``
+  (top-5 minus top-1) are over all tokens of the request so far. They are summed in units of 2^-32,
+  so that the order of summation makes no difference.
+- The probes of `schema.PROBE_NAMES` are measured once, at prefill, and are the same for all tokens.
 - ``*_mean_8`` and ``*_std_8`` (population standard deviation) are over the last 8 tokens, or over
   as many as there are. An undefined value (``entropy_delta`` of the first token) is left out; where
   none is left the feature is null in tables and NaN in arrays.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
@@ -37,16 +36,23 @@ ROLLED = ("entropy", "top1_probability", "alternatives_entropy", "entropy_delta"
 """Signals whose rolling mean and standard deviation are features."""
 
 _REPETITION = ("repeated_ngram", "repetition_sum")
-_NO_RATIO = tuple(name for name in schema.FEATURE_NAMES if name != "compression_ratio")
+_WITH_PROBES = tuple(name for name in schema.FEATURE_NAMES if name != "compression_ratio")
+_NO_RATIO = tuple(name for name in _WITH_PROBES if name not in schema.PROBE_NAMES)
 _NO_REPETITION = tuple(name for name in _NO_RATIO if name not in _REPETITION)
 
 FEATURE_SETS: dict[str, tuple[str, ...]] = {
     "full": schema.FEATURE_NAMES,
+    "with_probes": _WITH_PROBES,
     "no_ratio": _NO_RATIO,
     "no_repetition": _NO_REPETITION,
     "logit_only": tuple(name for name in _NO_REPETITION if name != "relative_position"),
+    "entropy_only": ("entropy", "entropy_mean_8", "entropy_std_8", "entropy_mean", "entropy_max"),
+    "clock_repetition": (*_REPETITION, "relative_position"),
+    "probes_only": schema.PROBE_NAMES,
 }
-"""Named ablation sets; each one drops what the one before it drops, and more."""
+"""Named ablation sets. From ``full`` to ``logit_only`` each one drops what the one before it drops,
+and more: the ratio, the probes, repetition, position. ``clock_repetition`` is what a clock and a
+loop detector know."""
 
 _SIGNALS = tuple(schema.SIGNALS)
 _ROLLED_COLUMNS = np.array([_SIGNALS.index(name) for name in ROLLED])
@@ -60,7 +66,14 @@ _DERIVED = schema.FEATURE_NAMES[len(_SIGNALS) :]
 _BLOCK_ROWS = 8192  # kernels work on pieces that stay in a core's cache
 _FLAG = len(_SIGNALS)
 _STATISTICS = slice(_FLAG + 1, _FLAG + 1 + 2 * len(ROLLED))
-_SUM, _POSITION, _RATIO = range(_STATISTICS.stop, len(schema.FEATURE_NAMES))
+_SUM, _POSITION, _RATIO = range(_STATISTICS.stop, _STATISTICS.stop + 3)
+_SO_FAR = slice(_RATIO + 1, _RATIO + 5)
+_PROBES = slice(_SO_FAR.stop, len(schema.FEATURE_NAMES))
+_FIXED_POINT = 2.0**32
+_FIXED_LIMIT = 2**39  # above any signal in these units
+_SO_FAR_COLUMNS = np.array(
+    [_SIGNALS.index(name) for name in ("entropy", "top1_probability", "top5_probability")]
+)
 
 
 def compute_features(tokens: pl.DataFrame, traces: pl.DataFrame) -> pl.DataFrame:
@@ -69,7 +82,8 @@ def compute_features(tokens: pl.DataFrame, traces: pl.DataFrame) -> pl.DataFrame
     Args:
         tokens: at least the columns `schema.TOKEN_KEYS`, ``token_id`` and `schema.SIGNALS`, of
             whole traces.
-        traces: at least `schema.TRACE_KEYS` and ``max_new_tokens``, of all those traces.
+        traces: at least `schema.TRACE_KEYS` and ``max_new_tokens``, of all those traces; probes
+            that it does not have are null.
 
     Returns:
         `schema.FEATURES`, trace by trace in order of position; null where undefined.
@@ -80,7 +94,7 @@ def compute_features(tokens: pl.DataFrame, traces: pl.DataFrame) -> pl.DataFrame
     """
     tokens, offsets = schema.order_by_trace(tokens.select(_TOKEN_COLUMNS))
     keys = tokens[offsets[:-1]].select(schema.TRACE_KEYS)
-    derived = _derived_columns(tokens, offsets, keys, traces)
+    derived = derived_columns(tokens, offsets, keys, traces)
     frame = tokens.select(
         *schema.TOKEN_KEYS, *(pl.col(name).cast(pl.Float32) for name in _SIGNALS)
     ).hstack(derived)
@@ -90,19 +104,27 @@ def compute_features(tokens: pl.DataFrame, traces: pl.DataFrame) -> pl.DataFrame
 _TOKEN_COLUMNS = (*schema.TOKEN_KEYS, "token_id", *_SIGNALS)
 
 
-def _derived_columns(
+def derived_columns(
     tokens: pl.DataFrame, offsets: NDArray[np.int64], keys: pl.DataFrame, traces: pl.DataFrame
 ) -> list[pl.Series]:
-    """The 12 features that are not signals, of tokens in trace order.
+    """The features that are not signals, of tokens in trace order.
 
     Args:
-        tokens: ``position``, ``token_id`` and the signals `ROLLED`.
+        tokens: ``position``, ``token_id``, the signals `ROLLED` and ``top5_probability``.
         offsets: (traces + 1,) where each trace begins.
         keys: `schema.TRACE_KEYS` of each of them.
         traces: as `compute_features`.
     """
+    known = traces.select(
+        *schema.TRACE_KEYS,
+        "max_new_tokens",
+        *(
+            pl.col(name) if name in traces.columns else pl.lit(None, pl.Float32).alias(name)
+            for name in schema.PROBE_NAMES
+        ),
+    )
     limits = keys.join(
-        traces.select(*schema.TRACE_KEYS, "max_new_tokens"),
+        known,
         on=schema.TRACE_KEYS,
         how="left",
         maintain_order="left",
@@ -112,9 +134,10 @@ def _derived_columns(
         pl.col("max_new_tokens").is_null() | (pl.col("max_new_tokens") < pl.Series(lengths))
     )
     if wrong.height:
-        row = wrong.row(0, named=True)
+        row = wrong.select(*schema.TRACE_KEYS, "max_new_tokens").row(0, named=True)
         raise ValueError(f"max_new_tokens must be at least a trace's number of tokens, got {row}")
     rolled = [tokens[name].to_numpy() for name in ROLLED]
+    so_far = [tokens[_SIGNALS[column]].to_numpy() for column in _SO_FAR_COLUMNS]
     token_ids = tokens["token_id"].to_numpy().astype(np.int64)
     derived = np.empty((len(_DERIVED), tokens.height), dtype=np.float32)
     for first, last in _blocks(offsets):
@@ -125,9 +148,14 @@ def _derived_columns(
             lengths[first:last],
             derived[:, rows],
         )
+        derived[_SO_FAR.start - _FLAG : _SO_FAR.stop - _FLAG, rows] = _so_far_block(
+            np.stack([column[rows] for column in so_far]), lengths[first:last]
+        )
     position = tokens["position"].to_numpy()
     derived[_POSITION - _FLAG] = position / np.repeat(limits["max_new_tokens"].to_numpy(), lengths)
     derived[_RATIO - _FLAG] = np.repeat(keys["ratio"].cast(pl.Float64).to_numpy(), lengths)
+    probes = limits.select(schema.PROBE_NAMES).to_numpy().astype(np.float32)
+    derived[_PROBES.start - _FLAG :] = np.repeat(probes, lengths, axis=0).T
     return [
         pl.Series(name, column, nan_to_null=True)
         for name, column in zip(_DERIVED, derived, strict=True)
@@ -150,17 +178,17 @@ def _derive_block(
     lengths: NDArray[np.int64],
     derived: NDArray[np.float32],
 ) -> None:
-    """Fill ``derived`` (12, n) but for position and ratio, for whole traces end to end.
+    """Fill rolling statistics and repetition in ``derived``, for whole traces end to end.
 
     Args:
         rolled: (4, n) the signals `ROLLED`, NaN where undefined.
         token_ids: (n,).
         lengths: (traces,) their numbers of tokens; none is 0.
-        derived: (12, n), filled in place.
+        derived: (features that are not signals, n), filled in place.
     """
     first = np.cumsum(lengths) - lengths
     statistics = derived[_STATISTICS.start - _FLAG : _STATISTICS.stop - _FLAG]
-    # Column by column in memory, and as if all rows were one trace; then what reached too far back.
+    # As if all rows were one trace; then each one's first 7 tokens, whose window crossed its start.
     lanes = _rolling_lanes(rolled.T)
     statistics[:, _PAST:] = _rolling_statistics(lanes).T
     ahead = np.arange(_PAST)[:, None]
@@ -176,6 +204,49 @@ def _derive_block(
     total = np.concatenate([[0], np.cumsum(repeated)])
     derived[0] = repeated
     derived[_SUM - _FLAG] = total[1:] - total[np.maximum(rows + 1 - REPETITION_TOKENS, start)]
+
+
+def _fixed_point(signals: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(3, ...) entropy, top-1 and top-5 probability -> what is summed, and 1 where it is defined.
+
+    Returns:
+        (3, ...) entropy, top-1 probability and top-5 minus top-1, in units of 2^-32.
+    """
+    values = signals.astype(np.float64)
+    values = np.stack([values[0], values[1], values[2] - values[1]])
+    defined = ~np.isnan(values)
+    units = np.rint(np.where(defined, values, 0.0) * _FIXED_POINT)
+    return units.clip(1 - _FIXED_LIMIT, _FIXED_LIMIT - 1).astype(np.int64), defined.astype(np.int64)
+
+
+def _so_far(
+    totals: NDArray[np.int64], counts: NDArray[np.int64], largest: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Sums and counts (3, ...) and the largest entropy (...) -> the four features (4, ...)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.where(counts > 0, totals / _FIXED_POINT / counts, np.nan)
+    highest = np.where(counts[0] > 0, largest / _FIXED_POINT, np.nan)
+    return np.stack([means[0], highest, means[1], means[2]])
+
+
+def _so_far_block(signals: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The four features over all tokens so far, (3, n) -> (4, n), for whole traces end to end."""
+    units, defined = _fixed_point(signals)
+    first = np.cumsum(lengths) - lengths
+    totals, counts = (_cumulative(part, first, lengths) for part in (units, defined))
+    # one running maximum for all traces: each one's values lie above all those of the one before
+    level = np.repeat(np.arange(len(lengths)), lengths) * (2 * _FIXED_LIMIT)
+    entropy = np.where(defined[0] > 0, units[0], -_FIXED_LIMIT)
+    return _so_far(totals, counts, np.maximum.accumulate(entropy + level) - level)
+
+
+def _cumulative(
+    values: NDArray[np.int64], first: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Cumulative sums (k, n) that begin again at each trace; integers, hence exact."""
+    total = np.cumsum(values, axis=1)
+    before = np.where(first > 0, total[:, first - 1], 0)
+    return np.asarray(total - np.repeat(before, lengths, axis=1))
 
 
 def _rolling_lanes(rolled: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -281,14 +352,27 @@ class FeatureState:
         rows: size of the batch.
         max_new_tokens: (rows,) or one for all.
         ratio: (rows,) or one for all: compression ratio, in [0, 1).
+        probes: (rows, probes) or one for all, in the order of `schema.PROBE_NAMES`; None: unknown.
     """
 
-    def __init__(self, rows: int, max_new_tokens: ArrayLike, ratio: ArrayLike) -> None:
+    def __init__(
+        self,
+        rows: int,
+        max_new_tokens: ArrayLike,
+        ratio: ArrayLike,
+        probes: ArrayLike | None = None,
+    ) -> None:
         self._limit = np.empty(rows, dtype=np.int64)
         self._limit[:] = max_new_tokens
         self._ratio = np.empty(rows, dtype=np.float32)
         self._ratio[:] = ratio
+        self._probes = np.empty((rows, len(schema.PROBE_NAMES)), dtype=np.float32)
+        self._probes[:] = np.nan if probes is None else probes
         self._position = np.zeros(rows, dtype=np.int64)
+        # Over all tokens so far: sums and counts of `_fixed_point`, and the largest entropy.
+        self._totals = np.zeros((rows, 3), dtype=np.int64)
+        self._counts = np.zeros((rows, 3), dtype=np.int64)
+        self._largest = np.full(rows, -_FIXED_LIMIT)
         # What came before, newest last; `_ABSENT` and 0 stand for tokens that there are not.
         self._lanes = np.zeros((_PAST, rows, _LANES))
         self._last = np.full(rows, _ABSENT)  # token
@@ -313,7 +397,7 @@ class FeatureState:
             positions: (n,) how many tokens each row had before.
 
         Returns:
-            (n, t, 40) in the order of `schema.FEATURE_NAMES`.
+            (n, t, features) in the order of `schema.FEATURE_NAMES`.
 
         Raises:
             ValueError: a position does not follow the row's last one.
@@ -345,7 +429,19 @@ class FeatureState:
         at = expected[:, None] + np.arange(count)
         features[..., _POSITION] = at / self._limit[rows, None]
         features[..., _RATIO] = self._ratio[rows, None]
+        features[..., _PROBES] = self._probes[rows, None]
         self._position[rows] = expected + count
+
+        units, defined = _fixed_point(np.moveaxis(signals[..., _SO_FAR_COLUMNS], -1, 0))
+        totals = self._totals[rows].T[..., None] + units.cumsum(axis=2)
+        counts = self._counts[rows].T[..., None] + defined.cumsum(axis=2)
+        entropy = np.where(defined[0] > 0, units[0], -_FIXED_LIMIT)
+        largest = np.maximum.accumulate(
+            np.concatenate([self._largest[rows, None], entropy], axis=1), axis=1
+        )[:, 1:]
+        self._totals[rows], self._counts[rows] = totals[..., -1].T, counts[..., -1].T
+        self._largest[rows] = largest[:, -1]
+        features[..., _SO_FAR] = np.moveaxis(_so_far(totals, counts, largest), 0, -1)
         return features
 
     def _repeated(
@@ -367,14 +463,23 @@ class FeatureState:
 
     def move(self, source: int, target: int) -> None:
         """Let the request in row ``source`` go on in row ``target``, whose past is lost."""
-        states: tuple[NDArray[Any], ...] = (self._limit, self._ratio, self._position)
-        for state in states + self._tokens_seen():
+        states: tuple[NDArray[Any], ...] = (self._limit, self._ratio, self._position, self._probes)
+        for state in (*states, *self._tokens_seen(), self._totals, self._counts, self._largest):
             state[target] = state[source]
         self._lanes[:, target] = self._lanes[:, source]
 
-    def reset(self, row: int, ratio: float, max_new_tokens: int) -> None:
-        """Forget a row's past: a new request begins there."""
+    def reset(
+        self,
+        row: int,
+        ratio: float,
+        max_new_tokens: int,
+        probes: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Forget a row's past: a new request begins there, with its probes where there are any."""
         self._limit[row] = max_new_tokens
+        self._probes[row] = np.nan if probes is None else probes
+        self._totals[row] = self._counts[row] = 0
+        self._largest[row] = -_FIXED_LIMIT
         self._ratio[row] = ratio
         self._position[row] = 0
         self._lanes[:, row] = 0
@@ -406,10 +511,14 @@ class FeatureState:
         length = len(token_ids)
         if len(signals) != length:
             raise ValueError(f"signals of {len(signals)} tokens, but {length} token ids")
-        self.reset(row, self._ratio[row] if ratio is None else ratio, int(self._limit[row]))
+        kept_ratio = self._ratio[row] if ratio is None else ratio
+        self.reset(row, kept_ratio, int(self._limit[row]), self._probes[row].copy())
         self._position[row] = length
         if not length:
             return
+        units, defined = _fixed_point(signals[:, _SO_FAR_COLUMNS].T)
+        self._totals[row], self._counts[row] = units.sum(axis=1), defined.sum(axis=1)
+        self._largest[row] = np.where(defined[0] > 0, units[0], -_FIXED_LIMIT).max()
         lanes = _rolling_lanes(signals[-_PAST:, _ROLLED_COLUMNS])
         self._lanes[_PAST - len(lanes) :, row] = lanes
         # The last 31 flags look back 127 tokens each; what lies further back is forgotten anyway.
@@ -422,111 +531,3 @@ class FeatureState:
             state[row, -min(_LAGS, length) :] = values[-_LAGS:]
         flags = _repeated_in(kept, position)[1 - REPETITION_TOKENS :]
         self._flags[row, len(self._flags[row]) - len(flags) :] = flags
-
-
-def build_features(
-    token_paths: Sequence[str | Path],
-    trace_paths: Sequence[str | Path],
-    target: str | Path,
-    *,
-    chunk_rows: int = 65_536,
-) -> None:
-    """Compute the features of many token files into one file, a piece at a time.
-
-    Memory holds a few pieces of ``chunk_rows`` rows (or of one trace, if that is longer), whatever
-    the sizes of the files. One piece is read and one computed while one is written.
-
-    Args:
-        token_paths: Parquet files of `schema.TOKENS`, each trace's rows together and in order.
-        trace_paths: Parquet files of `schema.TRACES`, of all their traces.
-        target: the file to write (`schema.FEATURES`), rows in the order of ``token_paths``.
-        chunk_rows: about how many rows to hold at a time.
-
-    Raises:
-        ValueError: as `compute_features`; nothing is written.
-    """
-    columns = [*schema.TRACE_KEYS, "max_new_tokens"]
-    traces = pl.concat(
-        pl.read_parquet(Path(path), columns=columns, hive_partitioning=False)
-        for path in trace_paths
-    )
-    with (
-        schema.atomic_path(target) as temporary,
-        pq.ParquetWriter(
-            temporary,
-            _FEATURES,
-            compression="zstd",
-            compression_level=-1,  # of random digits, 1 saves a tenth and costs half as much again
-            use_dictionary=list(schema.TRACE_KEYS),
-            write_statistics=list(schema.TOKEN_KEYS),
-            store_schema=False,  # the keys are plain text to whoever reads them
-        ) as writer,
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(1) as computer,
-    ):
-        pieces = _pieces(token_paths, chunk_rows)
-        reading = reader.submit(next, pieces, None)
-        computing: deque[Future[pa.Table]] = deque()
-        while (piece := reading.result()) is not None:
-            reading = reader.submit(next, pieces, None)
-            computing.append(computer.submit(_compute_piece, piece, traces))
-            if len(computing) == 2:
-                writer.write_table(computing.popleft().result())
-        while computing:
-            writer.write_table(computing.popleft().result())
-
-
-# Text keys repeat for hundreds of rows: they stay codes from file to file. Arrays cross between
-# NumPy and Arrow by way of Polars: Arrow's own conversions import pandas, a quarter of a second.
-_KEY_FIELDS = [
-    *((name, pa.dictionary(pa.int32(), pa.string())) for name in schema.TRACE_KEYS),
-    ("position", pa.int32()),
-]
-_PIECE = pa.schema(
-    [*_KEY_FIELDS, ("token_id", pa.int32()), *((name, pa.float32()) for name in _SIGNALS)]
-)
-_FEATURES = pa.schema([*_KEY_FIELDS, *((name, pa.float32()) for name in schema.FEATURE_NAMES)])
-
-
-def _compute_piece(piece: pa.Table, traces: pl.DataFrame) -> pa.Table:
-    """`compute_features` from `_PIECE` to `_FEATURES`; what does not change is not copied."""
-    text = {name: piece[name].combine_chunks() for name in schema.TRACE_KEYS}
-    codes = {name: pl.Series(column.indices) for name, column in text.items()}
-    numbers = pl.DataFrame(piece.select(["position", "token_id", *ROLLED]))
-    offsets = schema.trace_offsets(numbers.select("position").with_columns(**codes))
-    if offsets is None:
-        named = pl.DataFrame(piece).with_columns(pl.col(schema.TRACE_KEYS).cast(pl.String))
-        return _compute_piece(schema.order_by_trace(named)[0].to_arrow().cast(_PIECE), traces)
-    # A name for each trace, and again as codes: those of the file may count many other traces.
-    starts = pl.Series(offsets[:-1]).to_arrow()
-    names = {name: column.take(starts).cast(pa.string()) for name, column in text.items()}
-    trace = pl.Series(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))).to_arrow()
-    derived = _derived_columns(numbers, offsets, pl.DataFrame(names), traces)
-    return pa.Table.from_arrays(
-        [
-            *(column.dictionary_encode().take(trace) for column in names.values()),
-            piece["position"],
-            *(piece[name] for name in _SIGNALS),
-            *(column.to_arrow() for column in derived),
-        ],
-        schema=_FEATURES,
-    )
-
-
-def _pieces(paths: Sequence[str | Path], chunk_rows: int) -> Iterator[pa.Table]:
-    """`_PIECE` rows of many files in order, in pieces of about ``chunk_rows``, between traces."""
-    held: list[pa.Table] = []
-    for path in paths:
-        with pq.ParquetFile(path, read_dictionary=list(schema.TRACE_KEYS)) as file:
-            for batch in file.iter_batches(chunk_rows, columns=_PIECE.names, use_threads=False):
-                held.append(pa.Table.from_batches([batch]).select(_PIECE.names).cast(_PIECE))
-                if sum(rows.num_rows for rows in held) < chunk_rows:
-                    continue
-                rows = pa.concat_tables(held)
-                starts = (pl.Series(rows["position"]) == 0).arg_true()
-                cut = starts[-1] if len(starts) else 0
-                if cut:
-                    yield rows[:cut]
-                held = [rows[cut:]]
-    if held:
-        yield pa.concat_tables(held)

@@ -244,7 +244,7 @@ def _made_of(tables: Mapping[str, pl.DataFrame]) -> str:
     ]
     text = (
         "### Features and formulation\n\nHow much AUROC falls when a group of features is permuted "
-        "(calibration prompts, all 40 features):\n\n"
+        "(calibration prompts, all features):\n\n"
     ) + _table(["group", "features", "fall"], lines)
     formulation = tables["formulation"].filter(metric="auroc", sample="train_out_of_fold")
     for row in formulation.drop_nulls("difference").to_dicts():

@@ -52,7 +52,7 @@ class HazardModel(Protocol):
     feature_version: int
 
     def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Hazard in [0, 1] of each row of (n, 40) features in schema.FEATURE_NAMES order."""
+        """Hazard in [0, 1] of each row of (n, features) in schema.FEATURE_NAMES order."""
 
 
 class GuardError(ValueError):

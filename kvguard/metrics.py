@@ -127,16 +127,27 @@ def _t_quantile(level: float, degrees: int) -> float:
 class Measured(NamedTuple):
     """A metric with its bootstrap replicates; ``value`` is None where it is undefined.
 
-    ``units`` counts the prompts that carry the information.
+    ``units`` counts the prompts that carry the information. ``scale`` is the most that one prompt
+    can change a difference; None for anything else.
     """
 
     value: float | None
     replicates: Floats
     units: int
     bounds: tuple[float, float] | None = (0.0, 1.0)
+    scale: float | None = None
 
     def interval(self, confidence: float = 0.95) -> tuple[float | None, float | None]:
-        """Its confidence interval over prompts."""
+        """Its confidence interval over prompts.
+
+        A difference of shares that is the same in every resample has an exact one: with none of
+        ``units`` prompts apart, at most 1 - (error / 2) ** (1 / units) are (Clopper and Pearson).
+        """
+        drawn = self.replicates[np.isfinite(self.replicates)]
+        still = len(drawn) > 0 and float(np.ptp(drawn)) < 1e-12
+        if self.value is not None and self.scale and self.units >= MIN_UNITS and still:
+            reach = self.scale * (1 - ((1 - confidence) / 2) ** (1 / self.units))
+            return self.value - reach, self.value + reach
         return bootstrap_interval(self.value, self.replicates, self.units, confidence, self.bounds)
 
     def minus(self, other: "Measured") -> "Measured":
@@ -148,6 +159,7 @@ class Measured(NamedTuple):
             self.replicates - other.replicates,
             min(self.units, other.units),
             None,
+            1.0 if self.bounds == other.bounds == (0.0, 1.0) else None,
         )
 
 

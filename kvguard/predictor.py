@@ -1,4 +1,4 @@
-"""A hazard predictor: one JSON file that turns the 40 features of a token into a probability.
+"""A hazard predictor: one JSON file that turns the features of a token into a probability.
 
 `Predictor.predict` is what a decode loop calls: it selects its own columns, runs the booster in
 place on one thread and applies the calibration map. Nothing is pickled: the file holds XGBoost's
@@ -62,7 +62,8 @@ class Predictor(BaseModel):
 
     Attributes:
         kind: ``xgboost``; or the scores that are trained beside it: ``logistic`` (all its
-            features), ``entropy`` and ``position`` (one feature); or ``rules`` (not trained).
+            features), ``entropy``, ``mean_entropy`` and ``position`` (one feature); or ``rules``
+            (not trained).
         target: the failure that it forecasts, one of `schema.TARGETS`.
         formulation: ``windowed`` (is the onset within the horizon?) or ``discrete_time`` (a hazard
             per stretch of the horizon, and the survival over all of them).
@@ -77,7 +78,7 @@ class Predictor(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     format: int = FORMAT
-    kind: Literal["xgboost", "logistic", "entropy", "position", "rules"]
+    kind: Literal["xgboost", "logistic", "entropy", "mean_entropy", "position", "rules"]
     target: str
     formulation: Literal["windowed", "discrete_time"] = "windowed"
     horizon_tokens: int = Field(ge=1)
@@ -91,7 +92,7 @@ class Predictor(BaseModel):
         """Calibrated probability that the onset lies within the horizon, one per row.
 
         Args:
-            features: (n, 40) float32 in the order of `schema.FEATURE_NAMES`; NaN: missing.
+            features: (n, features) float32 in the order of `schema.FEATURE_NAMES`; NaN: missing.
 
         Returns:
             (n,) float32 in [0, 1]; higher is riskier.

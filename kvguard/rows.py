@@ -16,7 +16,7 @@ Bools = NDArray[np.bool_]
 
 
 class Rows(NamedTuple):
-    """Tokens of one split: ``keys`` holds `schema.LABELS`, ``features`` is (n, 40) float32."""
+    """Tokens of one split: ``keys`` holds `schema.LABELS`, ``features`` (n, features) float32."""
 
     keys: pl.DataFrame
     features: Features

@@ -208,10 +208,15 @@ FEATURE_NAMES: tuple[str, ...] = (
     "repetition_sum",
     "relative_position",  # position / max_new_tokens, never the final length
     "compression_ratio",
+    "entropy_mean",  # over all tokens of the request so far
+    "entropy_max",
+    "top1_probability_mean",
+    "runner_up_probability_mean",  # of the second to fifth choice together
+    *PROBE_NAMES,
 )
-"""The 40 features, in the order in which a predictor expects them."""
+"""The features, in the order in which a predictor expects them; probes are the request's own."""
 
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 """Raise it when any feature's meaning changes: a predictor refuses another version's features."""
 
 FEATURES: dict[str, pl.DataType] = _token_key_types | {name: pl.Float32() for name in FEATURE_NAMES}

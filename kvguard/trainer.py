@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from kvguard import config, schema
 from kvguard.config import digest
+from kvguard.features import FEATURE_SETS
 from kvguard.leakage import LeakageCheck, assert_disjoint
 from kvguard.predictor import CalibrationMap, Floats, Predictor, lead_rows, survival_log_odds
 from kvguard.rows import Bools, Rows, as_bools, eligible, outcome
@@ -39,8 +40,14 @@ MIN_HARMED_PROMPTS = 4
 LEAD_BINS = 4
 MAX_CLASS_WEIGHT = 50.0
 _ROWS_PER_THREAD = 100_000
-BaselineKind = Literal["logistic", "entropy", "position"]
-BASELINE_KINDS: tuple[BaselineKind, ...] = ("logistic", "entropy", "position")
+BaselineKind = Literal["logistic", "entropy", "mean_entropy", "position", "clock_repetition"]
+BASELINE_KINDS: tuple[BaselineKind, ...] = (
+    "logistic",
+    "entropy",
+    "mean_entropy",
+    "position",
+    "clock_repetition",
+)
 
 
 class Refusal(ValueError):
@@ -152,24 +159,35 @@ class Trainer:
     def fit_baseline(
         self, train: Rows, target: str, kind: BaselineKind, feature_names: Sequence[str]
     ) -> Predictor:
-        """Fit a score to compare with: logistic regression, or one feature as it is.
+        """Fit a score to compare with.
 
-        ``entropy`` and ``position`` (share of the token budget used) learn one bit from train:
-        whether high or low values are the risk.
+        ``logistic`` is a regression on the same features, ``clock_repetition`` the same booster on
+        position and repetition alone. ``entropy``, ``mean_entropy`` and ``position`` (share of the
+        token budget used) are one feature as it is, and learn one bit from train: whether high or
+        low values are the risk.
 
         Raises:
             Refusal, LeakageError: as `fit`.
         """
+        if kind == "clock_repetition":
+            return self.fit(train, target, FEATURE_SETS[kind], f"{kind} {target}")
         rows = train.take(eligible(train, target, self.settings))
         _enough(rows, target)
         self.leakage.check("fit", rows.keys["prompt_id"], f"{kind} {target}")
         labels = outcome(rows, target)
-        single = {"entropy": "entropy", "position": "relative_position"}
+        single = {
+            "entropy": "entropy",
+            "mean_entropy": "entropy_mean",
+            "position": "relative_position",
+        }
         names = tuple(feature_names) if kind == "logistic" else (single[kind],)
         data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]].astype(
             np.float64
         )
-        means, scales = np.nanmean(data, axis=0), np.nanstd(data, axis=0)
+        known = ~np.isnan(data).all(axis=0)  # a probe that no request has says nothing
+        means, scales = np.zeros(len(names)), np.ones(len(names))
+        means[known] = np.nanmean(data[:, known], axis=0)
+        scales[known] = np.nanstd(data[:, known], axis=0)
         scales = np.where(scales > 0, scales, 1.0)
         standardised = np.nan_to_num((data - means) / scales)
         if kind == "logistic":
@@ -180,6 +198,9 @@ class Trainer:
             intercept = float(fit.intercept_[0] + np.log(odds))  # undoes the balanced weights
         else:
             sign = 1.0 if roc_auc_score(labels, standardised[:, 0]) >= 0.5 else -1.0
+            harmed = as_bools(rows.keys[f"steps_to_{target}"].is_not_null())
+            if kind != "position" and not harmed.all():  # which request, not how far along it is
+                sign = 1.0 if roc_auc_score(harmed, standardised[:, 0]) >= 0.5 else -1.0
             coefficients, intercept = np.array([sign]), 0.0
         return Predictor(
             kind=kind,

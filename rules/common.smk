@@ -206,6 +206,7 @@ TABLES = {
     "compression_check": "Failures",
     "training": "Predictor",
     "search_trials": "Predictor",
+    "harm_metrics": "Predictor",
     "predictor_metrics": "Predictor",
     "predictor_curves": "Predictor",
     "lead_times": "Predictor",

@@ -111,6 +111,7 @@ rule evaluate_predictor:
         splits="<results>/splits.parquet",
         outcomes="<results>/outcomes.parquet",
     output:
+        harm_metrics="<results>/tables/harm_metrics.parquet",
         predictor_metrics="<results>/tables/predictor_metrics.parquet",
         predictor_curves="<results>/tables/predictor_curves.parquet",
         lead_times="<results>/tables/lead_times.parquet",

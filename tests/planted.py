@@ -75,6 +75,28 @@ def independent_labels(prompts: int, seed: int, tokens: int = 80) -> Planted:
     return _collect(requests)
 
 
+def planted_harm(
+    prompts: int, seed: int, shift: float = 0.6, *, onset_at: int | None = None
+) -> Planted:
+    """Requests harmed by a coin; only the entropy tells, by ``shift`` standard deviations.
+
+    Length, onset and repetition are the same for all. With ``onset_at`` every onset stands at that
+    one position: the position then foretells the label of a token, and never which request.
+    """
+    rng = np.random.default_rng(seed)
+    requests = []
+    for prompt in range(prompts):
+        for press, ratio in CONDITIONS:
+            length = int(rng.integers(28, 48))
+            harmed = press != "none" and rng.random() < 0.5
+            onset = onset_at if onset_at is not None else int(rng.integers(6, length))
+            signals = {"entropy": rng.normal(size=length) + shift * harmed}
+            requests.append(
+                _request(rng, prompt, press, ratio, length, onset if harmed else None, signals, 48)
+            )
+    return _collect(requests)
+
+
 def _autoregressive(rng: np.random.Generator, rho: float, tokens: int) -> NDArray[np.float64]:
     steps = rng.normal(size=tokens) * np.sqrt(1 - rho**2)
     steps[0] = rng.normal()

@@ -19,7 +19,7 @@ from synthetic import make_run, write_run
 from kvguard import cli, schema
 from kvguard.config import ConfigError, load_config
 from kvguard.database import build_database
-from kvguard.features import build_features
+from kvguard.feature_files import build_features
 from kvguard.labeling import build_labels
 from kvguard.splits import split_prompts
 from kvguard.workflow import press_entry, short_name, snake_name

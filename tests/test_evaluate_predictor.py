@@ -17,6 +17,7 @@ from kvguard.evaluate_predictor import (
     first_alarms,
     score_requests,
 )
+from kvguard.features import FEATURE_SETS
 from kvguard.leakage import LeakageError
 from kvguard.metrics import (
     LEVELS,
@@ -35,7 +36,7 @@ from kvguard.metrics import (
 from kvguard.rows import Rows
 from kvguard.splits import prompts_of, split_prompts
 from kvguard.train import Models, train_predictors
-from kvguard.trainer import Trainer, make_trainer
+from kvguard.trainer import BASELINE_KINDS, Trainer, make_trainer
 
 AUROCS = ("auroc", "auroc_within", "request_auroc", "request_auroc_early")
 
@@ -205,7 +206,7 @@ def _rows(lengths: dict[str, tuple[int, int | None]]) -> Rows:
             )
         )
     keys = schema.conform(pl.concat(frames), schema.LABELS)
-    return Rows(keys, np.zeros((len(keys), 40), np.float32))
+    return Rows(keys, np.zeros((len(keys), len(schema.FEATURE_NAMES)), np.float32))
 
 
 def test_the_worst_run_of_a_request() -> None:
@@ -300,7 +301,7 @@ def test_headline_metrics_are_those_of_tokens_before_the_onset(
 def test_groups_and_baselines_are_all_there(tables: dict[str, pl.DataFrame]) -> None:
     metrics = tables["predictor_metrics"].filter(metric="auroc", target="any")
     kinds = metrics.filter(group_by="all")["predictor"].to_list()
-    assert kinds == ["hazard", "logistic", "entropy", "position", "rules"]
+    assert kinds == ["hazard", *BASELINE_KINDS, "rules"]
     sizes = dict(metrics.filter(predictor="hazard").group_by("group_by").len().rows())
     expected = {"all": 1, "press": 3, "model": 1, "ratio": 2, "condition": 4, "kind": 3}
     assert sizes == expected
@@ -351,7 +352,7 @@ def test_ablations_and_controls_on_planted_truth(
     made = ablate(run.features, run.labels, _trainer(splits))
     sets = made["ablation"].filter(metric="auroc", target="any")
     assert set(sets["feature_set"]) == {
-        "full", "no_ratio", "no_repetition", "logit_only", "no_position",
+        *FEATURE_SETS, "no_position",
     }  # fmt: skip
     assert sets.filter("configured")["difference"].to_list() == [None]
     importance = dict(made["feature_importance"].select("group", "value").rows())

@@ -10,7 +10,8 @@ from polars.testing import assert_frame_equal
 from synthetic import make_run, write_run
 
 from kvguard import schema
-from kvguard.features import FEATURE_SETS, FeatureState, build_features, compute_features
+from kvguard.feature_files import build_features
+from kvguard.features import FEATURE_SETS, FeatureState, compute_features
 
 NAMES = list(schema.FEATURE_NAMES)
 SIGNALS = list(schema.SIGNALS)
@@ -90,6 +91,15 @@ def expected_features(trace: Trace) -> np.ndarray:
         row["repetition_sum"] = sum(flags[max(0, t - 31) :])
         row["relative_position"] = t / trace.max_new_tokens
         row["compression_ratio"] = float(trace.ratio)
+        seen = trace.signals[: t + 1].astype(np.float64)
+        entropy, top1, top5 = (
+            seen[:, SIGNALS.index(name)]
+            for name in ("entropy", "top1_probability", "top5_probability")
+        )
+        row |= {"entropy_mean": entropy.mean(), "entropy_max": entropy.max()}
+        row["top1_probability_mean"] = top1.mean()
+        row["runner_up_probability_mean"] = (top5 - top1).mean()
+        row |= dict.fromkeys(schema.PROBE_NAMES, np.nan)
         rows.append([row[name] for name in NAMES])
     return np.array(rows).reshape(-1, len(NAMES))
 
@@ -224,6 +234,24 @@ def test_a_rewind_may_change_the_ratio():
     assert features[0, NAMES.index("relative_position")] == np.float32(9 / 64)
 
 
+def test_probes_are_the_same_for_all_tokens_of_a_request():
+    traces = [make_trace(seed, 5, 4) for seed in (1, 2)]
+    tokens, table = as_tables(traces)
+    values = np.arange(2 * len(schema.PROBE_NAMES), dtype=np.float32).reshape(2, -1)
+    probes = pl.DataFrame(values, schema=list(schema.PROBE_NAMES))
+    features = compute_features(tokens, pl.concat([table, probes], how="horizontal"))
+    found = features.select(schema.PROBE_NAMES).to_numpy()
+    assert np.array_equal(found, np.repeat(values, 5, axis=0))
+    state = FeatureState(1, max_new_tokens=64, ratio=0.5)
+    state.reset(0, 0.5, 64, values[1])
+    row, trace = np.array([0]), traces[1]
+    state.advance(row, trace.signals[None, :3], trace.token_ids[None, :3], np.array([0]))
+    state.replace(0, trace.signals[:2], trace.token_ids[:2])
+    after = state.advance(row, trace.signals[None, 2:], trace.token_ids[None, 2:], np.array([2]))
+    at = [NAMES.index(name) for name in schema.PROBE_NAMES]
+    assert np.array_equal(after[0][:, at], np.repeat(values[1:], 3, axis=0))
+
+
 def test_a_step_that_skips_a_token_is_refused():
     trace = make_trace(3, 4, 4)
     state = FeatureState(2, max_new_tokens=64, ratio=0.5)
@@ -236,11 +264,12 @@ def test_a_step_that_skips_a_token_is_refused():
 
 
 def test_feature_sets_drop_more_and_more():
-    sizes = [
-        len(FEATURE_SETS[name]) for name in ("full", "no_ratio", "no_repetition", "logit_only")
-    ]
-    assert sizes == [40, 39, 37, 36]
+    names = ("full", "with_probes", "no_ratio", "no_repetition", "logit_only")
+    sizes = [len(FEATURE_SETS[name]) for name in names]
+    probes = len(schema.PROBE_NAMES)
+    assert sizes == [44 + probes, 43 + probes, 43, 41, 40]
     assert set(FEATURE_SETS["full"]) - set(FEATURE_SETS["logit_only"]) == {
+        *schema.PROBE_NAMES,
         "compression_ratio",
         "repeated_ngram",
         "repetition_sum",

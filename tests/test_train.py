@@ -37,6 +37,8 @@ from kvguard.train import (
 )
 from kvguard.trainer import Formulation, Refusal, Trainer, make_trainer
 
+WIDTH = len(schema.FEATURE_NAMES)
+
 QUICK = config.Predictor(
     targets=["any", "looping"], search_trials=3, search_folds=2, max_rounds=150
 )
@@ -239,7 +241,7 @@ def test_discrete_time_rows_are_at_risk_until_the_onset() -> None:
             "post_onset_any": [False] * 3,
         }
     )
-    rows = Rows(keys, np.zeros((3, 40), np.float32))
+    rows = Rows(keys, np.zeros((3, WIDTH), np.float32))
     at_risk, event = trainer._expand(rows, trainer._Layout("any", [], 4, 8))
     assert at_risk.tolist() == [True, True, True, False] + [True] * 8
     assert event.tolist() == [False, False, True] + [False] * 8
@@ -365,7 +367,7 @@ def test_other_features_are_refused_by_name(trained: Models, tmp_path: Path) -> 
         path.write_text(json.dumps(content | changes))
 
     write(feature_version=schema.FEATURE_VERSION + 1)
-    with pytest.raises(PredictorError, match=r"feature version 2, .* computes feature version 1"):
+    with pytest.raises(PredictorError, match=r"feature version 3, .* computes feature version 2"):
         load_predictor(path)
     write(feature_names=["entropy", "mood"])
     with pytest.raises(PredictorError, match=r"\['mood'\], .* it computes \['entropy', "):
@@ -383,10 +385,10 @@ def test_other_features_are_refused_by_name(trained: Models, tmp_path: Path) -> 
         load_predictor(tmp_path / "nowhere.json")
 
 
-def test_predict_wants_all_forty_columns(trained: Models) -> None:
-    with pytest.raises(ValueError, match=r"\(n, 40\).*got \(2, 39\)"):
+def test_predict_wants_all_columns(trained: Models) -> None:
+    with pytest.raises(ValueError, match=rf"\(n, {WIDTH}\).*got \(2, 39\)"):
         trained.predictors["any"].predict(np.zeros((2, 39), np.float32))
-    assert trained.predictors["any"].predict(np.zeros((0, 40), np.float32)).shape == (0,)
+    assert trained.predictors["any"].predict(np.zeros((0, WIDTH), np.float32)).shape == (0,)
 
 
 def test_predictions_written_out_of_core_are_the_same(
@@ -442,7 +444,7 @@ def test_rules_rise_with_repetition_and_entropy() -> None:
     rules = rules_predictor()
 
     def risk(repetition: float, entropy: float) -> float:
-        features = np.zeros((1, 40), np.float32)
+        features = np.zeros((1, WIDTH), np.float32)
         features[0, schema.FEATURE_NAMES.index("repetition_sum")] = repetition
         features[0, schema.FEATURE_NAMES.index("entropy_mean_8")] = entropy
         return float(rules.predict(features)[0])

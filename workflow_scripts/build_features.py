@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kvguard import joblog
-from kvguard.features import build_features
+from kvguard.feature_files import build_features
 
 
 def main(tokens: list[Path], traces: list[Path], target: Path) -> None:
