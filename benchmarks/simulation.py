@@ -103,6 +103,7 @@ def make_requests(
             "cache_bytes_after": after,
             "kv_kept_bytes_mean": after + 512.0 * lengths,
             "kv_masked_bytes_mean": 0.0,
+            "device_byte_steps": ((after + 512 * lengths) * (lengths - 1)).astype(np.int64),
             "catastrophe": failed,
             "onset": np.where(failed, lengths // 2, 0),
             "right": rng.random(count) < 0.5,

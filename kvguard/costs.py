@@ -91,6 +91,7 @@ class CostMeter:
 class Cost(NamedTuple):
     """Costs of requests, arrays of one shape; NaN where undefined or unknown."""
 
+    device_byte_steps: FloatArray  # allocated, padding as measured, recovering passes included
     kv_bytes_mean: FloatArray
     kv_bytes_peak: FloatArray
     tokens_prefilled: FloatArray  # a shared prefix counts for every pass that starts with it
@@ -113,6 +114,8 @@ class Memory(NamedTuple):
     full: FloatArray  # the prompt's entries uncompressed
     entry: FloatArray  # one token's entries uncompressed
     measured_mean: FloatArray  # over the trace's own decode steps; NaN without any
+    measured_steps: FloatArray  # the trace's device byte-steps; NaN where they were not counted
+    padding: FloatArray  # its allocated bytes over those in use
 
     def rows(self, rows: NDArray[np.integer]) -> "Memory":
         """The memory of some of the requests."""
@@ -137,16 +140,46 @@ def trace_memory(traces: pl.DataFrame) -> Memory:
             "cache_bytes_after",
             "kv_kept_bytes_mean",
             "kv_masked_bytes_mean",
+            "device_byte_steps",
         ).cast(pl.Float64)
     )
-    prompt, generated, full, after, kept, masked = (column.to_numpy() for column in columns)
+    prompt, generated, full, after, kept, masked, steps = (column.to_numpy() for column in columns)
     entry = full / prompt
     start = after + np.nan_to_num(masked)
     measured = kept + masked
     # 1 .. n - 1 generated tokens in the cache are n / 2 on average.
     linear = np.isnan(measured) | np.isclose(measured, start + entry * generated / 2, rtol=1e-6)
     unknown = np.where(linear, 0, np.nan)
-    return Memory(start + unknown, entry + unknown, full, entry, measured)
+    used = measured * (generated - 1)
+    padding = np.where(generated > 1, steps / np.where(used > 0, used, np.nan), 1)
+    return Memory(start + unknown, entry + unknown, full, entry, measured, steps, padding)
+
+
+def matched_ratio(ratios: ArrayLike, byte_steps: ArrayLike, target: float) -> float:
+    """The mildest constant ratio at which a press costs no more than ``target``.
+
+    Between measured ratios the cost is interpolated linearly. A higher ratio need not cost less:
+    compressed answers may run on for longer than they save.
+
+    Args:
+        ratios: at least one, each once.
+        byte_steps: mean device byte-steps per request at each ratio.
+        target: device byte-steps per request of the policy to match.
+
+    Returns:
+        The lowest ratio whose cost is at most ``target``; the cheapest one where none is.
+    """
+    order = np.argsort(np.asarray(ratios, np.float64))
+    ratio = np.asarray(ratios, np.float64)[order]
+    cost = np.asarray(byte_steps, np.float64)[order]
+    if not (cost <= target).any():
+        return float(ratio[np.argmin(cost)])
+    first = int(np.argmax(cost <= target))
+    if first == 0:
+        return float(ratio[0])
+    last, before = ratio[first], ratio[first - 1]
+    share = (cost[first - 1] - target) / (cost[first - 1] - cost[first])
+    return float(before + share * (last - before))
 
 
 def draft_cost(memory: Memory, prompt_tokens: ArrayLike, draft: ArrayLike) -> Cost:
@@ -161,6 +194,7 @@ def draft_cost(memory: Memory, prompt_tokens: ArrayLike, draft: ArrayLike) -> Co
     steps = draft - 1
     some = steps > 0
     return Cost(
+        steps * (memory.start + memory.slope * draft / 2) * memory.padding,
         np.where(some, memory.start + memory.slope * draft / 2, np.nan),
         np.where(some, memory.start + memory.slope * steps, np.nan),
         np.broadcast_to(np.asarray(prompt_tokens, np.float64), draft.shape),
@@ -196,6 +230,7 @@ def recovery_cost(
     steps = draft_steps + safe_steps
     most = np.maximum(carried, np.where(safe_steps > 0, final - 1, 0))
     return Cost(
+        held * memory.padding + memory.full + memory.entry * carried,
         np.divide(held, steps, out=np.full(steps.shape, np.nan), where=steps > 0),
         np.maximum(
             np.where(draft_steps > 0, memory.start + memory.slope * draft_steps, 0),

@@ -94,7 +94,9 @@ def _setting_values(
     memory = trace_memory(requests.table).rows(rows)
     prompts = requests.table["prompt_tokens"].to_numpy()[rows]
     recovery = recovery_cost(memory, prompts, draft, draft, kept, requests.lengths[base])
-    own = draft_cost(memory, prompts, lengths)._replace(kv_bytes_mean=memory.measured_mean)
+    own = draft_cost(memory, prompts, lengths)._replace(
+        kv_bytes_mean=memory.measured_mean, device_byte_steps=memory.measured_steps
+    )
     costs = {name: np.where(alarmed, getattr(recovery, name), getattr(own, name)) for name in COSTS}
 
     def measure(column: str) -> tuple[FloatArray, FloatArray]:

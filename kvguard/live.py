@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from kvguard import config
 from kvguard.audit import first_rejected
+from kvguard.costs import matched_ratio
 from kvguard.detectors import agreement, detect_outcomes
 from kvguard.engine import Completion, Session
 from kvguard.experiment import (
@@ -137,8 +137,8 @@ def match_guard(
     """What makes a rival comparable to ``guard_promote`` in one condition: arguments of a live run.
 
     ``random`` gets the share of requests that the guard alarms as ``alarm_rate``. ``constant`` gets
-    as ``constant_ratio`` the ratio at which the press takes the guard's mean KV memory,
-    interpolated linearly between the memory measured at the press's ratios, ratio 0 included.
+    as ``constant_ratio`` the mildest ratio at which the press costs the guard's mean device
+    byte-steps (`costs.matched_ratio`), between those measured at its ratios, ratio 0 included.
     Other policies need nothing.
 
     Args:
@@ -149,7 +149,7 @@ def match_guard(
         ratio: of the condition.
 
     Raises:
-        ValueError: the guard or the memory of this condition is not among the runs.
+        ValueError: the guard or its cost in this condition is not among the runs.
     """
     if policy not in ("random", "constant"):
         return {}
@@ -166,17 +166,18 @@ def match_guard(
     measured = (
         ran.filter((pl.col("policy") == "none") & pl.col("press").is_in([press, config.BASELINE]))
         .group_by("ratio")
-        .agg(pl.col("kv_bytes_mean").mean())
+        .agg(pl.col("device_byte_steps").mean())
         .drop_nulls()
-        .sort("kv_bytes_mean")
     )
-    wanted = guard.filter(pl.col("decode_steps").ne_missing(0))["kv_bytes_mean"]
-    if not wanted.len() or wanted.null_count() or not measured.height:
-        raise ValueError(f"the memory of guard_promote for {model} {press} {ratio} is not known")
-    found = np.interp(
-        float(wanted.to_numpy().mean()),
-        measured["kv_bytes_mean"].to_numpy(),
+    wanted = guard["device_byte_steps"]
+    if wanted.null_count() or not measured.height:
+        raise ValueError(
+            f"the device byte-steps of guard_promote for {model} {press} {ratio} are not known"
+        )
+    found = matched_ratio(
         measured["ratio"].cast(pl.Float64).to_numpy(),
+        measured["device_byte_steps"].to_numpy(),
+        float(wanted.to_numpy().mean()),
     )
     return {"constant_ratio": f"{found:.3f}"}
 

@@ -302,7 +302,10 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     own = draft_cost(memory, prompt_tokens, drafted)
     # A trace that ran to its end was measured; that holds whatever the press did to its cache.
     whole = drafted == requests.lengths
-    own = own._replace(kv_bytes_mean=np.where(whole, memory.measured_mean, own.kv_bytes_mean))
+    own = own._replace(
+        kv_bytes_mean=np.where(whole, memory.measured_mean, own.kv_bytes_mean),
+        device_byte_steps=np.where(whole, memory.measured_steps, own.device_byte_steps),
+    )
     # Decoded under another condition from the first token on: that trace's costs.
     own = type(own)(*(field[np.maximum(ending.source, 0)] for field in own))
     recovery = recovery_cost(
@@ -312,7 +315,8 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     for name in COSTS:
         value = np.where(ending.recovers, getattr(recovery, name), getattr(own, name))
         sure = settled if name in ("tokens_prefilled", "tokens_wasted") else known
-        costs[name] = pl.Series(np.where(sure, value, np.nan)).fill_nan(None)
+        column = pl.Series(np.where(sure, value, np.nan)).fill_nan(None)
+        costs[name] = column.round() if schema.RUNS[name].is_integer() else column
     return costs
 
 

@@ -16,6 +16,7 @@ from kvguard.costs import (
     MEMORY,
     CostMeter,
     choose_guarded,
+    matched_ratio,
     memory_of_rewind,
     memory_steps,
     recovery_cost,
@@ -109,6 +110,14 @@ def test_a_run_without_a_rewind_that_can_be_shown_gives_no_rows():
     bent = trace.with_columns(kv_kept_bytes_mean=pl.lit(1.0))
     assert memory_of_rewind(bent, guarded).schema == pl.Schema(MEMORY)
     assert memory_of_rewind(bent, guarded).is_empty()
+
+
+def test_a_constant_ratio_is_matched_at_its_mildest() -> None:
+    ratios, cost = [0.0, 0.75, 0.5], [100.0, 70.0, 60.0]
+    assert matched_ratio(ratios, cost, 120.0) == 0.0
+    assert matched_ratio(ratios, cost, 80.0) == pytest.approx(0.25)
+    assert matched_ratio(ratios, cost, 65.0) == pytest.approx(0.4375)  # 0.75 costs more again
+    assert matched_ratio(ratios, cost, 10.0) == 0.5
 
 
 def test_requests_shares_sum_to_what_the_batch_allocated(

@@ -165,6 +165,9 @@ def add_trace(rng, traces, tokens, predictions, prompt_id, index, press, ratio, 
             "cache_bytes_after": after,
             "kv_kept_bytes_mean": after + ENTRY_BYTES * count / 2 if count > 1 else None,
             "kv_masked_bytes_mean": masked if count > 1 else None,
+            "device_byte_steps": round(
+                1.25 * (count - 1) * (after + (masked or 0) + ENTRY_BYTES * count / 2)
+            ),
             "prefill_seconds": 0.1,
             "decode_seconds": 0.1,
         }
@@ -336,6 +339,7 @@ def play(name, request, baseline, holdback=16, rate=None, every=1):
         "alarm_steps": alarms,
         "rewound_to": cuts,
         "unrecoverable": unrecoverable,
+        "device_byte_steps": 1.25 * sum(bytes_) + sum(peak_of_passes),
         "kv_bytes_mean": float(np.mean(bytes_)) if bytes_ else None,
         "kv_bytes_peak": max([*bytes_, *peak_of_passes], default=None),
         "tokens_prefilled": prefilled,
@@ -389,7 +393,9 @@ def assert_as_played(run, name, holdback=4, every=1):
         known += 1
         acted += bool(by_hand["alarm_steps"])
         for column, expected in by_hand.items():
-            if column.startswith("kv_bytes") and expected is not None:
+            if column == "device_byte_steps":
+                assert row[column] == pytest.approx(expected, rel=1e-6)
+            elif column.startswith("kv_bytes") and expected is not None:
                 assert row[column] == pytest.approx(expected, rel=1e-9)
             else:
                 assert row[column] == expected, column
@@ -540,7 +546,7 @@ def test_relaxing_after_compression_while_decoding_is_unknown():
     assert rewound["token_ids"].is_not_null().all()
     assert rewound["kv_bytes_mean"].is_null().all()  # the draft's share of it is not on the line
     assert rewound["decode_steps"].is_not_null().all()
-    with pytest.raises(ValueError, match=r"guard_promote for m snapkv 0\.750 is not known"):
+    with pytest.raises(ValueError, match=r"guard_promote for m snapkv 0\.750 are not known"):
         match_guard(runs, "constant", model="m", press="snapkv", ratio="0.750")
 
 
@@ -734,15 +740,15 @@ def test_rivals_are_matched_to_the_guard_of_their_condition():
     assert match_guard(runs, "verify_all", **where) == {}
     assert match_guard(runs, "random", **where) == {"alarm_rate": guard["alarmed"].mean()}
 
-    # Memory falls by 4000 bytes from ratio 0 to 0.5 and by 2000 more to 0.75.
-    bytes_ = {"0.000": 10_000.0, "0.500": 6_000.0, "0.750": 4_000.0}
+    # Byte-steps fall by 4000 from ratio 0 to 0.5 and by 2000 more to 0.75.
+    bytes_ = {"0.000": 10_000, "0.500": 6_000, "0.750": 4_000}
     flat = runs.with_columns(
-        kv_bytes_mean=pl.when(pl.col("policy") == "none")
+        device_byte_steps=pl.when(pl.col("policy") == "none")
         .then(pl.col("ratio").replace_strict(bytes_))
-        .otherwise(pl.lit(7_000.0))
+        .otherwise(pl.lit(7_000))
     )
     assert match_guard(flat, "constant", **where) == {"constant_ratio": "0.375"}
-    low = flat.with_columns(kv_bytes_mean=pl.col("kv_bytes_mean").replace(7_000.0, 5_000.0))
+    low = flat.with_columns(device_byte_steps=pl.col("device_byte_steps").replace(7_000, 5_000))
     assert match_guard(low, "constant", **where) == {"constant_ratio": "0.625"}
     with pytest.raises(ValueError, match=r"no simulated guard_promote for m knorm 0\.500"):
         match_guard(runs, "random", model="m", press="knorm", ratio="0.500")
