@@ -1,4 +1,4 @@
-"""Write envs/kvguard.yaml from the pins of pyproject.toml and constraints.txt.
+"""Write envs/kvguard.yaml: what pyproject.toml names, at the versions that constraints.txt pins.
 
 The environment is for `snakemake --sdm conda`; without it, jobs run in the one that runs Snakemake.
 """
@@ -14,13 +14,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def pins(root: Path = ROOT) -> list[str]:
-    """Every direct dependency of the package as ``name==version``, in pyproject's order."""
+    """Every direct dependency of the package and its pipeline as ``name==version``, in order."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     versions = dict(
         line.split("==") for line in (root / "constraints.txt").read_text().split() if "==" in line
     )
     normal = {_normal(name): version for name, version in versions.items()}
-    names = [re.split(r"[=<>!~ \[]", entry)[0] for entry in project["dependencies"]]
+    extras = project["optional-dependencies"]
+    entries = [*project["dependencies"], *extras["gguf"], *extras["pipeline"]]
+    names = [re.split(r"[=<>!~ \[]", entry)[0] for entry in entries]
+    names = [name for name in names if name != project["name"]]
     missing = [name for name in names if _normal(name) not in normal]
     if missing:
         raise KeyError(f"constraints.txt pins no version of {', '.join(missing)}")

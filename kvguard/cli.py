@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from kvguard import joblog
+from kvguard import __version__, joblog
 from kvguard.config import (
     BASELINE,
     BASELINE_RATIO,
@@ -32,13 +32,13 @@ from kvguard.config import (
     ratio_text,
 )
 from kvguard.workflow import (
-    DEFAULT_CONFIG,
     config_layers,
     press_experiment,
     recorded_config,
     run_status,
     snakemake_command,
     sweep_overlay,
+    workflow_profile,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from kvguard.predictor import Predictor
 
 commands = typer.Typer(
-    help="Guard compressed key-value caches: measure, predict, verify and rewind.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -100,15 +99,47 @@ Cores = Annotated[int, typer.Option(min=1, help="CPU cores that Snakemake may us
 
 
 def app() -> None:
-    """Run a command; an error of the user's making ends it with one message and status 2."""
+    """Run a command; an error ends it with one message and status 2, never with a traceback.
+
+    ``KVGUARD_TRACEBACK=1`` shows the traceback of an error that is not the user's.
+    """
     try:
         commands(prog_name="kvguard")
     except Exception as error:
-        ours = type(error).__module__.startswith("kvguard.")
-        if not ours and not isinstance(error, FileNotFoundError):
-            raise
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        message = _message(error)
+        if message is None:
+            if os.environ.get("KVGUARD_TRACEBACK"):
+                raise
+            kind = type(error).__name__
+            message = f"{kind}: {error}\nKVGUARD_TRACEBACK=1 kvguard ... shows where it happened"
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
         sys.exit(2)
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell a user; None for an error that is not of the user's making."""
+    if isinstance(error, ModuleNotFoundError) and error.name and "kvguard" not in error.name:
+        package = error.name.split(".")[0]
+        extra = "gguf" if package == "gguf" else "pipeline"
+        return f"this needs {package}, which is not installed: pip install 'kvguard[{extra}]'"
+    if type(error).__module__.startswith("kvguard.") or isinstance(error, OSError):
+        return str(error)
+    return None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvguard {__version__}")
+        raise typer.Exit
+
+
+@commands.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")
+    ] = False,
+) -> None:
+    """Guard compressed key-value caches: measure, predict, verify and rewind."""
 
 
 # --- one press on a few prompts ------------------------------------------------------------------
@@ -237,7 +268,7 @@ def sweep(
     experiment = load_config(*layers, overrides=over)
     results = Path(experiment.results_dir)
     arguments = [target, "--cores", str(cores), "--resources", "gpu=1"]
-    arguments += ["--workflow-profile", profile] if profile else []
+    arguments += ["--workflow-profile", str(workflow_profile(profile))] if profile else []
     arguments += ["--dry-run"] if dry_run else []
     console.print(
         f"{len(experiment.models)} model(s), {experiment.num_prompts} prompts, "
@@ -248,8 +279,7 @@ def sweep(
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "sweep.yaml"
         written.write_text(yaml.safe_dump(over, sort_keys=False))
-        files = [path for path in layers if path != DEFAULT_CONFIG] + [written]
-        _snakemake(files, *arguments)
+        _snakemake([*layers, written], *arguments)
 
 
 @commands.command()
@@ -263,7 +293,7 @@ def figures(
     arguments = ["figures", "--cores", str(cores), "--resources", "gpu=1"]
     arguments += ["--dry-run"] if dry_run else []
     _snakemake(
-        [path for path in config_layers(config) if path != DEFAULT_CONFIG],
+        config_layers(config),
         *arguments,
         overrides=[f"results_dir={results_dir}"] if results_dir else [],
     )
@@ -278,7 +308,7 @@ def status(
     layers = config_layers(config)
     load_config(*layers)
     stages = run_status(
-        [path for path in layers if path != DEFAULT_CONFIG],
+        layers,
         [f"results_dir={results_dir}"] if results_dir else [],
     )
     table = Table(title="jobs", title_justify="left")

@@ -4,6 +4,7 @@ Nothing about the layout of the results is repeated here: for a run's status Sna
 twice, once as if nothing existed and once for what is missing or out of date.
 """
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -21,16 +22,60 @@ from kvguard.config import (
     ratio_text,
 )
 
-DEFAULT_CONFIG = Path("config.yaml")
-PAPER_CONFIG = Path("experiments/paper.yaml")
+CONFIG_NAME = "config.yaml"
+PAPER_CONFIG = "experiments/paper.yaml"
 
 TARGETS = ("all", "figures", "paper")
 """Rules that only gather files."""
 
 
+def workflow_folder() -> Path:
+    """The folder that holds the Snakefile: the checkout, or what the wheel installed.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "checkout", package.parent):
+        if (folder / "Snakefile").is_file() and (folder / "workflow_scripts").is_dir():
+            return folder
+    raise ConfigError(f"the workflow's files are not beside {package}; install kvguard again")
+
+
+def shipped(path: str | Path) -> Path:
+    """A path as given where it exists, else the file of that name that comes with the workflow."""
+    path = Path(path)
+    beside = workflow_folder() / path
+    return beside if not path.exists() and beside.exists() else path
+
+
 def config_layers(config: Sequence[Path] | None) -> list[Path]:
-    """Configuration files in order: the default, then what the user lays over it."""
-    return [DEFAULT_CONFIG, *(path for path in config or () if path != DEFAULT_CONFIG)]
+    """Configuration files in order: the default, then what the user lays over it.
+
+    The default is ``config.yaml`` of the current directory, or the one that comes with kvguard.
+    """
+    default = shipped(CONFIG_NAME)
+    return [default, *(shipped(path) for path in config or () if path != Path(CONFIG_NAME))]
+
+
+def workflow_profile(name: str) -> Path:
+    """The folder of a Snakemake workflow profile.
+
+    Args:
+        name: a folder with a ``config.yaml``, or the name of one of the workflow's own.
+
+    Raises:
+        ConfigError: there is no such profile; lists the workflow's own.
+    """
+    own = workflow_folder() / "profiles"
+    for folder in (Path(name), own / Path(name).name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    known = sorted(path.parent.name for path in own.glob("*/config.yaml"))
+    raise ConfigError(
+        f"--profile: no profile {name!r}; give one of {', '.join(known)}, or a folder with a "
+        "config.yaml for Snakemake"
+    )
 
 
 def recorded_config(results_dir: Path) -> Config:
@@ -184,8 +229,7 @@ def model_entry(base: Config, model: str, revision: str | None = None) -> dict[s
         ConfigError: says what to give.
     """
     pinned = list(base.models)
-    if PAPER_CONFIG.is_file():
-        pinned += load_config(*config_layers([PAPER_CONFIG])).models
+    pinned += load_config(*config_layers([Path(PAPER_CONFIG)])).models
     for entry in pinned:
         if model in (entry.name, getattr(entry, "repository", None)):
             found = entry.model_dump(mode="json")
@@ -225,8 +269,14 @@ def snakemake_command(
         configs: configuration files, later ones laid over earlier ones.
         arguments: targets first, then options: some of Snakemake's take every word that follows.
         overrides: ``key=value`` pairs, laid over all files.
+
+    Raises:
+        ModuleNotFoundError: Snakemake is not installed.
     """
-    command = [sys.executable, "-m", "snakemake", *arguments]
+    if importlib.util.find_spec("snakemake") is None:
+        raise ModuleNotFoundError("No module named 'snakemake'", name="snakemake")
+    snakefile = str(workflow_folder() / "Snakefile")
+    command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", snakefile]
     command += ["--configfile", *map(str, configs)] if configs else []
     return command + (["--config", *overrides] if overrides else [])
 

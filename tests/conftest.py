@@ -147,8 +147,8 @@ def smollm2(smollm2_folder: Path) -> LoadedModel:
     return load_model(smollm2_folder, dtype="float32", device="cpu", attention="sdpa")
 
 
-WORKFLOW_TESTS = ("test_pipeline", "test_cli", "test_interruptions", "test_slurm")
-"""Modules whose tests start Snakemake or the command line."""
+WORKFLOW_TESTS = ("test_pipeline", "test_cli", "test_install", "test_interruptions", "test_slurm")
+"""Modules whose tests start Snakemake, the command line or another environment."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from synthetic import make_run, write_run
 
-from kvguard import cli, schema
+from kvguard import __version__, cli, schema
 from kvguard.config import ConfigError, load_config
 from kvguard.database import build_database
 from kvguard.feature_files import build_features
@@ -233,6 +233,7 @@ def test_status_counts_jobs_per_stage(tmp_path: Path) -> None:
         ("kvguard live --policy prayer", "got 'prayer'"),
         ("kvguard sweep --model owner/unheard-of --dry-run", "--revision"),
         ("kvguard sweep --model unheard-of --dry-run", "no model 'unheard-of'"),
+        ("kvguard sweep --profile nonsense --dry-run", "default, gpu, slurm"),
         ("kvguard verify --results-dir nowhere", "nowhere"),
         ("kvguard analyze --results-dir nowhere", "nowhere/kvguard.duckdb"),
         ("kvguard train --results-dir nowhere", "nowhere"),
@@ -249,12 +250,36 @@ def test_wrong_input_ends_with_one_message(
     assert len(done.stderr.splitlines()) <= 15
 
 
-def test_outside_a_checkout_the_missing_file_is_named(
-    tmp_path: Path, command: Callable[..., Ended]
-) -> None:
-    done = command("kvguard run --press knorm", cwd=tmp_path)
+def test_commands_work_in_any_folder(tmp_path: Path, command: Callable[..., Ended]) -> None:
+    done = command("kvguard run --press knorm --model gpt9", cwd=tmp_path)
     assert done.returncode == 2
-    assert "config.yaml" in done.stderr
+    assert "no model 'gpt9' in the configuration: smollm2-135m" in done.stderr
+    done = command("kvguard sweep --config experiments/nowhere.yaml", cwd=tmp_path)
+    assert "no configuration file at experiments/nowhere.yaml" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_plans_in_any_folder(tmp_path: Path) -> None:
+    done = kvguard("kvguard sweep --dry-run --profile slurm --num-prompts 12", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "results/sweeps/smollm2-135m-12/manifest.json" in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_version_is_the_packages(command: Callable[..., Ended]) -> None:
+    assert command("kvguard --version").stdout == f"kvguard {__version__}\n"
+
+
+def test_what_is_not_installed_is_named_with_its_extra(
+    results: Path, command: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "kvguard.database", None)
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    monkeypatch.delitem(sys.modules, "kvguard.database")
+    done = command(f"kvguard analyze --results-dir {results}")
+    assert done.returncode == 2
+    assert "this needs duckdb" in done.stderr
+    assert "kvguard[pipeline]" in done.stderr
 
 
 def test_press_names_are_classes_in_snake_case() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from kvguard.config import load_config, overlay
 from kvguard.figures import FIGURES
@@ -425,8 +427,14 @@ def test_pins_agree_everywhere() -> None:
     )
     assert all(re.fullmatch(r"[\w.]+", version) for version in constraints.values())
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    exact = [entry for entry in project["dependencies"] if "==" in entry]
-    assert set(exact) <= set(write_envs.pins())
+    extras = project["optional-dependencies"]
+    pinned = {canonicalize_name(name): version for name, version in constraints.items()}
+    for entry in [*project["dependencies"], *(e for extra in extras.values() for e in extra)]:
+        wanted = Requirement(entry)
+        assert "==" not in str(wanted.specifier), f"{entry}: exact pins live in constraints.txt"
+        if wanted.name != "kvguard":
+            pin = pinned[canonicalize_name(wanted.name)]
+            assert wanted.specifier.contains(pin, prereleases=True), (entry, pin)
 
 
 def test_make_lists_its_targets() -> None:
