@@ -331,11 +331,17 @@ def status(
 def verify(
     results_dir: ResultsDir = Path("results"),
     config: Configs = None,
+    discard: Annotated[
+        bool, typer.Option(help="First remove what is damaged, so that the next run makes it anew.")
+    ] = False,
 ) -> None:
     """Check the integrity of a results folder; the exit status is 1 when something is wrong."""
-    from kvguard.integrity import LISTED, verify_results
+    from kvguard.integrity import LISTED, discard_damaged, verify_results
 
     experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
+    if discard:
+        for path in discard_damaged(experiment, results_dir):
+            console.print(f"removed {path}", soft_wrap=True)
     checks = verify_results(experiment, results_dir)
     table = Table(title=f"integrity of {results_dir}", title_justify="left")
     table.add_column("check")

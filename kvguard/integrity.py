@@ -1,6 +1,8 @@
 """Integrity of what a results folder holds, checked against the configuration that made it."""
 
 import json
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +11,16 @@ import polars as pl
 
 from kvguard import schema
 from kvguard.config import BASELINE, Config
-from kvguard.files import file_sha256
+from kvguard.database import DatabaseLocked, check_database
+from kvguard.files import (
+    PARTIAL,
+    RECORD,
+    DamagedFile,
+    check_file,
+    check_model,
+    digest_path,
+    file_sha256,
+)
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every file of a finished run."""
@@ -24,6 +35,9 @@ Presses round to whole entries: in a prompt of 100 tokens one entry is 0.01."""
 
 LOGPROB_TOLERANCE_NATS = 1e-3
 """Rounding that a float32 log-probability may show."""
+
+CLOCK_SLACK_SECONDS = 60.0
+"""How far ahead of this machine's clock a file's time may be: clocks of a cluster differ."""
 
 LISTED = 5
 """Problems of one kind in one file that are spelt out; the rest are counted."""
@@ -316,12 +330,112 @@ def _check_splits(config: Config, results: Path) -> Problems:
 def _check_models(config: Config, results: Path) -> Problems:
     """Weights and tokenizer files have the hashes that were recorded when they were prepared."""
     for model in config.models:
-        record = results / "checkpoints" / model.name / "kvguard_model.json"
-        if not record.is_file():
-            yield f"{record.relative_to(results)}: no such file"
+        folder = results / "checkpoints" / model.name
+        if not (folder / RECORD).is_file():
+            yield f"{(folder / RECORD).relative_to(results)}: no such file"
+        else:
+            yield _damage(check_model, folder)
+
+
+def _check_files(config: Config, results: Path) -> Problems:
+    """Written files are as they were written, none is half written, none is of the future."""
+    for path in _written_files(results):
+        yield _damage(_check_written, path)
+    for path in sorted(results.rglob(f".*{PARTIAL}*")):
+        yield f"{path.relative_to(results)}: half written by a job that was killed; remove it"
+
+
+def _check_database(config: Config, results: Path) -> Problems:
+    """The database can be read to its end and holds every row of its source tables."""
+    path = results / "kvguard.duckdb"
+    if not path.is_file():
+        yield f"{path.name}: no such file"
+        return
+    try:
+        rows = check_database(path)
+    except (DamagedFile, DatabaseLocked) as error:
+        yield str(error)
+        return
+    expected = dict.fromkeys(("traces", "tokens"), 0)
+    for shard in expected_shards(config):
+        for name in expected:
+            table = shard.path(results, name)
+            expected[name] += _height(table) if table.is_file() else 0
+    for name, count in expected.items():
+        yield (
+            None
+            if rows[name] == count
+            else f"{path.name}: {rows[name]} rows of {name}, the run's tables have {count}"
+        )
+
+
+def _written_files(results: Path) -> list[Path]:
+    """Files that have a digest beside them, sorted."""
+    records = results.rglob(".*.sha256")
+    return sorted(
+        path.with_name(path.name.removeprefix(".").removesuffix(".sha256")) for path in records
+    )
+
+
+def _check_written(path: Path) -> None:
+    """Raise where a file is not what was written, or its time is wrong."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the next run makes it anew")
+    check_file(path)
+    ahead = path.stat().st_mtime - time.time()
+    if ahead > CLOCK_SLACK_SECONDS:
+        raise DamagedFile(
+            path,
+            f"its time is {ahead:,.0f} s in the future (a clock went backwards), so that Snakemake "
+            f"takes it for newer than what it is made from",
+        )
+
+
+def _damage(check: Callable[[Path], None], path: Path) -> str | None:
+    try:
+        check(path)
+    except (DamagedFile, OSError) as error:
+        return str(error)
+    return None
+
+
+def discard_damaged(config: Config, results: str | Path) -> list[Path]:
+    """Remove every file and model folder that is not what was written, so that a run remakes it.
+
+    Returns:
+        What was removed. Files that were never recorded, such as a user's own, are left alone.
+    """
+    results = Path(results)
+    suspects: list[tuple[Path, Callable[[Path], None]]] = [
+        (path, _check_written) for path in _written_files(results)
+    ]
+    suspects += [
+        (results / "checkpoints" / model.name, check_model)
+        for model in config.models
+        if (results / "checkpoints" / model.name / RECORD).is_file()
+    ]
+    removed = []
+    for path, check in suspects:
+        try:
+            check(path)
+        except DamagedFile:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            removed.append(path)
+        except FileNotFoundError:
+            pass
+        else:
             continue
-        for name, sha256 in json.loads(record.read_text())["files"].items():
-            yield _changed(record.parent / name, sha256, results)
+        digest_path(path).unlink(missing_ok=True)
+    for path in results.rglob(f".*{PARTIAL}*"):
+        removed.append(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return removed
 
 
 def _check_manifest(config: Config, results: Path) -> Problems:
@@ -346,6 +460,8 @@ CHECKS: dict[str, Callable[[Config, Path], Problems]] = {
     "hazards": _check_hazards,
     "live runs": _check_live,
     "model hashes": _check_models,
+    "written files": _check_files,
+    "database": _check_database,
     "result hashes": _check_manifest,
 }
 

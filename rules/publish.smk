@@ -125,6 +125,10 @@ rule write_manifest:
         live=every_live_run("<results>/live/{model}/{press}/{ratio}/{policy}/{shard}.parquet"),
         tables=every_table("parquet"),
         csv=every_table("csv"),
+        timeline="<results>/timeline.parquet",
+        database="<results>/kvguard.duckdb",
+        figures=rules.figures.input,
+        published=["<results>/viewer.html", "<results>/findings.md", "<results>/report.html"],
     output:
         manifest="<results>/manifest.json",
     log:

@@ -1,6 +1,11 @@
 """Integrity checks: a whole run passes, and every kind of damage is named."""
 
 import json
+import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -9,7 +14,15 @@ from synthetic import SyntheticRun, make_run
 
 from kvguard import schema
 from kvguard.config import Config, parse_config
-from kvguard.integrity import CHECKS, Check, expected_shards, verify_results
+from kvguard.database import DatabaseLocked, build_database, read_view
+from kvguard.files import DamagedFile, digest_path
+from kvguard.integrity import (
+    CHECKS,
+    Check,
+    discard_damaged,
+    expected_shards,
+    verify_results,
+)
 from kvguard.labeling import label_tokens
 from kvguard.provenance import manifest
 from kvguard.splits import split_prompts
@@ -85,6 +98,15 @@ def results(tmp_path: Path, run: SyntheticRun) -> Path:
     files = manifest([checkpoint / "model.safetensors"], checkpoint)
     record = {"files": {name: entry["sha256"] for name, entry in files.items()}}
     (checkpoint / "kvguard_model.json").write_text(json.dumps(record))
+    shards = expected_shards(config)
+    build_database(
+        tmp_path / "kvguard.duckdb",
+        tmp_path / "prompts/prompts.parquet",
+        [shard.path(tmp_path, "traces") for shard in shards],
+        [shard.path(tmp_path, "tokens") for shard in shards],
+        tmp_path / "outcomes.parquet",
+        tmp_path / "splits.parquet",
+    )
     tables = manifest(tmp_path.rglob("*.parquet"), tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(tables))
     return tmp_path
@@ -227,7 +249,7 @@ def test_changed_weights_and_tables_are_found(results: Path) -> None:
     path = results / "outcomes.parquet"
     damage(path, pl.read_parquet(path).with_columns(right=pl.lit(True)))
     problems = failed(results)
-    assert problems["model hashes"][0].startswith("checkpoints/tiny/model.safetensors")
+    assert "the content of model.safetensors changed" in problems["model hashes"][0]
     assert problems["result hashes"][0].startswith("outcomes.parquet: its content changed")
 
 
@@ -243,3 +265,140 @@ def test_an_unfinished_run_says_so(results: Path) -> None:
     assert failed(results)["result hashes"] == [
         "manifest.json: no such file; the run has not finished"
     ]
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 1 << 3
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_noise(path: Path) -> None:
+    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
+
+
+def forget_digest(path: Path) -> None:
+    """As for a run of a version that recorded none."""
+    digest_path(path).unlink()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["digest known", "no digest"])
+@pytest.mark.parametrize("harm", [cut, make_noise])
+def test_a_damaged_database_does_not_pass(results: Path, harm, known: bool) -> None:
+    path = results / "kvguard.duckdb"
+    harm(path)
+    if not known:
+        forget_digest(path)
+    (problem,) = failed(results)["database"]
+    assert f"{path} is damaged" in problem
+    assert f"`rm {path}` and the next run makes it anew" in problem
+    with pytest.raises(DamagedFile, match="makes it anew"):
+        read_view(path, "condition_summary")
+
+
+def test_a_flipped_bit_in_the_database_does_not_pass(results: Path) -> None:
+    path = results / "kvguard.duckdb"
+    flip_a_bit(path)
+    assert "is damaged" in failed(results)["database"][0]
+
+
+def test_a_locked_database_is_not_called_damaged(results: Path) -> None:
+    path = results / "kvguard.duckdb"
+    hold = f"import duckdb, time; c = duckdb.connect({str(path)!r}); print(1, flush=True); "
+    with subprocess.Popen(
+        [sys.executable, "-c", hold + "time.sleep(60)"], stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            assert "open for writing in another process" in failed(results)["database"][0]
+            with pytest.raises(DatabaseLocked, match=str(other.pid)):
+                read_view(path, "condition_summary")
+        finally:
+            other.kill()
+    assert failed(results) == {}
+
+
+def test_a_database_without_all_rows_is_found(results: Path) -> None:
+    shards = expected_shards(make_config())[:2]
+    traces = [shard.path(results, "traces") for shard in shards]
+    outcomes = pl.read_parquet(results / "outcomes.parquet")
+    half = outcomes.join(pl.read_parquet(traces), on=schema.TRACE_KEYS, how="semi")
+    half.write_parquet(results / "half.parquet")
+    build_database(
+        results / "kvguard.duckdb",
+        results / "prompts/prompts.parquet",
+        traces,
+        [shard.path(results, "tokens") for shard in shards],
+        results / "half.parquet",
+        results / "splits.parquet",
+    )
+    assert "rows of traces, the run's tables have" in failed(results)["database"][0]
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, cut, make_noise])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prompts/prompts.parquet",
+        "traces/tiny/snapkv/0.750/01.parquet",
+        "tokens/tiny/none/0.000/00.parquet",
+        "outcomes.parquet",
+        "splits.parquet",
+        "labels.parquet",
+        "features.parquet",
+        "predictions.parquet",
+        "simulation.parquet",
+    ],
+)
+def test_a_damaged_table_is_named_and_discarded_alone(results: Path, name: str, harm) -> None:
+    path = results / name
+    before = {file for file in results.rglob("*") if file.is_file()}
+    harm(path)
+    (problem,) = failed(results)["written files"]
+    assert f"{path} is damaged" in problem
+    with pytest.raises(DamagedFile, match="makes it anew"):
+        schema.read_table(path)
+    assert discard_damaged(make_config(), results) == [path]
+    assert before - {file for file in results.rglob("*") if file.is_file()} == {
+        path,
+        digest_path(path),
+    }
+
+
+def test_a_changed_model_is_discarded_whole(results: Path) -> None:
+    weights = results / "checkpoints/tiny/model.safetensors"
+    flip_a_bit(weights)
+    (problem,) = failed(results)["model hashes"]
+    assert f"{weights.parent} is damaged: the content of model.safetensors changed" in problem
+    assert f"`rm -r {weights.parent}`" in problem
+    assert discard_damaged(make_config(), results) == [weights.parent]
+    assert not weights.parent.exists()
+
+
+def test_half_written_files_are_found_and_discarded(results: Path) -> None:
+    leftover = results / "traces/tiny/.00.parquet.abc.part"
+    leftover.write_bytes(b"half")
+    assert "half written" in failed(results)["written files"][0]
+    assert discard_damaged(make_config(), results) == [leftover]
+    assert failed(results) == {}
+
+
+def test_a_file_of_the_future_is_found(results: Path) -> None:
+    path = results / "outcomes.parquet"
+    os.utime(path, (time.time() + 7200, time.time() + 7200))
+    (problem,) = failed(results)["written files"]
+    assert f"{path} is damaged: its time is 7," in problem
+    assert discard_damaged(make_config(), results) == [path]
+
+
+def test_a_file_deleted_by_hand_is_missed(results: Path) -> None:
+    (results / "outcomes.parquet").unlink()
+    assert "no such file" in failed(results)["written files"][0]
