@@ -271,9 +271,9 @@ class Slots:
     def _compact(self, layer: int) -> None:
         """Give pages back that only rows needed which have left."""
         pool, table = self.pools[layer], self.tables[layer]
-        used = [page for row in table[: self.active] for page in row]
-        if len(pool.free) <= 1 + 2 * (len(used) // SLACK):
+        if len(pool.free) <= 1 + 2 * ((pool.pages - len(pool.free)) // SLACK):
             return
+        used = [page for row in table[: self.active] for page in row]
         pool.compact(used)
         self._note_peak(pool)
         first = 0
@@ -406,11 +406,12 @@ class Slots:
         pool, plan = self.pools[layer], self._plans[layer]
         active, heads, groups, size = self.active, self.heads, self.groups, self.head_dim
         pages = pool.pages
-        grouped = query.reshape(active, heads, groups, size) * scale
+        grouped = query.reshape(active, heads, groups, size)
         by_page = grouped.index_select(0, plan.owner).reshape(pages * heads, groups, size)
         for block, part in zip(pool.keys, plan.parts, strict=True):
             keys = block.view(-1, PAGE_ENTRIES, size).transpose(1, 2)
-            torch.bmm(by_page[part], keys, out=plan.scores[part])
+            target = plan.scores[part]
+            torch.baddbmm(target, by_page[part], keys, beta=0, alpha=scale, out=target)
         scores = plan.scores.view(pages, heads, groups, PAGE_ENTRIES)
         if pool.hidden is not None:
             scores.masked_fill_(pool.hidden[:, :, None], -torch.inf)
