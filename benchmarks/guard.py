@@ -1,4 +1,4 @@
-"""What the guard costs: per decoding step without alarms, and per verify-and-rewind.
+"""What the guard costs per decoding step without a check; a check is measured by check.py.
 
     python benchmarks/guard.py [--predictor results/models/hazard_predictor.json]
 
@@ -14,9 +14,7 @@ Writes results/bench/guard.json:
 - ``overhead_every_token``: the same where the guard looks at every token;
 - ``parts``: per batch size, mean microseconds a step of signals (at batch 32 with the choice of the
   token, beyond the argmax alone), features, predictor, controller, choosing beyond the argmax
-  (history, end tokens) and the rest of watching, in a session of its own with a clock around each;
-- ``verify_over_prefill``: seconds of one verify-and-rewind over seconds of one plain prefill of the
-  same tokens, measured alternately, medians; goal 1.3.
+  (history, end tokens) and the rest of watching, in a session of its own with a clock around each.
 """
 
 import argparse
@@ -38,7 +36,6 @@ from kvguard.guard_observer import GuardObserver, HazardModel
 from kvguard.models import LoadedModel
 from kvguard.policy_factory import make_policy
 from kvguard.predictor import load_predictor, rules_predictor
-from kvguard.prefill import prefill
 from kvguard.presses import build_press
 from kvguard.prompts import load_task
 from kvguard.sampling import Decoding
@@ -61,11 +58,13 @@ def start(
         model.model, decoding, press=build_press(PRESS, "0.500"), rows=rows, prefix=ready.prefix
     )
     policy = make_policy("guard_promote", rows, max_new_tokens=STEPS + 1, controller=NEVER)
-    watch = GuardObserver(session, policy, predictor=predictor, ratio=0.5, check_every_tokens=every)
+    observer = GuardObserver(
+        session, policy, predictor=predictor, ratio=0.5, check_every_tokens=every
+    )
     for request in ready.requests[:rows]:
         session.admit(request)
-        watch.admitted(session, session.active - 1)
-    return session, watch
+        observer.admitted(session, session.active - 1)
+    return session, observer
 
 
 class Timing(NamedTuple):
@@ -77,7 +76,7 @@ class Timing(NamedTuple):
     argmax: list[float]  # of the logits alone, a part of `bare`
 
 
-def time_steps(session: Session, watch: GuardObserver) -> Timing:
+def time_steps(session: Session, observer: GuardObserver) -> Timing:
     """Decode to the end, guard work and model's pass in turn; the argmax counts as the model's."""
     timing = Timing([], [], [], [])
     rows = session.active
@@ -88,7 +87,7 @@ def time_steps(session: Session, watch: GuardObserver) -> Timing:
         began = time.perf_counter()
         step = session.choose()
         chosen = time.perf_counter()
-        watch.observe(session, step)
+        observer.observe(session, step)
         ended = time.perf_counter()
         session.advance()
         timing.bare.append(time.perf_counter() - ended + argmax_seconds)
@@ -159,15 +158,15 @@ def parts(
     extract = extract_signals
     deferred = rows * 2 <= engine.DEFERRED_ROWS  # signals of several steps at once, when looked at
     try:
-        session, watch = start(model, ready, rows, plugged, every)
+        session, observer = start(model, ready, rows, plugged, every)
         if deferred:
-            clock.around(session, "settle_signals", "signals_us")
+            clock.around(session, "compute_pending_signals", "signals_us")
         else:
             clock.around(engine, "extract_signals", "signals_us")
-        clock.around(watch.features, "advance", "features_us")
-        clock.around(watch.policy, "rests", "controller_us")
-        clock.around(watch.policy, "step", "controller_us")
-        timing = time_steps(session, watch)
+        clock.around(observer.features, "advance", "features_us")
+        clock.around(observer.policy, "rests", "controller_us")
+        clock.around(observer.policy, "step", "controller_us")
+        timing = time_steps(session, observer)
     finally:
         setattr(engine, "extract_signals", extract)  # noqa: B010
     found = {part: seconds / STEPS * 1e6 for part, seconds in clock.seconds.items()}
@@ -178,39 +177,6 @@ def parts(
     found["choosing_us"] = choosing
     found["watching_us"] = total - sum(found.values())
     return found
-
-
-def verify_over_prefill(
-    model: LoadedModel, ready: Prepared, predictor: HazardModel, repeats: int = 7
-) -> dict[str, float]:
-    """One verify-and-rewind against a plain prefill of the same tokens, without a shared prefix."""
-    session, watch = start(model, ready, 1, predictor, 1)
-    session.prefix = None
-    for _ in range(80):
-        session.choose()
-        session.advance()
-    session.choose()
-    tokens = session.tokens(0)
-    whole = [*ready.requests[0].prompt_ids, *tokens]
-    verify, plain = [], []
-    for repeat in range(repeats + 1):
-        began = time.perf_counter()
-        prefill(model.model, whole)
-        plain.append(time.perf_counter() - began)
-        before = session.lengths.copy(), session.history.copy()
-        began = time.perf_counter()
-        watch._rewind(session, 0, tokens, always=True)
-        verify.append(time.perf_counter() - began)
-        session.lengths[:], session.history[:] = before
-        if repeat == 0:  # warm up
-            verify.clear()
-            plain.clear()
-    return {
-        "tokens": len(whole),
-        "verify_seconds": statistics.median(verify),
-        "prefill_seconds": statistics.median(plain),
-        "verify_over_prefill": statistics.median(verify) / statistics.median(plain),
-    }
 
 
 def main() -> None:
@@ -227,11 +193,13 @@ def main() -> None:
     result: dict[str, object] = {
         "predictor": str(path) if path.is_file() else "rules",
     }
-    usual = GuardSettings().check_every_tokens
-    for name, every in (("overhead", usual), ("overhead_every_token", 1)):
+    for name, every in (
+        ("overhead", GuardSettings().check_every_tokens),
+        ("overhead_every_token", 1),
+    ):
         result[name] = {str(n): overhead(model, ready, n, predictor, every) for n in (1, 32)}
-    result["parts"] = {str(n): parts(model, ready, n, predictor, usual) for n in (1, 32)}
-    result |= verify_over_prefill(model, ready, predictor)
+    every = GuardSettings().check_every_tokens
+    result["parts"] = {str(n): parts(model, ready, n, predictor, every) for n in (1, 32)}
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

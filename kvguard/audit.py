@@ -1,20 +1,30 @@
 """What the uncompressed model says about tokens that a compressed cache produced.
 
-One teacher-forced pass over prompt and generated tokens judges them all; the guard's verification
-and the experiment's audit are this same pass.
+A check runs the tokens that have not been checked over the row's cold cache, the checks of several
+rows in one pass (`cold_cache.run_drafts`); without a cold cache one teacher-forced pass over prompt
+and generated tokens says the same. The guard's checks and the experiment's audit are this.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from kvguard.prefill import Prefix, attention_layers, extend_prefix, forget_masks, matching_prefix
+from kvguard.cold_cache import ColdRow, Draft, run_drafts
+from kvguard.prefill import (
+    Prefix,
+    attention_layers,
+    cache_bytes,
+    extend_prefix,
+    forget_masks,
+    layer_tensors,
+    matching_prefix,
+)
 from kvguard.sampling import Decoding, token_scores
-from kvguard.signals import SIGNAL_INDEX, extract_signals
 
 LM_HEAD_ROWS = 128
 """Positions whose logits are computed at once in a teacher-forced pass."""
@@ -30,11 +40,14 @@ class Scored(NamedTuple):
         cache: uncompressed, batch of 1, of the whole sequence.
         hidden: (kept positions, hidden size) after the final norm; `lm_head` makes logits of it.
         tokens: how many tokens the model really processed.
+        inputs: per layer (1, kept positions - 1, hidden size) what the attention was given at the
+            generated tokens; None where not asked.
     """
 
     cache: DynamicCache
     hidden: torch.Tensor
     tokens: int
+    inputs: list[torch.Tensor] | None = None
 
 
 @torch.inference_mode()
@@ -44,6 +57,7 @@ def teacher_forced(
     generated: Sequence[int],
     *,
     prefix: Prefix | None = None,
+    keep_inputs: bool = False,
 ) -> Scored:
     """One pass of the uncompressed model over a prompt and what was generated after it.
 
@@ -52,6 +66,7 @@ def teacher_forced(
         prompt_ids: the prompt.
         generated: tokens that follow it.
         prefix: reused where the prompt starts with it.
+        keep_inputs: keep what each attention layer was given, for presses that work on it later.
 
     Returns:
         ``hidden`` has ``len(generated) + 1`` rows: row i predicts generated token i, the last row
@@ -61,18 +76,29 @@ def teacher_forced(
     eager = model.config._attn_implementation == "eager"
     usable = None if eager else matching_prefix(prefix, prompt_ids)
     reused = 0 if usable is None else len(usable.token_ids)
-    forget_masks(attention_layers(model))
+    layers = attention_layers(model)
+    forget_masks(layers)
     cache = extend_prefix(usable, model)
     positions = torch.arange(reused, len(whole), device=model.device)
-    output = model.model(
-        input_ids=torch.tensor([whole[reused:]], device=model.device),
-        past_key_values=cache,
-        use_cache=True,
-        cache_position=positions,
-        position_ids=positions[None],
-    )
-    hidden = output.last_hidden_state[0, -(len(generated) + 1) :]
-    return Scored(cache, hidden, len(whole) - reused)
+    count = len(generated)
+    inputs: list[torch.Tensor] = []
+
+    def keep(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs.append(kwargs["hidden_states"][:, len(whole) - reused - count :])
+
+    with ExitStack() as stack:
+        if keep_inputs:
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        output = model.model(
+            input_ids=torch.tensor([whole[reused:]], device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+            cache_position=positions,
+            position_ids=positions[None],
+        )
+    hidden = output.last_hidden_state[0, -(count + 1) :]
+    return Scored(cache, hidden, len(whole) - reused, inputs if keep_inputs else None)
 
 
 def logits_in_chunks(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -89,13 +115,11 @@ class Audit(NamedTuple):
         gap: (n,) float32, nats >= 0: how far the token's score lies below the best token's. 0: the
             uncompressed model would have taken it too (under sampling: with the same noise).
         is_argmax: (n,) bool, whether the token is the uncompressed model's most probable one.
-        scored: the pass: its cache and final hidden states, n + 1 rows.
     """
 
     logprob: NDArray[np.float32]
     gap: NDArray[np.float32]
     is_argmax: NDArray[np.bool_]
-    scored: Scored
 
 
 @torch.inference_mode()
@@ -107,8 +131,9 @@ def audit_tokens(
     decoding: Decoding,
     seed: int = 0,
     prefix: Prefix | None = None,
+    cold: ColdRow | None = None,
 ) -> Audit:
-    """Judge generated tokens in one pass of the uncompressed model.
+    """Judge a finished answer, all of it, in one pass of the uncompressed model.
 
     Args:
         model: in eval mode.
@@ -116,35 +141,236 @@ def audit_tokens(
         generated: what followed it.
         decoding: how the tokens were chosen; under sampling the request's noise is replayed.
         seed: the request's.
-        prefix: reused where the prompt starts with it.
+        prefix: reused where there is no cold cache and the prompt starts with it.
+        cold: the request's cold cache: then the pass is over the answer alone.
 
     Returns:
         Arrays of ``len(generated)``; empty for no tokens.
     """
-    scored = teacher_forced(model, prompt_ids, generated, prefix=prefix)
-    chosen = torch.tensor(list(generated), dtype=torch.long, device=model.device)
-    positions = torch.arange(len(generated), device=model.device)
-    seeds = torch.full_like(positions, seed)
-    logprobs, gaps, argmaxes = [], [], []
-    done = 0
-    for logits in logits_in_chunks(model, scored.hidden[:-1]):
+    if not len(generated):
+        nothing = np.zeros(0, np.float32)
+        return Audit(nothing, nothing, np.zeros(0, bool))
+    cold = None if cold is None else cold.prompt_only()
+    answer = Answer(prompt_ids, generated, seed, cold, ended=True)
+    return check_answers(model, [answer], decoding, prefix=prefix)[0].audit
+
+
+class Answer(NamedTuple):
+    """A generated answer to judge.
+
+    Attributes:
+        prompt_ids: its prompt.
+        token_ids: every token generated so far.
+        seed: the request's.
+        cold: its cold cache, which says how many of the tokens have been checked; or None.
+        ended: nothing follows the last token, so its own entry is not needed.
+        first_position: noise position of the first token.
+    """
+
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]
+    seed: int = 0
+    cold: ColdRow | None = None
+    ended: bool = False
+    first_position: int = 0
+
+
+class Check(NamedTuple):
+    """What the uncompressed model says of an answer from its first unchecked token on.
+
+    Attributes:
+        start: number of the first token that was judged; those before it had been checked.
+        audit: of the tokens from ``start`` on.
+        hidden: after the final norm: row i predicts token ``start + i``; one for each judged token
+            and, unless the answer has ended, one for the token that comes next.
+        entries: (layers, 2, heads, n, head_dim) of the tokens from ``start`` on, on the device; the
+            last token's is missing where the answer has ended.
+        inputs: per layer (1, n, hidden size) what the attention was given; None where not asked.
+        cache: the whole uncompressed cache, where a fresh pass made one.
+        tokens_prefilled: tokens that the check had to run.
+        bytes_moved: brought to the device, this row's share.
+        device_bytes: that the check needed for this row: two layers of its cold cache and the
+            entries of the tokens that it ran; or the fresh cache.
+    """
+
+    start: int
+    audit: Audit
+    hidden: torch.Tensor
+    entries: torch.Tensor | None
+    inputs: list[torch.Tensor] | None
+    cache: DynamicCache | None
+    tokens_prefilled: int
+    bytes_moved: int
+    device_bytes: int
+
+
+@torch.inference_mode()
+def check_answers(
+    model: PreTrainedModel,
+    answers: Sequence[Answer],
+    decoding: Decoding,
+    *,
+    prefix: Prefix | None = None,
+    keep_inputs: bool = False,
+) -> list[Check]:
+    """Check answers with the uncompressed model: those with a cold cache in one pass.
+
+    Args:
+        model: in eval mode.
+        answers: each with at least one token that has not been checked.
+        decoding: how the tokens were chosen; under sampling each request's noise is replayed.
+        prefix: reused where an answer without a cold cache has a prompt that starts with it.
+        keep_inputs: keep what each attention layer was given, for presses that work on it later.
+
+    Returns:
+        One check an answer, in their order.
+    """
+    found: dict[int, Check] = {}
+    drafts: dict[int, Draft] = {}
+    for number, answer in enumerate(answers):
+        if answer.cold is None:
+            found[number] = _check_afresh(model, answer, decoding, prefix, keep_inputs)
+            continue
+        tokens = answer.token_ids[answer.cold.tokens : len(answer.token_ids) - answer.ended]
+        if tokens:
+            drafts[number] = Draft(answer.cold, tokens)
+    runs, moved = {}, 0
+    if drafts:
+        done = run_drafts(model, list(drafts.values()), keep_inputs=keep_inputs)
+        runs = dict(zip(drafts, done.runs, strict=True))
+        moved = done.bytes_moved
+    total = sum(draft.row.length for draft in drafts.values())
+    cold = [(number, answer) for number, answer in enumerate(answers) if answer.cold is not None]
+    hidden = []
+    for number, answer in cold:
+        assert answer.cold is not None
+        assert answer.cold.hidden is not None
+        before = answer.cold.hidden[None].to(model.device)
+        run = runs.get(number)
+        hidden.append(before if run is None else torch.cat([before, run.hidden]))
+    audits = judge(model, hidden, [answer for _, answer in cold], decoding)
+    for (number, answer), rows, audit in zip(cold, hidden, audits, strict=True):
+        assert answer.cold is not None
+        run, count = runs.get(number), 0
+        if run is not None:
+            count = len(run.hidden)
+        found[number] = Check(
+            start=answer.cold.tokens,
+            audit=audit,
+            hidden=rows,
+            entries=None if run is None else run.entries,
+            inputs=None if run is None else run.inputs,
+            cache=None,
+            tokens_prefilled=count,
+            bytes_moved=0 if run is None else moved * answer.cold.length // total,
+            device_bytes=0 if run is None else _device_bytes(answer.cold, count),
+        )
+    return [found[number] for number in range(len(answers))]
+
+
+def _check_afresh(
+    model: PreTrainedModel,
+    answer: Answer,
+    decoding: Decoding,
+    prefix: Prefix | None,
+    keep_inputs: bool,
+) -> Check:
+    """Check an answer that has no cold cache: a prefill-shaped pass over all of it."""
+    scored = teacher_forced(
+        model, answer.prompt_ids, answer.token_ids, prefix=prefix, keep_inputs=keep_inputs
+    )
+    (audit,) = judge(model, [scored.hidden], [answer], decoding)
+    count = len(answer.token_ids)
+    entries = torch.stack(
+        [
+            torch.cat([keys, values])[:, :, keys.shape[2] - count :]
+            for keys, values in layer_tensors(scored.cache)
+        ]
+    )
+    return Check(
+        start=0,
+        audit=audit,
+        hidden=scored.hidden,
+        entries=entries,
+        inputs=scored.inputs,
+        cache=scored.cache,
+        tokens_prefilled=len(answer.prompt_ids) + count,
+        bytes_moved=0,
+        device_bytes=cache_bytes(scored.cache),
+    )
+
+
+def _device_bytes(cold: ColdRow, count: int) -> int:
+    """What a check of ``count`` tokens holds on the device for a row."""
+    layer = cold.store.bytes_per_token // cold.store.layers
+    return 2 * layer * cold.length + cold.store.bytes_per_token * count
+
+
+def judge(
+    model: PreTrainedModel,
+    hidden: Sequence[torch.Tensor],
+    answers: Sequence[Answer],
+    decoding: Decoding,
+) -> list[Audit]:
+    """Judge the last tokens of answers.
+
+    Args:
+        model: whose ``lm_head`` makes logits of the hidden states.
+        hidden: per answer, rows that predict its tokens from some token on; a row for what comes
+            next may follow.
+        answers: as many; those with a cold cache are judged from its first unchecked token on.
+        decoding: how the tokens were chosen.
+    """
+    starts = [0 if answer.cold is None else answer.cold.tokens for answer in answers]
+    counts = [len(answer.token_ids) - start for answer, start in zip(answers, starts, strict=True)]
+    rows = [each[:count] for each, count in zip(hidden, counts, strict=True)]
+    device = model.device
+    chosen = torch.tensor(
+        [token for a, start in zip(answers, starts, strict=True) for token in a.token_ids[start:]],
+        dtype=torch.long,
+        device=device,
+    )
+    if not len(chosen):
+        nothing = np.zeros(0, np.float32)
+        return [Audit(nothing, nothing, np.zeros(0, bool)) for _ in answers]
+    firsts = [answer.first_position + start for answer, start in zip(answers, starts, strict=True)]
+    positions = torch.cat(
+        [torch.arange(first, first + count) for first, count in zip(firsts, counts, strict=True)]
+    ).to(device)
+    seeds = torch.cat(
+        [torch.full((count,), a.seed) for a, count in zip(answers, counts, strict=True)]
+    ).to(device)
+    before: list[torch.Tensor] | None = None
+    if decoding.processors:
+        before = []
+        for answer, start in zip(answers, starts, strict=True):
+            whole = torch.tensor([*answer.prompt_ids, *answer.token_ids], device=device)
+            prompt = len(answer.prompt_ids)
+            ends = range(prompt + start, prompt + len(answer.token_ids))
+            before += [whole[:end] for end in ends]
+    logprobs, gaps, argmaxes, done = [], [], [], 0
+    for logits in logits_in_chunks(model, torch.cat(rows)):
         part = slice(done, done + len(logits))
         done += len(logits)
         raw = logits.float()
         own = chosen[part, None]
         logprobs.append(raw.gather(1, own)[:, 0] - raw.logsumexp(dim=1))
-        scores = token_scores(raw, seeds[part], positions[part], decoding)
+        scores = token_scores(
+            raw,
+            seeds[part],
+            positions[part],
+            decoding,
+            None if before is None else before[part],
+        )
         gaps.append(scores.amax(dim=1) - scores.gather(1, own)[:, 0])
         argmaxes.append(raw.argmax(dim=1) == own[:, 0])
-    if not logprobs:
-        nothing = np.zeros(0, np.float32)
-        return Audit(nothing, nothing, np.zeros(0, bool), scored)
-    return Audit(
+    columns = (
         torch.cat(logprobs).cpu().numpy(),
         torch.cat(gaps).clamp(max=GAP_LIMIT).cpu().numpy(),
         torch.cat(argmaxes).cpu().numpy(),
-        scored,
     )
+    edges = np.cumsum(counts)[:-1]
+    return [Audit(*each) for each in zip(*(np.split(c, edges) for c in columns), strict=True)]
 
 
 def first_rejected(gap: NDArray[np.float32], margin: float) -> int | None:
@@ -156,31 +382,3 @@ def first_rejected(gap: NDArray[np.float32], margin: float) -> int | None:
     """
     rejected = np.flatnonzero(~(gap <= margin))
     return int(rejected[0]) if len(rejected) else None
-
-
-@torch.inference_mode()
-def signals_along(
-    model: PreTrainedModel, scored: Scored, generated: Sequence[int]
-) -> NDArray[np.float32]:
-    """Signals of generated tokens under the uncompressed model, (n, 28) float32.
-
-    They replace a row's stored signals after a rewind, so that features go on from what is kept.
-
-    Args:
-        model: in eval mode.
-        scored: a teacher-forced pass whose first rows predict ``generated``.
-        generated: n tokens.
-    """
-    chosen = torch.tensor(list(generated), dtype=torch.long, device=model.device)
-    tables = []
-    done = 0
-    for logits in logits_in_chunks(model, scored.hidden[: len(generated)]):
-        own = chosen[done : done + len(logits)]
-        done += len(logits)
-        tables.append(extract_signals(logits, own).table)
-    if not tables:
-        return np.zeros((0, len(SIGNAL_INDEX)), np.float32)
-    table = torch.cat(tables).cpu().numpy()
-    entropy = table[:, SIGNAL_INDEX["entropy"]]
-    table[1:, SIGNAL_INDEX["entropy_delta"]] = np.diff(entropy)
-    return table

@@ -118,6 +118,8 @@ class Generation(Section):
     audit: bool = True
     probes: bool = True
     """Measure at prefill what a press removes (`kvguard.probes`)."""
+    cold: Literal["host", "disk", "none"] = "host"
+    """Where the entries go that a press evicts, for audits and checks; "none" recomputes them."""
 
 
 class Detection(Section):

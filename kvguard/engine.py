@@ -8,18 +8,22 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import psutil
 import torch
-from kvpress import BasePress, CompressionRatioDecodingPress
+from kvpress import BasePress
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from kvguard.audit import Check
+from kvguard.cold_cache import REFUSALS, ColdKind, ColdRow, ColdStore, attention_of
 from kvguard.costs import CostMeter
+from kvguard.decode_compression import DecodeState
 from kvguard.models import check_architecture, position_limit
-from kvguard.prefill import Prefilled, Prefix, attention_layers, is_pressed, prefill
+from kvguard.prefill import Prefilled, Prefix, attention_layers, cache_bytes, is_pressed, prefill
 from kvguard.presses import Phases, PressError, fresh, phases
 from kvguard.probes import CacheProbe
 from kvguard.sampling import Decoding, token_scores
@@ -70,6 +74,10 @@ class Completion:
         device_byte_steps: its share of the allocated bytes, summed over passes; see `CostMeter`.
         device_bytes_peak: of the batch's caches, over the passes that it was part of.
         host_byte_steps: bytes of its cold cache, summed over the same passes.
+        checks: how often an observer had tokens checked.
+        bytes_moved: of entries parked outside device memory, and brought back for checks.
+        notes: what went wrong and was survived.
+        cold: the uncompressed entries outside device memory; None where there are none.
         probes: what the prefill measured, (25,) `schema.PROBE_NAMES`; None where not asked for.
     """
 
@@ -91,6 +99,10 @@ class Completion:
     device_byte_steps: int = 0
     device_bytes_peak: int = 0
     host_byte_steps: int = 0
+    checks: int = 0
+    bytes_moved: int = 0
+    notes: list[str] = field(default_factory=list)
+    cold: ColdRow | None = None
     probes: NDArray[np.float32] | None = None
 
 
@@ -142,12 +154,22 @@ class Observer(Protocol):
 
 @dataclass
 class Row:
-    """What belongs to one row besides the arrays: moves with it."""
+    """What belongs to one row besides the arrays: moves with it.
+
+    Attributes:
+        exact: the cache is uncompressed and always was, or is again: nothing is left to check.
+        checked: generated tokens that the uncompressed model has accepted.
+        pending: logits of a row that has been cut, which sits out the next pass.
+        cold: its uncompressed entries outside device memory.
+    """
 
     completion: Completion
-    decode: "DecodeState | None"
+    decode: DecodeState | None
+    exact: bool = False
+    checked: int = 0
     stop_reason: str | None = None
-    held: torch.Tensor | None = None  # logits of a rewound row, which sits out the next pass
+    pending: torch.Tensor | None = None
+    cold: ColdRow | None = None
     kv_bytes: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
@@ -162,11 +184,23 @@ class Session:
     ``admission_press`` compresses the prompts of requests that enter; it is the session's press
     unless a guard starts its requests in SAFE.
 
-    ``generate`` drives it; an `Observer` may rewind, stop or relax rows between two steps.
-    Arrays have one entry a row; rows ``0 .. active - 1`` are in use. ``signals`` is (rows, tokens,
-    28); those of a small batch's newest tokens are missing until `settle_signals`. With ``probes``
-    every prefill measures what its press removes; ``marked`` are tokens that carry facts, see
-    `probes.marked_tokens`.
+    ``generate`` drives it; an `Observer` may cut, stop or relax rows between two steps. Arrays have
+    one entry a row; rows ``0 .. active - 1`` are in use. ``signals`` is (rows, tokens, 28); those
+    of a small batch's newest tokens are missing until `compute_pending_signals`.
+
+    Args:
+        model: in eval mode.
+        decoding: how tokens are chosen.
+        press: compresses each request's cache.
+        rows: decoded together.
+        prefix: what the prompts share, prefilled.
+        probes: whether every prefill measures what its press removes.
+        marked: tokens that carry facts, see `probes.marked_tokens`.
+        cold: where the entries go that the press evicts, so that a check can read them: "host"
+            memory, "disk", or "none": then a check recomputes them.
+        cold_folder: for "disk"; None takes the system's folder of temporary files.
+        falls_back: a prompt that the press refuses, one shorter than its window, is not compressed;
+            otherwise its request fails.
     """
 
     def __init__(
@@ -179,6 +213,9 @@ class Session:
         prefix: Prefix | None = None,
         probes: bool = False,
         marked: NDArray[np.bool_] | None = None,
+        cold: ColdKind | Literal["none"] = "none",
+        cold_folder: Path | None = None,
+        falls_back: bool = False,
     ) -> None:
         check_architecture(model.config)
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
@@ -194,6 +231,12 @@ class Session:
         self.phases: Phases = phases(press)
         if self.phases.decode is not None and model.config._attn_implementation == "eager":
             raise PressError("compression while decoding needs sdpa attention, got 'eager'")
+        self.falls_back = falls_back
+        self.store: ColdStore | None = None
+        if cold != "none":
+            self.store = ColdStore(
+                model.config, device=model.device, dtype=model.dtype, kind=cold, folder=cold_folder
+            )
         self.slots = Slots(model.config, rows, device=model.device, dtype=model.dtype)
         self.rows: list[Row] = []
         self.meter = CostMeter(self.slots, self.rows)
@@ -264,15 +307,7 @@ class Session:
                     f"prompt of {len(request.prompt_ids)} and {limit} new tokens exceed the "
                     f"model's {longest} positions"
                 )
-            split = phases(self.admission_press)
-            ready = prefill(
-                self.model,
-                request.prompt_ids,
-                fresh(split.prefill),
-                prefix=self.prefix,
-                seed=request.seed,
-                probe=self._probe(request) if self.probes else None,
-            )
+            split, ready = self._prefill(request, completion)
         except (AssertionError, IndexError, ValueError, RuntimeError) as error:
             completion.error = f"{type(error).__name__}: {error}"
             if isinstance(error, torch.OutOfMemoryError):
@@ -291,10 +326,18 @@ class Session:
             completion.error = f"{type(error).__name__}: {error}; a smaller batch needs less"
             return completion
         self.logits[row] = ready.logits[0]
-        decode = None
-        if split.decode is not None:
-            decode = DecodeState(self, split.decode, completion)
-        self.rows.append(Row(completion, decode))
+        if ready.refusal is not None:
+            completion.notes.append(f"not parked, checks recompute: {ready.refusal}")
+        if ready.cold is not None:
+            completion.bytes_moved += ready.cold.prompt.nbytes
+        self.rows.append(
+            Row(
+                completion,
+                self._decode_state(split, request.seed),
+                exact=split == Phases(None, None),
+                cold=ready.cold,
+            )
+        )
         self.lengths[row] = 0
         self.prompt_lengths[row] = len(request.prompt_ids)
         self.limits[row] = limit
@@ -305,11 +348,40 @@ class Session:
         completion.prefill_seconds = time.perf_counter() - started
         return None
 
+    def _prefill(self, request: Request, completion: Completion) -> tuple[Phases, Prefilled]:
+        """Prefill a request; under the press, or without where the press refuses its prompt."""
+        split = phases(self.admission_press)
+        compresses = split != Phases(None, None)
+        try:
+            return split, prefill(
+                self.model,
+                request.prompt_ids,
+                fresh(split.prefill),
+                prefix=self.prefix,
+                seed=request.seed,
+                probe=self._probe(request) if self.probes else None,
+                store=self.store if compresses else None,
+            )
+        except (AssertionError, IndexError, ValueError) as error:
+            if split.prefill is None or not self.falls_back:
+                raise
+            completion.notes.append(
+                f"the press refuses the prompt, its cache is not compressed: "
+                f"{type(error).__name__}: {error}"
+            )
+        ready = prefill(self.model, request.prompt_ids, prefix=self.prefix, seed=request.seed)
+        return Phases(None, None), ready
+
+    def _decode_state(self, split: Phases, seed: int) -> DecodeState | None:
+        if split.decode is None:
+            return None
+        return DecodeState(self.model, self.slots, split.decode, seed)
+
     def choose(self) -> Step:
         """Take the next token of every active row from its logits.
 
         Its signals are computed now, or, in a small batch, together with those of later steps: most
-        of what they cost there is the price of the calls. `settle_signals` completes them.
+        of what they cost there is the price of the calls. `compute_pending_signals` completes them.
         """
         started = time.perf_counter()
         active = self.active
@@ -317,10 +389,13 @@ class Session:
         logits = self.logits[:active]
         positions = self.lengths[:active].copy()
         chosen = None  # greedy: the argmax falls out of the signals
-        if self.decoding.do_sample:
+        if not self.decoding.takes_argmax:
             seeds = self._on_device(self.seeds[:active])
+            before = None
+            if self.decoding.processors:
+                before = [self._on_device(np.array(self.ids(row))) for row in range(active)]
             noisy = self._on_device(positions + self.first_positions[:active])
-            scores = token_scores(logits, seeds, noisy, self.decoding)
+            scores = token_scores(logits, seeds, noisy, self.decoding, before)
             chosen = peaks(scores)[1]
         if len(self._pages) > 1:
             peak, best = peaks(logits)
@@ -351,7 +426,7 @@ class Session:
     def _turn_page(self) -> None:
         """Let the next logits go where none are waiting for their signals."""
         if len(self._deferred) == len(self._pages):
-            self.settle_signals()
+            self.compute_pending_signals()
         self._page = (self._page + 1) % len(self._pages) if self._deferred else 0
 
     def _deferred_logits(self) -> torch.Tensor:
@@ -366,7 +441,7 @@ class Session:
         return torch.cat([self._pages[page, : len(step.tokens)] for page, step in self._deferred])
 
     @torch.inference_mode()
-    def settle_signals(self) -> None:
+    def compute_pending_signals(self) -> None:
         """Compute the signals of every token that has none yet."""
         if not self._deferred:
             return
@@ -390,23 +465,23 @@ class Session:
         if active == 0:
             return
         self._turn_page()
-        if all(row.held is not None for row in self.rows):  # nothing to compute
+        if all(row.pending is not None for row in self.rows):  # nothing to compute
             for number, row in enumerate(self.rows):
-                self._release_held(number, row)
+                self._take_pending(number, row)
             return
         started = time.perf_counter()
         last = np.maximum(
             self.lengths[:active] - 1, 0
-        )  # of a row without tokens: held, any will do
+        )  # of a row without tokens: its logits are pending, any will do
         fed = self.history[np.arange(active), last].astype(np.int64)
         tokens = self._on_device(np.maximum(fed, 0))
         positions = self._on_device(self.prompt_lengths[:active] + last)
         self.slots.begin_step()
         for number, row in enumerate(self.rows):
-            if row.decode is not None and row.held is None:
+            if row.decode is not None and row.pending is None:
                 row.decode.begin(int(self.prompt_lengths[number] + last[number]) + 1)
         with ExitStack() as stack:
-            stack.enter_context(_attention(self.model, ATTENTION_NAME))
+            stack.enter_context(attention_of(self.model, ATTENTION_NAME))
             if any(row.decode is not None for row in self.rows):
                 stack.enter_context(self._decode_compression())
             output = self.model(
@@ -421,22 +496,20 @@ class Session:
         self.slots.end_step()
         held_bytes = zip(*self.meter.step(), strict=True)
         for number, (row, held) in enumerate(zip(self.rows, held_bytes, strict=True)):
-            if row.held is not None:
+            if row.pending is not None:
                 self.slots.drop_tail(number, 1)
-                self._release_held(number, row)
+                self._take_pending(number, row)
             else:
                 row.kv_bytes.append(held)
                 row.completion.decode_steps += 1
         self._charge(started)
 
     @torch.inference_mode()
-    def rewind(
+    def replace_cache(
         self,
         row: int,
         kept: int,
         ready: Prefilled,
-        *,
-        signals: NDArray[np.float32] | None = None,
     ) -> None:
         """Give a row a new cache, and forget the generated tokens behind the first ``kept``.
 
@@ -446,30 +519,113 @@ class Session:
             row: which.
             kept: generated tokens that stay.
             ready: cache of exactly prompt and kept tokens, and the logits after them.
-            signals: (kept, 28) that replace the kept tokens' stored signals.
         """
-        self.settle_signals()
-        dropped = int(self.lengths[row]) - kept
-        self.rows[row].completion.tokens_wasted += dropped
+        self.compute_pending_signals()
         self.slots.insert(row, ready.cache, ready.masked)
-        self.rows[row].held = ready.logits[0]
+        self._cut(row, kept, ready.logits[0])
+
+    def _cut(self, row: int, kept: int, logits: torch.Tensor) -> None:
+        """Forget the generated tokens behind the first ``kept``; go on from the given logits."""
+        state = self.rows[row]
+        state.completion.tokens_wasted += int(self.lengths[row]) - kept
+        state.pending = logits
+        state.stop_reason = None
         self.lengths[row] = kept
         self.history[row, kept:] = -1
-        if signals is not None:
-            self.signals[row, :kept] = signals
-        self.rows[row].stop_reason = None
 
-    def _release_held(self, number: int, row: Row) -> None:
-        """A rewound row has sat out a pass: its next token comes from the logits it brought."""
-        assert row.held is not None
-        self.logits[number] = row.held
-        row.held = None
+    def _take_pending(self, number: int, row: Row) -> None:
+        """A row has sat out a pass: its next token comes from the logits that it brought."""
+        assert row.pending is not None
+        self.logits[number] = row.pending
+        row.pending = None
+
+    @torch.inference_mode()
+    def accept(self, row: int, kept: int, check: Check) -> bool:
+        """Keep the generated tokens that a check has accepted, and decode on compressed.
+
+        Their verified entries take the place of the drafted ones, those of rejected tokens go, and
+        the row's next token comes from the check's logits. No press runs. The verified entries are
+        parked, so that the next check starts behind them.
+
+        Args:
+            row: which.
+            kept: generated tokens that stay, at least as many as had been checked.
+            check: of this row's tokens so far.
+
+        Returns:
+            False, with nothing changed, where the press has compressed since a rejected token was
+            fed, so that its entry cannot be told from the others.
+        """
+        state, count = self.rows[row], int(self.lengths[row])
+        if kept == count and state.ended:
+            state.checked = kept
+            return True
+        fed = count - 1  # the newest token has no entry yet
+        start = max(check.start, state.checked, fed - int(self.slots.appended[row]))
+        if kept < start:
+            return False
+        assert check.entries is not None
+        first, last = start - check.start, kept - check.start
+        self.compute_pending_signals()
+        self.slots.replace_tail(row, fed - start, check.entries[:, :, :, first:last])
+        if state.decode is not None:
+            assert check.inputs is not None
+            state.decode.replace_tail(fed - start, check.inputs, first, last)
+        self.park(row, kept, check)
+        self._cut(row, kept, self.model.lm_head(check.hidden[last : last + 1])[0])
+        return True
+
+    def park(self, row: int, kept: int, check: Check) -> None:
+        """Note that a row's first ``kept`` tokens are checked; park their entries.
+
+        Args:
+            row: which.
+            kept: generated tokens that the check has accepted.
+            check: of this row's tokens so far, which has run all of those.
+        """
+        state = self.rows[row]
+        state.checked = kept
+        if state.cold is None:
+            return
+        assert check.entries is not None
+        first, last = state.cold.tokens - check.start, kept - check.start
+        try:
+            state.cold.append(check.entries[:, :, :, first:last], check.hidden[last].clone())
+            state.completion.bytes_moved += (last - first) * state.cold.store.bytes_per_token
+        except REFUSALS as error:
+            state.cold = None
+            state.completion.notes.append(
+                f"no room to park on, checks recompute: {type(error).__name__}: {error}"
+            )
+
+    @torch.inference_mode()
+    def promote(self, row: int, kept: int, check: Check) -> None:
+        """Keep the generated tokens that a check has accepted; go on with the uncompressed cache.
+
+        Args:
+            row: which.
+            kept: generated tokens that stay.
+            check: of this row's tokens so far.
+        """
+        state, count = self.rows[row], kept - check.start
+        prompt = len(state.completion.request.prompt_ids)
+        if check.cache is not None:
+            cache = check.cache
+            cache.crop(prompt + kept)
+        else:
+            assert state.cold is not None
+            extra = None if check.entries is None else check.entries[:, :, :, :count]
+            cache = state.cold.load(extra)
+            state.completion.bytes_moved += cache_bytes(cache)
+        logits = self.model.lm_head(check.hidden[count : count + 1])
+        size = cache_bytes(cache)
+        self.replace_cache(row, kept, Prefilled(cache, None, logits, size, size, 0))
+        state.decode, state.exact, state.cold, state.checked = None, True, None, kept
 
     def compress_while_decoding(self, row: int, press: BasePress | None) -> None:
         """Start a row's decode-phase compression afresh under a press; without that phase: stop."""
         state = self.rows[row]
-        decode = phases(press).decode
-        state.decode = None if decode is None else DecodeState(self, decode, state.completion)
+        state.decode = self._decode_state(phases(press), state.completion.request.seed)
 
     def stop(self, row: int) -> None:
         """End a row after its last token."""
@@ -479,16 +635,21 @@ class Session:
         """A row's generated tokens so far."""
         return [int(token) for token in self.history[row, : self.lengths[row]]]
 
+    def ids(self, row: int) -> list[int]:
+        """A row's prompt and generated tokens."""
+        return [*self.rows[row].completion.request.prompt_ids, *self.tokens(row)]
+
     @torch.inference_mode()
     def finish(self, row: int) -> Completion:
         """Take a row out of the batch; the last row moves into its place."""
-        self.settle_signals()
+        self.compute_pending_signals()
         state = self.rows[row]
         completion = state.completion
         count = int(self.lengths[row])
         completion.token_ids = self.tokens(row)
         completion.signals = self.signals[row, :count].copy()
         completion.stop_reason = None if completion.error else state.stop_reason
+        completion.cold = state.cold
         completion.kv_bytes = np.array(state.kv_bytes, dtype=np.int64).reshape(-1, 3)
         last = self.slots.remove(row)
         self.rows[row] = self.rows[last]
@@ -526,8 +687,9 @@ class Session:
 
         def compress(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
             for number, row in enumerate(self.rows):
-                if row.decode is not None and row.held is None:
+                if row.decode is not None and row.pending is None:
                     row.decode.after_layer(number, layer, kwargs)
+                    row.completion.error = row.completion.error or row.decode.error
             return output
 
         with ExitStack() as stack:
@@ -538,90 +700,10 @@ class Session:
             yield
 
 
-class DecodeState:
-    """One row's compression while decoding: kvpress's DecodingPress, on that row alone.
-
-    It counts steps and keeps hidden states per layer as the press's own hook does for a batch of
-    one, and calls the press's ``compress`` on the row's unpadded slice. A press that fails there
-    ends its own row with an error.
-    """
-
-    def __init__(self, session: Session, press: BasePress, completion: Completion) -> None:
-        self.slots, self.completion = session.slots, completion
-        copied: Any = fresh(press)
-        self.press = copied
-        self.press.post_init_from_model(session.model)
-        self.steps = self.seen = 0
-        self.due = False
-        self.hidden: list[list[torch.Tensor]] = [[] for _ in range(self.slots.layers)]
-
-    def begin(self, seen: int) -> None:
-        """A step starts; with its token the row has seen ``seen`` tokens, the prompt's too."""
-        self.seen = seen
-        self.steps += 1
-        if isinstance(self.press, CompressionRatioDecodingPress):
-            target = max(1, int(seen * (1 - self.press.target_compression_ratio)))
-        else:
-            target = self.press.target_size
-        self.due = self.steps >= self.press.compression_interval or target <= 1
-        if self.due:
-            self.steps = 0
-
-    def after_layer(self, row: int, layer: Any, kwargs: dict[str, Any]) -> None:
-        """Record the row's hidden state; compress its slice of this layer when it is due."""
-        if self.completion.error is not None:
-            return
-        number: int = layer.layer_idx
-        own = _row_arguments(kwargs, row)
-        buffer = self.hidden[number]
-        buffer.append(own["hidden_states"])
-        if self.due:
-            keys, values = self.slots.entries(number, row)
-            device = keys.device
-            try:
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    seed = self.completion.request.seed
-                    torch.manual_seed((seed * 1_000_003 + self.seen * 1_009 + number) % 2**63)
-                    keys, values = self.press.compress(
-                        layer, torch.cat(buffer, dim=1), keys, values, None, own
-                    )
-                self.slots.write(number, row, keys[0].clone(), values[0].clone())
-            except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-                name = type(self.press.base_press).__name__
-                self.completion.error = f"{name} while decoding: {type(error).__name__}: {error}"
-            buffer.clear()
-        size = self.press.hidden_states_buffer_size
-        del buffer[: max(len(buffer) - size, 0)]
-
-
-def _row_arguments(kwargs: dict[str, Any], row: int) -> dict[str, Any]:
-    """An attention layer's keyword arguments as a batch of this row alone would see them."""
-    one = slice(row, row + 1)
-    cos, sin = kwargs["position_embeddings"]
-    return kwargs | {
-        "hidden_states": kwargs["hidden_states"][one],
-        "position_embeddings": (cos[one], sin[one]),
-        "position_ids": kwargs["position_ids"][one],
-        "cache_position": kwargs["position_ids"][row],
-        "attention_mask": None,
-    }
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for an accelerator, so that seconds are charged to whom they belong."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run the model with another attention implementation."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 
 def generate(

@@ -136,6 +136,7 @@ def run_shard(
     if model.model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.model.device)
     probes = press is not None and experiment.generation.probes
+    audited = press is not None and experiment.generation.audit
     session = Session(
         model.model,
         ready.decoding,
@@ -144,6 +145,7 @@ def run_shard(
         prefix=ready.prefix,
         probes=probes,
         marked=marked_tokens(model.tokenizer, model.model.config.vocab_size) if probes else None,
+        cold=experiment.generation.cold if audited else "none",
     )
     name = config.BASELINE if press is None else press.name
     keys = {"model": model.name, "press": name, "ratio": ratio}
@@ -154,13 +156,13 @@ def run_shard(
             prompt_id = completion.request.key
             started = time.perf_counter()
             if completion.error is None:
-                audited = press is not None and experiment.generation.audit
                 tokens[prompt_id] = tokens_frame(
                     completion,
                     keys | {"prompt_id": prompt_id},
                     audit_completion(model, completion, ready) if audited else None,
                     own=press is None,
                 )
+            completion.cold = None
             traces[prompt_id] = trace_row(completion, model, ready.decoding) | {
                 **keys,
                 "task": prompts[0].task,
@@ -188,6 +190,7 @@ def audit_completion(
         decoding=ready.decoding,
         seed=request.seed,
         prefix=ready.prefix,
+        cold=completion.cold,
     )
     return {
         "audit_logprob": audit.logprob,

@@ -15,21 +15,13 @@ from kvpress import BasePress
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from kvguard.audit import Audit, audit_tokens, first_rejected
+from kvguard.audit import Answer, Check, check_answers, first_rejected
 from kvguard.config import Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Completion, Request, Session, Step, generate, synchronize
 from kvguard.features import FeatureState
-from kvguard.policies import (
-    AFTER_END,
-    Action,
-    Decision,
-    Observation,
-    Policy,
-    is_alarm,
-    look_at,
-)
-from kvguard.prefill import Prefilled, cache_bytes, prefill
+from kvguard.policies import AFTER_END, CHECKS, Action, Decision, Observation, Policy, is_alarm
+from kvguard.prefill import prefill
 from kvguard.presses import fresh, phases, with_ratio
 from kvguard.schema import FEATURE_NAMES
 from kvguard.signals import SIGNAL_INDEX
@@ -114,10 +106,13 @@ class GuardObserver:
         tolerance: where a tolerant policy cuts.
         check_every_tokens: a policy that needs hazards looks at its rows every so many tokens, and
             at their last one; it then sees all tokens since, one by one. See `policies.look_at`.
-        holdback_tokens: a token is released once this many have followed it, when its row is looked
-            at.
-        released: called with a request's key and tokens that will never be taken back unless an
-            alarm reaches behind them (`RowReport.unrecoverable` counts those).
+        holdback_tokens: a token is released once this many have followed it or a check has accepted
+            it; in ALERT and SAFE, and by a policy that promises the uncompressed answer, accepted
+            ones alone.
+        released: called with a request's key and released tokens.
+        final: released tokens stay, whatever a check says of them, so that what is returned is what
+            was released; `RowReport.unrecoverable` counts checks that rejected some. False only
+            counts.
         stopping: called after every token with a request's key, its generated tokens and the raw
             logits (1, vocabulary) that the token came from; True ends the request.
     """
@@ -135,8 +130,13 @@ class GuardObserver:
         check_every_tokens: int = 1,
         holdback_tokens: int = 16,
         released: Callable[[str, list[int]], None] | None = None,
+        final: bool = True,
         stopping: Stopping | None = None,
     ) -> None:
+        if holdback_tokens < 0:
+            raise GuardError(f"holdback_tokens is at least 0, got {holdback_tokens}")
+        if not margin_nats >= 0:
+            raise GuardError(f"margin_nats is at least 0, got {margin_nats}")
         if policy.needs_hazard and predictor is None:
             raise GuardError(f"policy {policy.name!r} needs a predictor, got None")
         self.policy, self.predictor = policy, predictor
@@ -148,6 +148,7 @@ class GuardObserver:
         self.margin_nats, self.tolerance = margin_nats, tolerance or Tolerance()
         self.check_every_tokens = check_every_tokens if policy.needs_hazard else 1
         self.holdback_tokens, self.released, self.stopping = holdback_tokens, released, stopping
+        self.final = final and released is not None
         self.reports: dict[str, RowReport] = {}
         rows = session.slots.rows
         self.features = (
@@ -172,6 +173,7 @@ class GuardObserver:
         self.modes[row] = self.policy.modes[row]
         self.seen[row] = self.streamed[row] = 0
         report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])
+        report.notes += session.rows[row].completion.notes
         self.reports[request.key] = report
         self._schedule(session, [row])
         self._idle_steps = 0
@@ -216,25 +218,31 @@ class GuardObserver:
         for state in session.rows:
             state.completion.decode_seconds += share
         for row in broken:
-            self._mend(session, row, int(step.positions[row]))
+            self._recover_broken(session, row, int(step.positions[row]))
+        checks = {row: action for row, action, _ in actions if action in CHECKS}
         for row, action, amount in actions:
-            self._act(session, row, action, amount)
+            if action not in CHECKS:
+                self._act(session, row, action, amount)
+        for row in self._unreleased(session, rows):
+            checks.setdefault(row, Action.CHECK)
+        if checks:
+            self._check(session, checks)
         done = [*broken, *rows.tolist()]
         self.seen[done] = session.lengths[done]
         self._schedule(session, done)
         if self.released is not None:
-            settled = np.flatnonzero(self.modes[: session.active] == Mode.SAFE)
-            for row in sorted({*done, *settled}):
-                self._release(session, int(row))
+            for row in range(session.active):
+                self._release(session, row)
         elif self.stopping is None:
             self._idle_steps = int((due_at - lengths).min()) - 1
 
     def _schedule(self, session: Session, rows: list[int]) -> None:
-        """When these rows are looked at next; those that the policy leaves in SAFE never."""
-        due = look_at(self.policy, session.lengths[rows] + 1, self.check_every_tokens)
+        """When the policy sees these rows next; those that it leaves in SAFE never."""
+        index = np.array(rows, np.intp)
+        due = self.policy.due(index, session.lengths[index], self.check_every_tokens)
         if self.policy.needs_hazard and self.policy.safe_after == "stay":
-            due[self.modes[rows] == Mode.SAFE] = NEVER_DUE
-        self.due_at[rows] = due
+            due[self.modes[index] == Mode.SAFE] = NEVER_DUE
+        self.due_at[index] = due
 
     def _set_mode(self, session: Session, row: int, mode: int, position: int) -> None:
         self.modes[row] = mode
@@ -248,7 +256,7 @@ class GuardObserver:
         Returns:
             Row, action and `Decision.amount` wherever the policy acts.
         """
-        session.settle_signals()
+        session.compute_pending_signals()
         seen, counts = self.seen[rows], session.lengths[rows] - self.seen[rows]
         hazard = self._hazard(session, rows, seen, counts)
         ended = np.array([session.rows[row].ended for row in rows])
@@ -331,7 +339,7 @@ class GuardObserver:
         return self.reports[session.rows[row].completion.request.key]
 
     def _act(self, session: Session, row: int, action: Action, amount: int) -> None:
-        """Carry out one action; what fails is noted, and the row goes on as it was."""
+        """Carry out one action that needs no check; a row whose action fails goes on as it was."""
         report = self._report(session, row)
         state = session.rows[row]
         had = int(session.lengths[row])
@@ -341,9 +349,7 @@ class GuardObserver:
             report.alarm_steps.append(had)
         started = time.perf_counter()
         try:
-            if action in (Action.REWIND, Action.CHECK, Action.COMMIT):
-                self._rewind(session, row, session.tokens(row), action)
-            elif action == Action.RESTART:
+            if action == Action.RESTART:
                 self._prefill_again(session, row, 0, self.safe_press)
                 self._record(row, 0, True, report)
             elif action == Action.REFRESH:
@@ -365,95 +371,220 @@ class GuardObserver:
         self, session: Session, report: RowReport, what: str, error: BaseException
     ) -> None:
         """Note a failure that costs its own row something and the others nothing."""
-        if isinstance(error, torch.OutOfMemoryError) and session.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free_memory(session, error)
         report.notes.append(f"{what}: {type(error).__name__}: {error}")
         logger.warning("request %s: %s: %s", report.key, what, error)
 
-    def _mend(self, session: Session, row: int, position: int) -> None:
-        """A row broke (logits not finite, a press failed): verify and go on uncompressed.
+    def _free_memory(self, session: Session, error: BaseException) -> None:
+        if isinstance(error, torch.OutOfMemoryError) and session.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-        A row that is in SAFE already has nothing better to fall back on and ends with its error.
+    # --- checks ---
+
+    def _check(self, session: Session, actions: dict[int, Action]) -> None:
+        """Check rows with the uncompressed model in one pass, and recover each as its action says.
+
+        A row whose check fails goes on as it was; a policy that promises the uncompressed answer
+        ends it with an error, if it was to end here.
         """
-        completion = session.rows[row].completion
-        if self.modes[row] == Mode.SAFE:
+        started = time.perf_counter()
+        for row, action in actions.items():
+            if is_alarm(np.array([action], np.int8))[0]:
+                self._report(session, row).alarm_steps.append(int(session.lengths[row]))
+        exact = [row for row in actions if session.rows[row].exact]
+        for row in exact:  # uncompressed: its tokens are the uncompressed model's own
+            self.policy.checked(row, int(session.lengths[row]))
+            self._record(row, int(session.lengths[row]), False, self._report(session, row))
+        checks = self._run_checks(
+            session, {row: session.tokens(row) for row in actions if row not in exact}
+        )
+        for row, check in checks.items():
+            report, state = self._report(session, row), session.rows[row]
+            action = actions[row]
+            try:
+                if isinstance(check, Exception):
+                    raise check
+                self._resolve(session, row, action, check)
+            except RECOVERABLE as error:
+                self._survive(
+                    session, report, f"{action.name} failed, the row goes on as it was", error
+                )
+                self.policy.checked(row, state.checked)
+                if self.policy.checks_everything and state.ended:
+                    state.completion.error = f"the answer could not be checked: {error}"
+        synchronize(session.model.device)
+        share = (time.perf_counter() - started) / max(1, len(actions))
+        for row in actions:
+            session.rows[row].completion.decode_seconds += share
+
+    def _run_checks(
+        self, session: Session, tokens: dict[int, list[int]]
+    ) -> dict[int, Check | Exception]:
+        """The checks of some rows' tokens, in one pass; where that fails, of each row alone.
+
+        A row whose cold cache cannot be read, for want of device memory or else, is recomputed.
+        """
+        if not tokens:
+            return {}
+        answers = {}
+        for row, ids in tokens.items():
+            state = session.rows[row]
+            request = state.completion.request
+            cold = None if self.policy.fresh_checks else state.cold
+            ended = state.ended and len(ids) == session.lengths[row]
+            answers[row] = Answer(
+                request.prompt_ids, ids, request.seed, cold, ended, request.first_position
+            )
+        keep = any(session.rows[row].decode is not None for row in answers)
+        found: dict[int, Check | Exception] = {}
+        try:
+            done = self._checked(session, list(answers.values()), keep)
+            found = dict(zip(answers, done, strict=True))
+        except RECOVERABLE as first:
+            self._free_memory(session, first)
+            for row, answer in answers.items():
+                found[row] = self._check_alone(session, row, answer, keep)
+        transient = {}
+        for row, check in found.items():
+            if isinstance(check, Exception):
+                continue
+            completion, report = session.rows[row].completion, self._report(session, row)
+            completion.checks += 1
+            completion.tokens_prefilled += check.tokens_prefilled
+            completion.bytes_moved += check.bytes_moved
+            transient[row] = check.device_bytes
+            if check.cache is not None:
+                report.kv_bytes_peak = max(report.kv_bytes_peak or 0, check.device_bytes)
+        session.meter.extra_pass(transient)
+        return found
+
+    def _checked(self, session: Session, answers: list[Answer], keep_inputs: bool) -> list[Check]:
+        return check_answers(
+            session.model,
+            answers,
+            session.decoding,
+            prefix=session.prefix,
+            keep_inputs=keep_inputs,
+        )
+
+    def _check_alone(
+        self, session: Session, row: int, answer: Answer, keep_inputs: bool
+    ) -> Check | Exception:
+        """One row's check; recomputed where its cold cache cannot be read."""
+        attempts = [answer] if answer.cold is None else [answer, answer._replace(cold=None)]
+        for attempt in attempts:
+            try:
+                (check,) = self._checked(session, [attempt], keep_inputs)
+            except RECOVERABLE as error:
+                failure: Exception = error
+                self._free_memory(session, error)
+                continue
+            if attempt is not answer:
+                note = f"the cold cache could not be read, recomputed: {failure}"
+                self._report(session, row).notes.append(note)
+            return check
+        return failure
+
+    def _resolve(self, session: Session, row: int, action: Action, check: Check) -> None:
+        """Cut a row at the first token that its check rejects; go on as the action says."""
+        state, report = session.rows[row], self._report(session, row)
+        count = int(session.lengths[row])
+        kept = self._kept(session, row, check, count)
+        cut = kept < count
+        if not cut and state.ended:
+            state.checked = kept
+        elif action == Action.CHECK:
+            if not session.accept(row, kept, check):
+                session.park(row, kept, check)
+                self._prefill_again(session, row, kept, session.press)
+            self._replace_features(session, row, cut, self.ratio)
+        elif action == Action.COMMIT and not cut:
+            session.park(row, kept, check)
+        elif self.safe_press is not None:
+            session.park(row, kept, check)
+            self._prefill_again(session, row, kept, self.safe_press)
+        else:
+            session.promote(row, kept, check)
+            self._replace_features(session, row, True, self.safe_ratio)
+        if action == Action.COMMIT and cut:  # the policy learns here that a token was rejected
+            self.policy.enter_safe_mode(row)
+            self._set_mode(session, row, Mode.SAFE, count - 1)
+        self.policy.checked(row, kept)
+        self._record(row, kept, cut, report)
+
+    def _kept(self, session: Session, row: int, check: Check, count: int) -> int:
+        """How many of ``count`` tokens stay: those before the first that the check rejects.
+
+        Tokens that were accepted before stay accepted, and so do, where they are final, those that
+        have been streamed: a rejected one among them is noted.
+        """
+        cut = self._first_cut(session, row, check)
+        kept = count if cut is None else max(cut, session.rows[row].checked)
+        if self.final and kept < self.streamed[row]:
+            report = self._report(session, row)
+            report.unrecoverable += 1
+            final = int(self.streamed[row])
+            note = (
+                f"token {kept} is rejected, but {final} tokens were streamed and stay; a larger "
+                "holdback_tokens or policy='lossless' streams later"
+            )
+            report.notes.append(note)
+            logger.warning("request %s: %s", report.key, note)
+            return final
+        return kept
+
+    def _first_cut(self, session: Session, row: int, check: Check) -> int | None:
+        """The first token that the policy rejects; None: it accepts all."""
+        audit = check.audit
+        if self.policy.recovery_cut == "exact":
+            found = first_rejected(audit.gap, self.margin_nats)
+        else:
+            part = slice(check.start, check.start + len(audit.logprob))
+            chosen = session.signals[row, part, SIGNAL_INDEX["chosen_logprob"]]
+            found = harmful_token(chosen - audit.logprob, audit.logprob, self.tolerance)
+        return None if found is None else check.start + found
+
+    def _recover_broken(self, session: Session, row: int, position: int) -> None:
+        """A row broke (logits not finite, a press failed): check and go on uncompressed.
+
+        A row that is uncompressed already has nothing better to fall back on and ends with its
+        error.
+        """
+        state = session.rows[row]
+        completion = state.completion
+        if state.exact or self.modes[row] == Mode.SAFE:
             return
         report = self._report(session, row)
         broken, completion.error = completion.error, None
         report.alarm_steps.append(position + 1)
+        state.stop_reason = None
+        tokens = session.tokens(row)[:position]
         try:
-            self._rewind(session, row, session.tokens(row)[:position], always=True)
+            if tokens:
+                check = self._run_checks(session, {row: tokens})[row]
+                if isinstance(check, Exception):
+                    raise check
+                kept = self._kept(session, row, check, position)
+                session.promote(row, kept, check)
+            else:
+                kept = 0
+                self._prefill_again(session, row, 0, None)
         except RECOVERABLE as error:
             completion.error = broken
             self._survive(session, report, "the uncompressed model could not take over", error)
             return
-        report.notes.append(f"{broken}; verified, and went on without compression")
-        self.policy.settle(row)
+        report.notes.append(f"{broken}; checked, and went on without compression")
+        self.policy.enter_safe_mode(row)
         self._set_mode(session, row, Mode.SAFE, position)
-
-    def _rewind(
-        self,
-        session: Session,
-        row: int,
-        tokens: list[int],
-        action: Action = Action.REWIND,
-        *,
-        always: bool = False,
-    ) -> None:
-        """Check tokens in one pass, keep those before the cut, continue from there.
-
-        REWIND goes on at the safe ratio, CHECK under the press, COMMIT as REWIND where a token is
-        rejected and as if nothing had happened where none is. With ``always`` the cache is replaced
-        even if nothing is cut from a request that has ended.
-        """
-        completion = session.rows[row].completion
-        request = completion.request
-        audit = audit_tokens(
-            session.model,
-            request.prompt_ids,
-            tokens,
-            decoding=session.decoding,
-            seed=request.seed,
-            prefix=session.prefix,
-        )
-        completion.tokens_prefilled += len(request.prompt_ids) + len(tokens)
-        report = self._report(session, row)
-        held = cache_bytes(audit.scored.cache)
-        report.kv_bytes_peak = max(report.kv_bytes_peak or 0, held)
-        cut = self._cut(session, row, audit)
-        kept = len(tokens) if cut is None else cut
-        accepted = cut is None and (session.rows[row].ended or action == Action.COMMIT)
-        if accepted and not always:
-            report.rewound_to.append(kept)
-            return
-        if action == Action.CHECK:
-            self._prefill_again(session, row, kept, session.press)
-        elif self.safe_press is not None:
-            self._prefill_again(session, row, kept, self.safe_press)
-        else:
-            logits = session.model.lm_head(audit.scored.hidden[kept : kept + 1])
-            audit.scored.cache.crop(len(request.prompt_ids) + kept)
-            ready = Prefilled(audit.scored.cache, None, logits, held, held, 0)
-            self._put(session, row, kept, ready, None)
-        if action == Action.COMMIT:  # the policy learns here that the row is on the full cache
-            self.policy.settle(row)
-            self._set_mode(session, row, Mode.SAFE, len(tokens) - 1)
-        self._record(row, kept, cut is not None, report)
-
-    def _cut(self, session: Session, row: int, audit: Audit) -> int | None:
-        """How many tokens stay; None: all of them."""
-        if self.policy.recovery_cut == "exact":
-            return first_rejected(audit.gap, self.margin_nats)
-        count = len(audit.logprob)
-        chosen = session.signals[row, :count, SIGNAL_INDEX["chosen_logprob"]]
-        return harmful_token(chosen - audit.logprob, audit.logprob, self.tolerance)
+        self._replace_features(session, row, True, self.safe_ratio)
+        self._record(row, kept, kept < position, report)
 
     def _prefill_again(
         self, session: Session, row: int, kept: int, press: BasePress | None
     ) -> None:
         """A fresh cache of the prompt and the first ``kept`` tokens, under a press or none."""
-        completion = session.rows[row].completion
-        request = completion.request
+        state = session.rows[row]
+        request = state.completion.request
         ready = prefill(
             session.model,
             [*request.prompt_ids, *session.tokens(row)[:kept]],
@@ -461,26 +592,25 @@ class GuardObserver:
             prefix=session.prefix,
             seed=request.seed,
         )
-        completion.tokens_prefilled += len(request.prompt_ids) + kept
+        state.completion.tokens_prefilled += len(request.prompt_ids) + kept
         report = self._report(session, row)
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, ready.bytes_after)
-        self._put(session, row, kept, ready, press)
-
-    def _put(
-        self,
-        session: Session,
-        row: int,
-        kept: int,
-        ready: Prefilled,
-        press: BasePress | None,
-    ) -> None:
-        """Continue a row from a fresh cache, under a press or none."""
-        session.rewind(row, kept, ready)
+        session.replace_cache(row, kept, ready)
         session.compress_while_decoding(row, press)
-        if self.features is not None:
-            tokens = np.array(session.tokens(row), np.int32)
-            ratio = self.ratio if press is session.press else self.safe_ratio
-            self.features.replace(row, session.signals[row, :kept], tokens, ratio=ratio)
+        if kept == 0 and state.checked > 0:
+            state.checked = 0
+            state.cold = None if state.cold is None else state.cold.prompt_only()
+        state.exact = press is None and state.checked >= kept
+        ratio = self.ratio if press is session.press else self.safe_ratio
+        self._replace_features(session, row, True, ratio)
+
+    def _replace_features(self, session: Session, row: int, changed: bool, ratio: float) -> None:
+        """Compute the features of a row afresh from the tokens that it has kept."""
+        if self.features is None or not changed:
+            return
+        tokens = np.array(session.tokens(row), np.int32)
+        session.compute_pending_signals()
+        self.features.replace(row, session.signals[row, : len(tokens)], tokens, ratio=ratio)
 
     def _record(self, row: int, kept: int, cut: bool, report: RowReport) -> None:
         """Note what a recovery kept, and whether streamed tokens were among those it took back."""
@@ -491,15 +621,37 @@ class GuardObserver:
     # --- streaming ---
 
     def _release(self, session: Session, row: int) -> None:
-        """Hand out tokens that have aged enough; in ALERT none, at the end all."""
+        """Hand out the tokens that stay: checked ones, in NORMAL those that have aged enough."""
         assert self.released is not None
-        start, ready = int(self.streamed[row]), int(session.lengths[row])
-        if not session.rows[row].ended and self.modes[row] != Mode.SAFE:
-            ready = start if self.modes[row] == Mode.ALERT else ready - self.holdback_tokens
-        if ready > start:
-            tokens = session.history[row, start:ready].tolist()
+        start, end = int(self.streamed[row]), self._releasable(session, row)
+        if end > start:
+            tokens = session.history[row, start:end].tolist()
             self.released(session.rows[row].completion.request.key, tokens)
-            self.streamed[row] = ready
+            self.streamed[row] = end
+
+    def _releasable(self, session: Session, row: int) -> int:
+        """How many of a row's tokens may be released."""
+        state, count = session.rows[row], int(session.lengths[row])
+        if state.ended or state.exact:
+            return count
+        if self.policy.checks_everything or self.modes[row] != Mode.NORMAL:
+            return state.checked
+        aged = min(count - self.holdback_tokens, int(self.seen[row]))
+        return max(state.checked, aged)
+
+    def _unreleased(self, session: Session, rows: NDArray[np.intp]) -> list[int]:
+        """Rows that end, not in NORMAL, with tokens that are neither checked nor released."""
+        if not (self.final and self.policy.checks):
+            return []
+        return [
+            int(row)
+            for row in rows
+            if session.rows[row].stop_reason is not None
+            and session.rows[row].completion.error is None
+            and not session.rows[row].exact
+            and self.modes[row] != Mode.NORMAL
+            and max(session.rows[row].checked, self.streamed[row]) < session.lengths[row]
+        ]
 
     def close(self, completion: Completion) -> RowReport:
         """Complete and return the report of a finished request."""
@@ -510,6 +662,7 @@ class GuardObserver:
         report.decode_steps = completion.decode_steps
         report.seconds = completion.prefill_seconds + completion.decode_seconds
         report.stop_reason, report.error = completion.stop_reason, completion.error
+        report.notes += [note for note in completion.notes if note not in report.notes]
         allocated = completion.kv_bytes[:, :2].sum(
             axis=1
         )  # kept and masked; padding is the batch's

@@ -82,12 +82,17 @@ def run_policy_shard(
         clock_tokens=clock_tokens,
         gate_threshold=gate_threshold,
     )
+    detection, guard = experiment.detection, experiment.guard
     compressor = build_press(press, rule.press_ratio or ratio)
     session = Session(
-        model.model, ready.decoding, press=compressor, rows=ready.rows, prefix=ready.prefix
+        model.model,
+        ready.decoding,
+        press=compressor,
+        rows=ready.rows,
+        prefix=ready.prefix,
+        cold=guard.cold if rule.checks and not rule.fresh_checks else "none",
     )
-    detection, guard = experiment.detection, experiment.guard
-    watch = GuardObserver(
+    observer = GuardObserver(
         session,
         rule,
         predictor=predictor,
@@ -98,17 +103,19 @@ def run_policy_shard(
         check_every_tokens=guard.check_every_tokens,
         holdback_tokens=guard.holdback_tokens,
         released=lambda _key, _tokens: None,  # counts what a streaming user would have seen
+        final=False,
     )
     keys = {"model": model.name, "press": press.name, "ratio": ratio}
     place = {"task": prompts[0].task, "shard": shard}
     traces, tokens, reports = [], [], []
     with progress(len(prompts), f"{press.name} {ratio} {policy} shard {shard:02d}") as advance:
-        for completion, report in guarded(session, ready.requests, watch):
+        for completion, report in guarded(session, ready.requests, observer):
             traces.append(trace_row(completion, model, ready.decoding) | keys | place)
             reports.append(_report_row(completion, report))
             if completion.error is None:
                 margin = guard.margin_nats
                 tokens.append(_audited_tokens(model, completion, report, ready, keys, margin))
+            completion.cold = None
             advance(1, f"{len(report.alarm_steps)} alarms")
     frame = pl.DataFrame(traces, schema=TRACES)
     outcomes = detect_outcomes(

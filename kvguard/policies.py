@@ -48,7 +48,9 @@ class Action(IntEnum):
 
     Which token is rejected first is `Policy.recovery_cut`'s business."""
     CHECK = 2
-    """Check and cut as REWIND, and go on under the press."""
+    """Check and cut as REWIND, and go on compressed.
+
+    The accepted tokens' verified entries take the place of the drafted ones; no press runs."""
     RESTART = 3
     """Prefill the prompt at the safe ratio; every generated token is dropped."""
     RELAX = 4
@@ -78,6 +80,9 @@ ALARMS = (
 
 AFTER_END = (Action.REWIND, Action.CHECK, Action.COMMIT, Action.RESTART)
 """Actions that mean something to a request that has ended."""
+
+CHECKS = (Action.REWIND, Action.CHECK, Action.COMMIT)
+"""Actions that begin with a check by the uncompressed model."""
 
 
 def is_alarm(actions: NDArray[np.int8]) -> BoolArray:
@@ -126,6 +131,8 @@ class Policy:
     """Where REWIND cuts: the first rejected token, or the first sign of harm."""
     safe_after: Literal["stay", "resume"] = "stay"
     """Whether the policy still wants to see rows in SAFE: they go on compressed, under checks."""
+    checks: bool = False
+    """Some of its actions begin with a check, so its rows are parked outside device memory."""
     checks_everything: bool = False
     """No token of an answer is left unchecked, so the answer is the uncompressed one."""
     fresh_checks: bool = False
@@ -147,9 +154,24 @@ class Policy:
         for state in self.row_state:
             state[target] = state[source]
 
-    def settle(self, row: int) -> None:
+    def enter_safe_mode(self, row: int) -> None:
         """The request in ``row`` was put into SAFE by its caller, who carried out the recovery."""
         self.modes[row] = Mode.SAFE
+
+    def checked(self, row: int, kept: int) -> None:
+        """A check of ``row`` has been carried out; its first ``kept`` tokens stay."""
+
+    def due(
+        self, rows: NDArray[np.intp], tokens: NDArray[np.int64], every: int
+    ) -> NDArray[np.int64]:
+        """How many tokens each of some rows has when the policy sees its next one.
+
+        Args:
+            rows: (n,).
+            tokens: (n,) that they have now.
+            every: as in `look_at`.
+        """
+        return look_at(self, tokens + 1, every)
 
     def step(self, observation: Observation) -> Decision:
         """Look at one new token per row and decide."""
@@ -240,6 +262,7 @@ class Guard(Policy):
         self.recovery_cut = recovery_cut
         self.safe_after = "resume" if action == Action.CHECK else "stay"
         self.fresh_checks = fresh_checks
+        self.checks = action in CHECKS
         self.check_every_tokens = check_every_tokens
         self.state = initial_state(rows)
         self.modes = self.state.mode  # one array: the controller's mode is the policy's
@@ -251,7 +274,7 @@ class Guard(Policy):
         set_state_rows(self.state, np.array([row]), initial_state(1))
         self.unchecked[row] = False
 
-    def settle(self, row: int) -> None:
+    def enter_safe_mode(self, row: int) -> None:
         """Enter SAFE with its counters at 0, without an action."""
         set_state_rows(self.state, np.array([row]), initial_state(1, Mode.SAFE))
         self.unchecked[row] = False

@@ -8,7 +8,7 @@ are kept, a prompt adds its own tokens, and the press is called on the joined wh
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvguard.presses import reads_attention_weights
 from kvguard.probes import CacheProbe
+
+if TYPE_CHECKING:
+    from kvguard.cold_cache import ColdRow, ColdStore
 
 
 class Prefilled(NamedTuple):
@@ -31,6 +34,8 @@ class Prefilled(NamedTuple):
         bytes_after: after it, hidden entries left out.
         tokens: how many tokens the model really processed (without a reused prefix).
         probes: (25,) float32 in the order of `schema.PROBE_NAMES`, where a probe was given.
+        cold: the uncompressed entries outside device memory, where a store was given and had room.
+        refusal: why the store had no room; None where it had.
     """
 
     cache: DynamicCache
@@ -40,6 +45,8 @@ class Prefilled(NamedTuple):
     bytes_after: int
     tokens: int
     probes: NDArray[np.float32] | None = None
+    cold: "ColdRow | None" = None
+    refusal: str | None = None
 
 
 def cache_bytes(cache: DynamicCache) -> int:
@@ -140,6 +147,7 @@ def prefill(
     prefix: Prefix | None = None,
     seed: int = 0,
     probe: CacheProbe | None = None,
+    store: "ColdStore | None" = None,
 ) -> Prefilled:
     """Prefill one sequence, alone and unpadded, and compress its cache.
 
@@ -150,6 +158,7 @@ def prefill(
         prefix: reused where the sequence starts with it and the press allows it.
         seed: of presses that draw random numbers; the global generator is left as it was.
         probe: measures what the press removes; of these ``token_ids``.
+        store: takes each layer's entries out of device memory before the press evicts them.
 
     Raises:
         AssertionError, ValueError, RuntimeError: whatever the press says of this sequence, e.g.
@@ -161,12 +170,20 @@ def prefill(
     layers = attention_layers(model)
     forget_masks(layers)
     cache = extend_prefix(usable, model)
+    cold, refusal = _reserve(store, usable, len(token_ids) - reused)
     bytes_before = 0
+    last_hidden: list[torch.Tensor] = []
 
     def measure(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal bytes_before
-        entry = kwargs["past_key_values"].layers[layer.layer_idx]
+        number: int = layer.layer_idx
+        entry = kwargs["past_key_values"].layers[number]
         bytes_before += entry.keys.nbytes + entry.values.nbytes
+        if cold is not None:
+            cold.park(number, entry.keys[0, :, reused:], entry.values[0, :, reused:])
+
+    def keep_hidden(_: Any, args: tuple[torch.Tensor]) -> None:
+        last_hidden.append(args[0][0, -1])
 
     ids = torch.tensor([list(token_ids[reused:])], device=model.device)
     positions = torch.arange(reused, len(token_ids), device=model.device)
@@ -174,6 +191,8 @@ def prefill(
         for layer in layers:
             handle = layer.register_forward_hook(measure, with_kwargs=True)
             stack.callback(handle.remove)
+        if cold is not None:
+            stack.callback(model.lm_head.register_forward_pre_hook(keep_hidden).remove)
         if probe is not None:
             stack.enter_context(probe.before_press(layers))
         if press is not None:
@@ -204,8 +223,31 @@ def prefill(
             bytes_after -= held // hidden.numel() * int(hidden.sum())
     forget_masks(layers)
     probes = None if probe is None else probe.finish(cache, output.logits[0])
-    logits = output.logits[:, -1]
-    return Prefilled(cache, masked, logits, bytes_before, bytes_after, ids.shape[1], probes)
+    if cold is not None:
+        cold.hidden = cold.prompt_hidden = last_hidden[0].clone()
+    return Prefilled(
+        cache,
+        masked,
+        output.logits[:, -1],
+        bytes_before,
+        bytes_after,
+        ids.shape[1],
+        probes,
+        cold,
+        refusal,
+    )
+
+
+def _reserve(
+    store: "ColdStore | None", prefix: Prefix | None, tokens: int
+) -> "tuple[ColdRow | None, str | None]":
+    """Room outside device memory for a prompt, or why there is none."""
+    if store is None:
+        return None, None
+    try:
+        return store.row(prefix, tokens), None
+    except (MemoryError, OSError, RuntimeError) as error:
+        return None, f"{type(error).__name__}: {error}"
 
 
 @contextmanager

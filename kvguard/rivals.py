@@ -53,6 +53,8 @@ class VerifyAll(Policy):
     verifies every few tokens instead, which needs the full cache kept beside the compressed one.
     """
 
+    checks = True
+
     def finish(self, observation: Observation) -> Decision:
         """Check what has not been checked."""
         alarm = self.modes[observation.rows] != Mode.SAFE
@@ -69,6 +71,7 @@ class RandomAlarm(OneAlarm):
     """
 
     action = Action.REWIND
+    checks = True
 
     def __init__(self, name: str, rows: int, rate: ArrayLike, max_new_tokens: ArrayLike) -> None:
         super().__init__(name, rows)
@@ -104,6 +107,7 @@ class EntropyAlarm(OneAlarm):
     """
 
     action = Action.REWIND
+    checks = True
 
     def __init__(self, name: str, rows: int, nats: float, tokens: int) -> None:
         super().__init__(name, rows)
@@ -282,6 +286,8 @@ class VerifyOnFailure(Policy):
 
     needs_history = True
 
+    checks = True
+
     def __init__(
         self, name: str, rows: int, runs: RepetitionRuns, max_new_tokens: ArrayLike
     ) -> None:
@@ -318,6 +324,7 @@ class ClockOrLoop(OneAlarm):
     """
 
     action = Action.REWIND
+    checks = True
     needs_history = True
 
     def __init__(self, name: str, rows: int, runs: RepetitionRuns, clock_tokens: ArrayLike) -> None:
@@ -343,6 +350,8 @@ class Probation(Policy):
     A rejected token promotes the request to the full cache; otherwise it goes on with the
     compressed one and the other is dropped. A request that ends sooner is checked at its end.
     """
+
+    checks = True
 
     def __init__(self, name: str, rows: int, tokens: int) -> None:
         super().__init__(name, rows)
@@ -381,6 +390,7 @@ class Gate(OneAlarm):
     """
 
     action = Action.REWIND
+    checks = True
 
     def __init__(self, name: str, rows: int, threshold: ArrayLike) -> None:
         super().__init__(name, rows)
@@ -400,32 +410,42 @@ class Lossless(Policy):
     """Check every m tokens and at the end, and go on compressed: VeriCache's rule (2605.17613).
 
     Every answer is the uncompressed one, whatever the press; the horizon is fixed, nothing is
-    predicted.
+    predicted. The m tokens count from the last check's cut.
     """
 
-    checks_everything = True
+    checks = checks_everything = True
 
     def __init__(self, name: str, rows: int, every_tokens: int) -> None:
         super().__init__(name, rows)
         self.every_tokens = every_tokens
-        self.unchecked = np.zeros(rows, np.int32)
-        self.row_state.append(self.unchecked)
+        self.start = np.zeros(rows, np.int64)  # tokens that the last check kept
+        self.row_state.append(self.start)
 
     def reset(self, row: int, seed: int) -> None:
-        """Start counting."""
+        """Nothing of the new request has been checked."""
         super().reset(row, seed)
-        self.unchecked[row] = 0
+        self.start[row] = 0
+
+    def checked(self, row: int, kept: int) -> None:
+        """Count the next draft from here."""
+        self.start[row] = kept
+
+    def due(
+        self, rows: NDArray[np.intp], tokens: NDArray[np.int64], every: int
+    ) -> NDArray[np.int64]:
+        """When the draft is long enough."""
+        return np.maximum(self.start[rows] + self.every_tokens, tokens + 1)
 
     def step(self, observation: Observation) -> Decision:
         """Check when as many tokens as the horizon are unchecked."""
-        rows = observation.rows
-        self.unchecked[rows] += 1
-        due = self.unchecked[rows] >= self.every_tokens
-        self.unchecked[rows[due]] = 0
-        return self._decide(observation, Action.CHECK, due)
+        return self._check(observation, self.every_tokens)
 
     def finish(self, observation: Observation) -> Decision:
         """Check what is unchecked."""
-        due = self.unchecked[observation.rows] > 0
-        self.unchecked[observation.rows] = 0
+        return self._check(observation, 1)
+
+    def _check(self, observation: Observation, least: int) -> Decision:
+        rows, tokens = observation.rows, observation.positions + 1
+        due = tokens - self.start[rows] >= least
+        self.start[rows[due]] = tokens[due]
         return self._decide(observation, Action.CHECK, due)

@@ -10,9 +10,12 @@ with the same noise, would have taken it (drafter-invariant coupling: Daliri, Mu
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 from kvguard.signals import largest
 
@@ -36,6 +39,10 @@ class Decoding:
         temperature: > 0, divides the logits when sampling.
         top_k: sample among the k most probable tokens; 0: among all. Applied before top_p.
         top_p: in (0, 1], mass of the nucleus when sampling.
+        min_p: in [0, 1], least probability relative to the most probable token's when sampling.
+        min_new_tokens: no end token is chosen before as many tokens.
+        processors: applied to the logits of each row alone, greedy or sampling, first of all; each
+            a deterministic function of the tokens before, so that a check can repeat it.
     """
 
     max_new_tokens: int
@@ -44,6 +51,9 @@ class Decoding:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    min_new_tokens: int = 0
+    processors: tuple[LogitsProcessor, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -54,10 +64,21 @@ class Decoding:
             raise ValueError(f"top_k must not be negative, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the next token is the argmax of the raw logits."""
+        return not (self.do_sample or self.processors or self.min_new_tokens)
 
 
 def token_scores(
-    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, decoding: Decoding
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    decoding: Decoding,
+    before: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Scores whose argmax is the next token.
 
@@ -69,10 +90,12 @@ def token_scores(
         seeds: (rows,) int64, one per request.
         positions: (rows,) int64, 0-based index of the token to choose among the generated ones.
         decoding: greedy or sampling.
+        before: per row the ids of all tokens before, the prompt's too; for ``processors``.
 
     Returns:
         (rows, vocabulary) float32; -inf outside the nucleus. Greedy returns the logits.
     """
+    logits = _processed(logits, positions, decoding, before)
     if not decoding.do_sample:
         return logits.float()
     rows, vocabulary = logits.shape
@@ -99,6 +122,31 @@ def token_scores(
     return scores
 
 
+def _processed(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    decoding: Decoding,
+    before: Sequence[torch.Tensor] | None,
+) -> torch.Tensor:
+    """The logits after the processors; the raw ones stay as they are."""
+    if decoding.processors:
+        if before is None:
+            raise ValueError("logits processors need the tokens before each row, got none")
+        rows: list[torch.Tensor] = []
+        for index, ids in enumerate(before):
+            row: Any = logits[index : index + 1].float().clone()
+            for processor in decoding.processors:
+                row = processor(ids[None], row)
+            rows.append(row)
+        logits = torch.cat(rows)
+    if decoding.min_new_tokens and decoding.end_token_ids:
+        early = (positions < decoding.min_new_tokens)[:, None]
+        ends = torch.tensor(decoding.end_token_ids, device=logits.device)
+        forbidden = torch.zeros_like(logits[:1], dtype=torch.bool).index_fill(1, ends, True)
+        logits = logits.float().masked_fill(early & forbidden, -torch.inf)
+    return logits
+
+
 def _on_host(device: torch.device) -> bool:
     """Whether asking for a value is free; an accelerator would have to be waited for."""
     return device.type == "cpu"
@@ -113,6 +161,10 @@ def _kept(scaled: torch.Tensor, decoding: Decoding) -> torch.Tensor | None:
     if 0 < decoding.top_k < scaled.shape[1]:
         kept = scaled >= largest(scaled, decoding.top_k)[0][:, -1:]
         scaled = scaled.masked_fill(~kept, -torch.inf)
+    if decoding.min_p > 0:
+        best = scaled.amax(dim=1, keepdim=True)
+        likely = scaled >= best + math.log(decoding.min_p)
+        kept = likely if kept is None else likely & kept
     if decoding.top_p == 1:
         return kept
     inside = nucleus(scaled, decoding.top_p)

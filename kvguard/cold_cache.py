@@ -1,0 +1,492 @@
+"""The cold cache: uncompressed entries outside device memory, and the pass that reads them.
+
+A press evicts entries from the device, not from the machine. Before it does, each layer's keys and
+values are copied to host memory, pinned where the model is on CUDA, or to a memory-mapped file. A
+check runs drafted tokens over them, layer by layer: at most the layer at work and the next one are
+on the device. The entries of the tokens that were run are appended, so that the next check starts
+behind them. Drafts of several rows, of any lengths, are one pass. VeriCache (arXiv 2605.17613)
+verifies drafts of a compressed cache the same way.
+"""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+
+from kvguard.prefill import Prefix, attention_layers, forget_masks, layer_tensors
+
+ColdKind = Literal["host", "disk"]
+
+ATTENTION_NAME = "kvguard_cold"
+
+FIRST_BLOCK_TOKENS = 64
+"""Capacity of a row's generated entries at first; doubled whenever it is full."""
+
+REFUSALS = (MemoryError, OSError, RuntimeError)
+"""What a refused allocation raises: host memory, pinned memory, a full disk."""
+
+
+class ColdCacheError(RuntimeError):
+    """Entries could not be parked, or are not there; the message says why."""
+
+
+class Part:
+    """Entries of consecutive tokens in every layer, outside device memory.
+
+    Attributes:
+        entries: (layers, 2, heads, capacity, head_dim), keys before values.
+        tokens: how many of the capacity are filled.
+    """
+
+    def __init__(self, entries: torch.Tensor, tokens: int) -> None:
+        self.entries, self.tokens = entries, tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, filled or not."""
+        return int(self.entries.nbytes)
+
+    def layer(self, number: int) -> torch.Tensor:
+        """One layer's filled entries, a view (2, heads, tokens, head_dim)."""
+        return self.entries[number, :, :, : self.tokens]
+
+    def to_device(self, number: int, device: torch.device) -> torch.Tensor:
+        """One layer's filled entries on a device; (2, heads, tokens, head_dim)."""
+        if self.entries.device == device:
+            return self.layer(number)
+        # The whole of it is contiguous, and so copied straight from pinned memory.
+        whole = self.entries[number].to(device, non_blocking=True)
+        return whole[:, :, : self.tokens]
+
+
+@dataclass
+class ColdRow:
+    """What one request has outside device memory.
+
+    Attributes:
+        store: that allocates for it.
+        prefix: entries of the prefix that the prompts share, one copy for all rows; or None.
+        prompt: entries of the rest of the prompt.
+        answer: entries of generated tokens, None before the first check.
+        prompt_hidden: (hidden size,) after the final norm, at the prompt's last token.
+        hidden: the same at the last token parked; it predicts generated token number `tokens`.
+    """
+
+    store: "ColdStore"
+    prefix: Part | None
+    prompt: Part
+    answer: Part | None = None
+    prompt_hidden: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens whose entries are parked."""
+        return 0 if self.answer is None else self.answer.tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens parked, those of the prompt included."""
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def parts(self) -> list[Part]:
+        """What is parked, in the order of the tokens."""
+        parts = [self.prefix, self.prompt, self.answer]
+        return [part for part in parts if part is not None and part.tokens > 0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this row alone, without the shared prefix."""
+        return self.prompt.nbytes + (0 if self.answer is None else self.answer.nbytes)
+
+    def prompt_only(self) -> "ColdRow":
+        """The same without what was generated; shares the entries."""
+        return replace(self, answer=None, hidden=self.prompt_hidden)
+
+    def park(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy out one layer's entries of the prompt, (heads, prompt tokens, head_dim) each."""
+        self.store.copy_out(self.prompt.entries[layer, 0], keys)
+        self.store.copy_out(self.prompt.entries[layer, 1], values)
+
+    def append(self, entries: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Park further generated tokens.
+
+        Args:
+            entries: (layers, 2, heads, tokens, head_dim) on the device.
+            hidden: (hidden size,) after the final norm, at the last of them.
+
+        Raises:
+            MemoryError, OSError, RuntimeError: there is no room; nothing has changed then.
+        """
+        count, start = entries.shape[3], self.tokens
+        if count > 0:
+            self._reserve(start + count)
+            assert self.answer is not None
+            self.answer.entries[:, :, :, start : start + count] = entries.to(
+                self.answer.entries.device
+            )
+            self.answer.tokens = start + count
+        self.hidden = hidden
+
+    def _reserve(self, tokens: int) -> None:
+        capacity = 0 if self.answer is None else self.answer.entries.shape[3]
+        if tokens <= capacity:
+            return
+        wider = self.store.allocate(max(tokens, 2 * capacity, FIRST_BLOCK_TOKENS))
+        if self.answer is not None:
+            wider.entries[:, :, :, : self.tokens] = self.answer.entries[:, :, :, : self.tokens]
+            wider.tokens = self.tokens
+        self.answer = wider
+
+    def load(self, further: torch.Tensor | None = None) -> DynamicCache:
+        """The uncompressed cache, on the device.
+
+        Args:
+            further: (layers, 2, heads, n, head_dim) entries behind those parked.
+        """
+        self.store.wait()
+        cache = DynamicCache()
+        for layer in range(self.store.layers):
+            parts = [part.to_device(layer, self.store.device) for part in self.parts]
+            if further is not None:
+                parts.append(further[layer])
+            keys, values = torch.cat(parts, dim=2)
+            cache.update(keys[None], values[None], layer)
+        return cache
+
+
+class ColdStore:
+    """Allocates the cold cache of a session's rows.
+
+    Args:
+        config: of the model.
+        device: where the model is.
+        dtype: of its entries.
+        kind: "host" memory, or "disk": a file in ``folder`` that has no name and goes with its row.
+        folder: for "disk"; None takes the system's folder of temporary files.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        kind: ColdKind = "host",
+        folder: Path | None = None,
+    ) -> None:
+        if kind not in ("host", "disk"):
+            raise ColdCacheError(f"the cold cache is on 'host' or 'disk', got {kind!r}")
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.layers, self.heads, self.head_dim = config.num_hidden_layers, int(heads), int(size)
+        self.device, self.dtype, self.kind, self.folder = device, dtype, kind, folder
+        self._prefix: tuple[Prefix, Part] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's entries in all layers."""
+        return int(2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize)
+
+    def allocate(self, tokens: int) -> Part:
+        """Room for some tokens, none of them filled.
+
+        Raises:
+            MemoryError, OSError, RuntimeError: there is no room.
+        """
+        shape = (self.layers, 2, self.heads, tokens, self.head_dim)
+        wanted = tokens * self.bytes_per_token
+        if self.kind == "disk":
+            return Part(self._map_file(wanted).view(self.dtype).view(shape), 0)
+        free = psutil.virtual_memory().available
+        if wanted > free:
+            raise MemoryError(f"{wanted} bytes of host memory wanted, {free} are free")
+        pinned = self.device.type == "cuda"
+        return Part(torch.empty(shape, dtype=self.dtype, pin_memory=pinned), 0)
+
+    def _map_file(self, wanted: int) -> torch.Tensor:
+        """Bytes of a new file; the disk's blocks are taken now, so that no later write can fail."""
+        with tempfile.TemporaryFile(dir=self.folder, prefix="kvguard-") as file:
+            os.posix_fallocate(file.fileno(), 0, wanted)
+            return torch.frombuffer(mmap.mmap(file.fileno(), wanted), dtype=torch.uint8)
+
+    def row(self, prefix: Prefix | None, tokens: int) -> ColdRow:
+        """Room for a request: the prefix that it reuses, and the other tokens of its prompt.
+
+        Raises:
+            MemoryError, OSError, RuntimeError: there is no room.
+        """
+        shared = None if prefix is None else self.prefix(prefix)
+        prompt = self.allocate(tokens)
+        prompt.tokens = tokens
+        return ColdRow(self, shared, prompt)
+
+    def prefix(self, prefix: Prefix) -> Part:
+        """The entries of a shared prefix, parked once."""
+        if self._prefix is None or self._prefix[0] is not prefix:
+            part = self.allocate(len(prefix.token_ids))
+            part.tokens = len(prefix.token_ids)
+            for layer, (keys, values) in enumerate(layer_tensors(prefix.cache)):
+                self.copy_out(part.entries[layer, 0], keys[0])
+                self.copy_out(part.entries[layer, 1], values[0])
+            self._prefix = (prefix, part)
+        return self._prefix[1]
+
+    def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy from the device beside what it is doing; `wait` before the copy is read."""
+        if self._stream is None:
+            target.copy_(source)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        source.record_stream(self._stream)
+
+    def wait(self) -> None:
+        """Until everything copied out is there."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def fetch(
+        self, parts: Sequence[Part], layer: int
+    ) -> tuple[dict[int, torch.Tensor], torch.cuda.Event | None]:
+        """Start copying a layer of some parts to the device.
+
+        Returns:
+            By the part's identity (2, heads, tokens, head_dim), and what to wait for before use.
+        """
+        if self._stream is None:
+            return {id(part): part.to_device(layer, self.device) for part in parts}, None
+        with torch.cuda.stream(self._stream):
+            found = {id(part): part.to_device(layer, self.device) for part in parts}
+            event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        return found, event
+
+
+class Draft(NamedTuple):
+    """Tokens to run over a row's cold cache.
+
+    Attributes:
+        row: the cold cache; the tokens stand behind everything parked.
+        token_ids: at least one.
+    """
+
+    row: ColdRow
+    token_ids: Sequence[int]
+
+
+class Run(NamedTuple):
+    """What the pass says of one draft of n tokens.
+
+    Attributes:
+        hidden: (n, hidden size) after the final norm.
+        entries: (layers, 2, heads, n, head_dim) of the tokens, on the device.
+        inputs: per layer (1, n, hidden size) what the attention was given; None where not asked.
+    """
+
+    hidden: torch.Tensor
+    entries: torch.Tensor
+    inputs: list[torch.Tensor] | None
+
+
+@dataclass
+class _Pass:
+    """Stands in for ``past_key_values``: the drafts of several rows, one behind the other."""
+
+    store: ColdStore
+    rows: list[ColdRow]
+    counts: list[int]
+    entries: list[torch.Tensor] = field(default_factory=list)
+    is_compileable = False
+
+    def __post_init__(self) -> None:
+        distinct = {id(part): part for row in self.rows for part in row.parts}
+        self._parts = list(distinct.values())
+        self._next = self.store.fetch(self._parts, 0)
+        self.bytes_moved = 0
+        if self.store.device.type != "cpu" or self.store.kind == "disk":
+            per_token = self.store.bytes_per_token
+            self.bytes_moved = sum(part.tokens for part in self._parts) * per_token
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Part of the interface that models expect of a cache."""
+        return 0
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, _: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the drafted tokens' entries, (1, heads, tokens, head_dim) each."""
+        self.entries.append(torch.cat([keys, values]))
+        return keys, values
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of each row's drafted tokens over its cold cache and themselves.
+
+        Args:
+            layer: number.
+            query: (1, query heads, tokens, head_dim), all rows' tokens.
+            key: (1, heads, tokens, head_dim).
+            value: like key.
+            scale: factor on the scores.
+
+        Returns:
+            (1, tokens, query heads, head_dim).
+        """
+        ready, event = self._next
+        if event is not None:
+            torch.cuda.current_stream(self.store.device).wait_event(event)
+            for tensor in ready.values():
+                tensor.record_stream(torch.cuda.current_stream(self.store.device))
+        if layer + 1 < self.store.layers:
+            self._next = self.store.fetch(self._parts, layer + 1)
+        mixed, start = [], 0
+        for row, count in zip(self.rows, self.counts, strict=True):
+            part = slice(start, start + count)
+            start += count
+            cold = [ready[id(each)] for each in row.parts]
+            new = torch.stack([key[0, :, part], value[0, :, part]])
+            mixed.append(_attend_row(query[0, :, part], [*cold, new], scale))
+        return torch.cat(mixed, dim=1).transpose(0, 1)[None]
+
+
+def _attend_row(query: torch.Tensor, parts: list[torch.Tensor], scale: float) -> torch.Tensor:
+    """Causal attention of one row's last tokens over its parts, of which the last is their own.
+
+    The query heads that share a key head stand behind each other on the query axis, so grouped keys
+    and values are read once and never repeated.
+
+    Args:
+        query: (query heads, n, head_dim).
+        parts: (2, heads, tokens, head_dim) each.
+        scale: factor on the scores.
+
+    Returns:
+        (query heads, n, head_dim).
+    """
+    heads, size = parts[0].shape[1], parts[0].shape[3]
+    count = query.shape[1]
+    grouped = query.reshape(heads, -1, size)  # (heads, query heads per head x n, head_dim)
+    beyond = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+    beyond = beyond.repeat(grouped.shape[1] // count, 1)
+    if query.device.type != "cpu":
+        whole = torch.cat(parts, dim=2)
+        mask = torch.zeros(beyond.shape[0], whole.shape[2], dtype=query.dtype, device=query.device)
+        mask[:, -count:].masked_fill_(beyond, -torch.inf)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            grouped[None], whole[0][None], whole[1][None], attn_mask=mask, scale=scale
+        )[0]
+        return mixed.reshape(query.shape)
+    scaled = grouped * scale
+    scores = torch.cat([torch.matmul(scaled, part[0].transpose(1, 2)) for part in parts], dim=2)
+    scores[:, :, -count:].masked_fill_(beyond, -torch.inf)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    mixed, start = torch.zeros_like(scaled), 0
+    for part in parts:
+        end = start + part.shape[2]
+        mixed += torch.matmul(weights[:, :, start:end], part[1])
+        start = end
+    return mixed.reshape(query.shape)
+
+
+def cold_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`_Pass.attend` as transformers calls attention; ``kvguard_cold`` is the pass."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return kwargs["kvguard_cold"].attend(module.layer_idx, query, key, value, scale), None
+
+
+AttentionInterface.register(ATTENTION_NAME, cold_attention)
+
+
+@contextmanager
+def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run the model with another attention implementation."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+class Runs(NamedTuple):
+    """The drafts' results in their order, and the bytes that were brought to the device."""
+
+    runs: list[Run]
+    bytes_moved: int
+
+
+@torch.inference_mode()
+def run_drafts(
+    model: PreTrainedModel, drafts: Sequence[Draft], *, keep_inputs: bool = False
+) -> Runs:
+    """One pass of the uncompressed model over the drafts of several rows; parks nothing.
+
+    Args:
+        model: in eval mode.
+        drafts: at least one; their cold caches come from one store.
+        keep_inputs: keep what each attention layer was given, for presses that work on it later.
+    """
+    store = drafts[0].row.store
+    store.wait()
+    counts = [len(draft.token_ids) for draft in drafts]
+    tokens = [token for draft in drafts for token in draft.token_ids]
+    positions = torch.cat(
+        [
+            torch.arange(draft.row.length, draft.row.length + count)
+            for draft, count in zip(drafts, counts, strict=True)
+        ]
+    ).to(model.device)
+    layers = attention_layers(model)
+    forget_masks(layers)
+    inputs: list[torch.Tensor] = []
+
+    def keep(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        inputs.append(kwargs["hidden_states"])
+
+    running = _Pass(store, [draft.row for draft in drafts], counts)
+    with ExitStack() as stack:
+        stack.enter_context(attention_of(model, ATTENTION_NAME))
+        if keep_inputs:
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        output = model.model(
+            input_ids=torch.tensor([tokens], device=model.device),
+            position_ids=positions[None],
+            cache_position=positions,
+            past_key_values=running,
+            use_cache=True,
+            kvguard_cold=running,
+        )
+    entries = torch.stack(running.entries)  # (layers, 2, heads, tokens, head_dim)
+    runs, start = [], 0
+    for count in counts:
+        part = slice(start, start + count)
+        start += count
+        own = [each[:, part] for each in inputs] if keep_inputs else None
+        runs.append(Run(output.last_hidden_state[0, part], entries[:, :, :, part], own))
+    return Runs(runs, running.bytes_moved)
