@@ -16,7 +16,8 @@ Bools = NDArray[np.bool_]
 
 
 class Rows(NamedTuple):
-    """Tokens of one split: ``keys`` holds `schema.LABELS`, ``features`` (n, features) float32."""
+    """Tokens of one split: ``keys`` holds `schema.LABELS` and ``task``, ``features`` (n, features)
+    float32."""
 
     keys: pl.DataFrame
     features: Features
@@ -69,7 +70,9 @@ def load_rows(
             f"{len(joined)} in both"
         )
     matrix = joined.select(schema.FEATURE_NAMES).to_numpy().astype(np.float32, order="C")
-    return Rows(joined.select(list(schema.LABELS)), matrix)
+    tasks = splits.select("prompt_id", "task")
+    keys = joined.select(list(schema.LABELS))
+    return Rows(keys.join(tasks, on="prompt_id", how="left", maintain_order="left"), matrix)
 
 
 def eligible(rows: Rows, target: str, settings: config.Predictor) -> Bools:

@@ -9,7 +9,8 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from kvguard import config, plot_predictor, schema
-from kvguard.ablation import FEATURE_GROUPS, ablate, leave_one_out, permute_labels
+from kvguard.ablation import FEATURE_GROUPS, ablate
+from kvguard.controls import deal_by_coin, permute_requests
 from kvguard.evaluate_predictor import (
     RUN_TOKENS,
     alarm_threshold,
@@ -37,6 +38,7 @@ from kvguard.rows import Rows
 from kvguard.splits import prompts_of, split_prompts
 from kvguard.train import Models, train_predictors
 from kvguard.trainer import BASELINE_KINDS, Trainer, make_trainer
+from kvguard.transfer import leave_one_out
 
 AUROCS = ("auroc", "auroc_within", "request_auroc", "request_auroc_early")
 
@@ -365,7 +367,8 @@ def test_ablations_and_controls_on_planted_truth(
     assert formulation["value"].null_count() == 0
     controls = made["controls"]
     judged = controls.drop_nulls("as_expected")
-    assert set(judged["control"]) == {"permuted labels", "random alarm"}
+    assert set(judged["control"]) == {"permuted requests", "harm by a coin", "random alarm"}
+    assert set(judged["predictor"].drop_nulls()) == {"hazard", "clock_repetition"}
     assert judged["as_expected"].all()
     random = controls.filter(control="random alarm", metric="recall").row(0, named=True)
     predictor = controls.filter(control="predictor", metric="recall").row(0, named=True)
@@ -376,11 +379,15 @@ def test_ablations_and_controls_on_planted_truth(
 def test_leaving_out_presses_ratios_and_models(run: planted.Planted, splits: pl.DataFrame) -> None:
     made = leave_one_out(run.features, run.labels, _trainer(splits))
     left = made["leave_one_out"].filter(metric="auroc")
-    assert left.select("left_out", "value_left_out").rows() == [
-        ("press", "knorm"),
-        ("press", "snapkv"),
-        ("ratio", "0.500"),
-        ("ratio", "0.750"),
+    assert left.select("left_out", "value_left_out", "trained_on").rows() == [
+        ("press", "knorm", "others"),
+        ("press", "knorm", "itself"),
+        ("press", "snapkv", "others"),
+        ("press", "snapkv", "itself"),
+        ("ratio", "0.500", "others"),
+        ("ratio", "0.500", "itself"),
+        ("ratio", "0.750", "others"),
+        ("ratio", "0.750", "itself"),
     ]
     assert (left["value"] > 0.7).all(), "the planted hazard is the same everywhere"
     only = made["transfer"].row(0, named=True)
@@ -416,19 +423,32 @@ def test_what_tests_on_a_press_was_not_trained_on_it(
     assert {"none", "knorm"} in seen
 
 
-def test_permuted_labels_keep_the_prevalence_of_each_condition() -> None:
-    data = planted.planted_hazard(prompts=6, seed=2)
-    rows = Rows(data.labels, np.zeros((len(data.labels), 40), np.float32))
-    permuted = permute_labels(rows, "any", seed=0)
-    before = rows.take(rows.before_onset("any")).keys
-    assert len(permuted.keys) == len(before)
+def test_permuted_requests_keep_the_harm_of_each_condition() -> None:
+    data = planted.planted_hazard(prompts=12, seed=2)
+    rows = Rows(data.labels, np.zeros((len(data.labels), len(schema.FEATURE_NAMES)), np.float32))
+    permuted = permute_requests(rows, "any", planted.HORIZON_TOKENS, seed=0)
     condition = ["model", "press", "ratio"]
 
-    def rates(frame: pl.DataFrame) -> pl.DataFrame:
-        return frame.group_by(condition).agg(pl.col("hazard_any").sum()).sort(condition)
+    def onsets(frame: pl.DataFrame) -> pl.DataFrame:
+        onset = (pl.col("steps_to_any") + pl.col("position")).first().alias("onset")
+        return frame.group_by(schema.TRACE_KEYS).agg(onset).sort(*condition, "onset", "prompt_id")
 
-    assert rates(permuted.keys).equals(rates(before))
-    assert not permuted.keys["hazard_any"].equals(before["hazard_any"])
+    before, after = onsets(rows.keys), onsets(permuted.keys)
+    assert before.select(*condition, "onset").equals(after.select(*condition, "onset"))
+    assert not before["prompt_id"].equals(after["prompt_id"])
+
+
+def test_a_coin_harms_half_of_the_compressed_requests_at_one_token() -> None:
+    data = planted.planted_hazard(prompts=60, seed=2)
+    rows = Rows(data.labels, np.zeros((len(data.labels), len(schema.FEATURE_NAMES)), np.float32))
+    keys = deal_by_coin(rows, "any", planted.HORIZON_TOKENS, seed=0).keys
+    onset = (pl.col("steps_to_any") + pl.col("position")).first().alias("onset")
+    dealt = keys.group_by(schema.TRACE_KEYS).agg(onset)
+    assert dealt.filter(press="none")["onset"].null_count() == 60
+    harmed = dealt.filter(pl.col("press") != "none")["onset"].drop_nulls()
+    assert harmed.n_unique() == 1
+    assert 0.4 < len(harmed) / 180 < 0.6
+    assert keys["hazard_any"].sum() == len(harmed) * planted.HORIZON_TOKENS
 
 
 def test_feature_groups_divide_the_features() -> None:

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from kvguard import config, schema
-from kvguard.ablation import ablate, leave_one_out
+from kvguard.ablation import ablate
 from kvguard.calibration import calibrate, save_certificate
 from kvguard.evaluate_predictor import evaluate_predictors
 from kvguard.findings import write_findings
@@ -16,6 +16,7 @@ from kvguard.predictor import rules_predictor
 from kvguard.splits import split_prompts
 from kvguard.train import predict_tokens, train_predictors
 from kvguard.trainer import make_trainer
+from kvguard.transfer import leave_one_out
 
 SETTINGS = config.Predictor(
     targets=["any", "looping"],

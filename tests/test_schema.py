@@ -85,10 +85,12 @@ def test_synthetic_runs_keep_to_the_schemas(table):
     schema.check(getattr(run, table), getattr(schema, table.upper()), table)
 
 
-def test_there_are_28_signals_and_40_features():
+def test_there_are_28_signals_44_features_of_tokens_and_the_probes():
     assert len(schema.SIGNALS) == 28
     assert len(schema.BASE_SIGNALS) == 29
-    assert len(set(schema.FEATURE_NAMES)) == len(schema.FEATURE_NAMES) == 40
+    assert (
+        len(set(schema.FEATURE_NAMES)) == len(schema.FEATURE_NAMES) == 44 + len(schema.PROBE_NAMES)
+    )
 
 
 def test_offsets_say_where_each_trace_starts():

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from kvguard import joblog
-from kvguard.ablation import leave_one_out
 from kvguard.config import Predictor
 from kvguard.schema import write_table
 from kvguard.trainer import make_trainer
+from kvguard.transfer import leave_one_out
 
 if __name__ == "__main__":
     snakemake = joblog.start_job()
