@@ -219,9 +219,11 @@ def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
     for row in left:
         if row["difference"] is None:
             continue
+        what = f"{row['left_out']} {row['value_left_out']}"
+        trained = f"without {what}" if row["trained_on"] == "others" else f"on {what} alone"
         points.append(
-            f"Trained without {row['left_out']} {row['value_left_out']} and tested on it: "
-            f"{_pointwise(row)}, a change of {_difference(row)} ({_changed(row)})."
+            f"Trained {trained} and tested on it: {_pointwise(row)}, a change of "
+            f"{_difference(row)} ({_changed(row)})."
         )
     for row in tables["transfer"].filter(metric="auroc").to_dicts():
         if row["value"] is None:
@@ -263,10 +265,17 @@ def _controls(tables: Mapping[str, pl.DataFrame]) -> str:
         answer = {True: "as it must", False: "NOT as it must", None: row["reason"] or "undefined"}
         expected = f"{row['expected']:.2f}"
         lines.append(
-            [row["control"], row["metric"], expected, _bracket(row), answer[row["as_expected"]]]
+            [
+                row["control"],
+                row["predictor"] or "",
+                row["metric"],
+                expected,
+                _bracket(row),
+                answer[row["as_expected"]],
+            ]
         )
     return "### Controls that must fail\n\n" + _table(
-        ["control", "metric", "expected", "found", "verdict"], lines
+        ["control", "predictor", "metric", "expected", "found", "verdict"], lines
     )
 
 

@@ -97,7 +97,7 @@ def _transfer(study: Study, target: str) -> pl.DataFrame:
     rows: list[tuple[dict[str, Any], Measured]] = []
     if len(models) == 1:
         described = {"target": target, "trained_on": models[0], "tested_on": models[0]}
-        rows += compared(described, f"{models[0]} is the only model", None, {})[:1]
+        rows += compared(described, f"{models[0]} is the only model", None, {})
     fitted: dict[str, Predictor | str] = {}
     for model in models if len(models) > 1 else ():
         try:

@@ -19,6 +19,7 @@ from kvguard.evaluate_predictor import (
     score_requests,
 )
 from kvguard.features import FEATURE_SETS
+from kvguard.harm_metrics import HARM_METRICS
 from kvguard.leakage import LeakageError
 from kvguard.metrics import (
     LEVELS,
@@ -466,10 +467,12 @@ def test_with_independent_labels_every_interval_covers_one_half() -> None:
     )
     tables |= ablate(data.features, data.labels, _trainer(splits))
     tables |= leave_one_out(data.features, data.labels, _trainer(splits))
-    names = ("predictor_metrics", "ablation", "formulation", "leave_one_out", "controls")
+    names = ("predictor_metrics", "harm_metrics", "ablation", "formulation")
+    names += ("leave_one_out", "controls")
+    wanted = (*AUROCS, *HARM_METRICS)
     pointwise = []
     for name in names:
-        rows = tables[name].filter(pl.col("metric").is_in(AUROCS), pl.col("low").is_not_null())
+        rows = tables[name].filter(pl.col("metric").is_in(wanted), pl.col("low").is_not_null())
         assert len(rows) >= 2
         missed = rows.filter(~pl.lit(0.5).is_between(pl.col("low"), pl.col("high")))
         assert missed.is_empty(), missed

@@ -117,7 +117,7 @@ def test_claims_follow_the_intervals(results: Path, tmp_path: Path) -> None:
     assert line.endswith("| above chance |")
     assert "No predictor was trained for `looping`: 0 train prompts" in text
     assert "Transfer between models: m is the only model." in text
-    assert "permuted labels | auroc_within | 0.50" in text
+    assert "permuted requests | hazard | request | 0.50" in text
     assert "The unit is the prompt" in text
 
     shaken = metrics.with_columns(low=pl.lit(0.45), low_pointwise=pl.lit(0.45))
