@@ -166,10 +166,12 @@ class GuardObserver:
 
     def admitted(self, session: Session, row: int) -> None:
         """Start a row's policy, features and report."""
-        request = session.rows[row].completion.request
+        completion = session.rows[row].completion
+        request = completion.request
         self.policy.reset(row, request.seed)
         if self.features is not None:
-            self.features.reset(row, self.ratio, int(session.limits[row]))
+            limit = int(session.limits[row])
+            self.features.reset(row, self.ratio, limit, completion.probes)
         self.modes[row] = self.policy.modes[row]
         self.seen[row] = self.streamed[row] = 0
         report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])

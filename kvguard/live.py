@@ -23,6 +23,7 @@ from kvguard.joblog import progress
 from kvguard.models import LoadedModel
 from kvguard.policy_factory import make_policy
 from kvguard.presses import build_press
+from kvguard.probes import marked_tokens, reads_probes
 from kvguard.prompts import Example, Prompt, prompts_frame
 from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
 
@@ -84,6 +85,7 @@ def run_policy_shard(
     )
     detection, guard = experiment.detection, experiment.guard
     compressor = build_press(press, rule.press_ratio or ratio)
+    probes = rule.needs_hazard and reads_probes(predictor)
     session = Session(
         model.model,
         ready.decoding,
@@ -91,6 +93,8 @@ def run_policy_shard(
         rows=ready.rows,
         prefix=ready.prefix,
         cold=guard.cold if rule.checks and not rule.fresh_checks else "none",
+        probes=probes,
+        marked=marked_tokens(model.tokenizer, model.model.config.vocab_size) if probes else None,
     )
     observer = GuardObserver(
         session,

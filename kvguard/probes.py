@@ -230,6 +230,11 @@ class CacheProbe:
         }
 
 
+def reads_probes(predictor: object) -> bool:
+    """Whether a predictor's features include probes, so that prefills must measure them."""
+    return any(name in PROBE_NAMES for name in getattr(predictor, "feature_names", ()))
+
+
 def marked_tokens(tokenizer: Any, size: int) -> NDArray[np.bool_]:
     """Tokens of a vocabulary that carry facts: numbers, codes and names.
 
