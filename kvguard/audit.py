@@ -303,7 +303,7 @@ def _check_afresh(
 def _device_bytes(cold: ColdRow, count: int) -> int:
     """What a check of ``count`` tokens holds on the device for a row."""
     layer = cold.store.bytes_per_token // cold.store.layers
-    return 2 * layer * cold.length + cold.store.bytes_per_token * count
+    return int(2 * layer * cold.length + cold.store.bytes_per_token * count)
 
 
 def judge(
