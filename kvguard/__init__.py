@@ -8,8 +8,12 @@ from typing import Any
 
 _PUBLIC = {
     "KVGuard": "guard",
-    "Mode": "controller",
+    "GuardReport": "guard",
+    "GuardError": "guard_observer",
+    "RowReport": "guard_observer",
     "OperatingPoint": "config",
+    "Tolerance": "config",
+    "Mode": "controller",
     "RunResult": "experiment",
     "format_prompt": "prompts",
     "extract_signals": "signals",

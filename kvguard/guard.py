@@ -2,23 +2,25 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from kvpress import BasePress
+from pydantic import ValidationError
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.logits_process import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from kvguard.cold_cache import ColdKind
 from kvguard.config import POINT_NAMES, OperatingPoint, Tolerance
 from kvguard.engine import Completion, Request, Session, batch_size_for
+from kvguard.generate_options import (
+    call_in_progress,
+    decoding_of,
+    refuse_inputs,
+    stopping_of,
+)
 from kvguard.guard_observer import (
     GuardError,
     GuardObserver,
@@ -27,13 +29,17 @@ from kvguard.guard_observer import (
     Stopping,
     guarded,
 )
+from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
 from kvguard.prefill import Prefix
 from kvguard.presses import phases, with_ratio
+from kvguard.rivals import Lossless
 from kvguard.sampling import Decoding
-from kvguard.schema import FEATURE_VERSION
+from kvguard.schema import FEATURE_VERSION, PROBE_NAMES
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from kvguard.certificate import Certificate
 
 logger = logging.getLogger(__name__)
@@ -46,7 +52,46 @@ RULES_POINTS = {
 """Thresholds of ``predictor="rules"``, which has no certificate."""
 
 
-Recovery = Literal["rewind", "rewind_tolerant", "recompute", "relax_only", "restart"]
+Recovery = Literal["continue", "promote", "tolerant", "recompute", "restart", "relax_only"]
+
+UNCHECKED = ("guard_recompute", "guard_restart", "guard_relax_only")
+"""Policies that read no cold cache."""
+
+
+class GuardReport(list[RowReport]):
+    """What the guard did in one call, one `RowReport` a row."""
+
+    def __repr__(self) -> str:
+        alarmed = sum(bool(row.alarm_steps) for row in self)
+        failed = sum(row.error is not None for row in self)
+        return f"<GuardReport: {len(self)} rows, {alarmed} alarmed, {failed} failed>"
+
+    def total(self) -> dict[str, float]:
+        """The rows' counts and seconds, added up."""
+        names = (
+            "tokens_wasted",
+            "tokens_prefilled",
+            "decode_steps",
+            "checks",
+            "unrecoverable",
+            "seconds",
+        )
+        counts: dict[str, float] = {
+            "rows": len(self),
+            "alarmed": sum(bool(row.alarm_steps) for row in self),
+            "failed": sum(row.error is not None for row in self),
+        }
+        return counts | {name: sum(getattr(row, name) for row in self) for name in names}
+
+    def to_frame(self) -> "pl.DataFrame":
+        """One row a row, a Polars frame."""
+        import polars as pl
+
+        rows = [
+            row.model_dump() | {"modes": [f"{position}:{mode}" for position, mode in row.modes]}
+            for row in self
+        ]
+        return pl.DataFrame(rows, infer_schema_length=None)
 
 
 class KVGuard:
@@ -56,33 +101,45 @@ class KVGuard:
     >>> output = model.generate(**inputs, custom_generate=guard, max_new_tokens=512)
     >>> guard.report[0].alarm_steps
 
+    Lossless decoding on any press needs no predictor:
+
+    >>> guard = KVGuard(SnapKVPress(0.75), policy="lossless", check_every_tokens=16)
+
     Args:
         press: any press that `docs/presses.md` lists as supported, or None.
         predictor: path of a trained predictor, a predictor object, or "rules": a risk made of
             repetition and entropy, which needs no training.
+        policy: "guard" lets the predictor say when to check; "lossless" checks every
+            ``check_every_tokens`` tokens and at the end, and returns the uncompressed model's own
+            answer.
         operating_point: "conservative", "balanced" or "aggressive" of the certificate beside the
-            predictor, or thresholds of your own.
-        recovery: what an alarm does. "rewind" verifies and cuts at the first token that the
-            uncompressed model rejects: an alarmed request ends as if it had never been compressed.
-            "rewind_tolerant" cuts at the first sign of harm; "recompute" keeps every token;
-            "restart" keeps none; "relax_only" stops compressing and recomputes nothing.
-        after_alarm: "stay" at the safe ratio, or "resume" compression after calm tokens.
+            predictor, or thresholds of your own, an `OperatingPoint` or a dict of its fields.
+        recovery: what an alarm does. "continue" checks, cuts at the first token that the
+            uncompressed model rejects, and goes on compressed, with further checks until the
+            hazard is calm. "promote" goes on with the full cache instead: an alarmed request ends
+            as if it had never been compressed. "tolerant" cuts at the first sign of harm;
+            "recompute" is "continue" with checks that prefill afresh; "restart" keeps no token;
+            "relax_only" stops compressing while decoding and recomputes nothing.
+        cold: where the entries go that the press evicts, so that a check need not compute them
+            again: "host" memory, "disk", or "none".
+        cold_folder: for "disk"; None takes the system's folder of temporary files.
         safe_ratio: fraction of entries that SAFE removes; 0 is the uncompressed model.
         margin_nats: a token this close to the uncompressed model's best counts as a tie.
-        check_every_tokens: the predictor is asked every so many tokens of a row, and at its end,
-            about all of them at once, which costs a small batch a fraction of asking each time. An
-            alarm is acted upon that much later at most; what an exact rewind returns is the same.
-        holdback_tokens: streaming releases a token once this many have followed it, at the next
-            look: with the default, tokens come eight at a time.
+        check_every_tokens: the predictor is asked every so many tokens of a row (default 8), and at
+            its end, about all of them at once, which costs a small batch a fraction of asking each
+            time. An alarm is acted upon that much later at most. With "lossless": the tokens
+            between two checks (default 16).
+        holdback_tokens: streaming releases a token once a check has accepted it or this many have
+            followed it. Released tokens stay. In ALERT and SAFE, and with "lossless", accepted
+            tokens alone are released.
         batch_size: rows decoded together; None takes as many as memory allows.
         seed: of sampling; None draws one from torch's global generator at each call.
         condition: press and ratio of the certificate, e.g. ("snapkv", "0.750"), whose alarm rate on
             the calibration prompts the drift monitor expects; None: all of them pooled.
-        streamer: receives released tokens; one request at a time. Give it here: transformers drops
-            the ``streamer`` of a ``generate`` call that has a ``custom_generate``.
+        streamer: receives released tokens, one request at a time; or give it to ``generate``.
 
     Attributes:
-        report: one `RowReport` a row of the last call.
+        report: one `RowReport` a row of the last call, with ``total()`` and ``to_frame()``.
         completions: one `kvguard.engine.Completion` a row of the last call, with every signal.
         drift: a `kvguard.certificate.DriftMonitor` fed with every prompt's first request, or None
             without a certificate; ``drift.text`` says whether the certificate still applies.
@@ -97,29 +154,54 @@ class KVGuard:
         press: BasePress | None,
         *,
         predictor: str | Path | HazardModel = "rules",
-        operating_point: str | OperatingPoint = "balanced",
-        recovery: Recovery = "rewind",
-        after_alarm: Literal["stay", "resume"] = "stay",
+        policy: Literal["guard", "lossless"] = "guard",
+        operating_point: str | OperatingPoint | Mapping[str, float] = "balanced",
+        recovery: Recovery = "continue",
+        cold: ColdKind | Literal["none"] = "host",
+        cold_folder: Path | None = None,
         safe_ratio: float = 0.0,
         margin_nats: float = 1e-4,
         tolerance: Tolerance | None = None,
-        check_every_tokens: int = 8,
+        check_every_tokens: int | None = None,
         holdback_tokens: int = 16,
         batch_size: int | None = None,
         seed: int | None = None,
         condition: tuple[str, str] | None = None,
         streamer: Any = None,
     ) -> None:
+        if press is not None and not isinstance(press, BasePress):
+            raise GuardError(f"press: a kvpress press, e.g. SnapKVPress(0.75), got {press!r}")
         phases(press)  # refuses a press by name, before any token is generated
-        if not 0 <= safe_ratio < 1:
-            raise GuardError(f"safe_ratio lies in [0, 1), got {safe_ratio}")
-        if check_every_tokens < 1:
-            raise GuardError(f"check_every_tokens is at least 1, got {check_every_tokens}")
+        if check_every_tokens is None:
+            check_every_tokens = 16 if policy == "lossless" else 8
+        limits = {
+            "safe_ratio lies in [0, 1)": (safe_ratio, 0 <= safe_ratio < 1),
+            "check_every_tokens is at least 1": (check_every_tokens, check_every_tokens >= 1),
+            "holdback_tokens is at least 0": (holdback_tokens, holdback_tokens >= 0),
+            "margin_nats is at least 0": (margin_nats, margin_nats >= 0),
+            "batch_size is at least 1, or None": (batch_size, batch_size is None or batch_size > 0),
+            "cold is 'host', 'disk' or 'none'": (cold, cold in ("host", "disk", "none")),
+            "policy is 'guard' or 'lossless'": (policy, policy in ("guard", "lossless")),
+            f"recovery is one of {', '.join(get_args(Recovery))}": (
+                recovery,
+                recovery in get_args(Recovery),
+            ),
+        }
+        for rule, (given, holds) in limits.items():
+            if not holds:
+                raise GuardError(f"{rule}, got {given!r}")
         self.press = press
-        self.predictor, self.certificate = _load_predictor(predictor)
-        self.operating_point = _operating_point(
-            operating_point, self.certificate, rules=predictor == "rules"
-        )
+        self.predictor: HazardModel | None = None
+        self.certificate: Certificate | None = None
+        self.operating_point: OperatingPoint | None = None
+        if policy == "lossless":
+            if predictor != "rules":
+                raise GuardError("predictor: policy='lossless' checks everything and needs none")
+        else:
+            self.predictor, self.certificate = _load_predictor(predictor)
+            self.operating_point = _operating_point(
+                operating_point, self.certificate, rules=predictor == "rules"
+            )
         self.drift = None
         if self.certificate is not None and isinstance(operating_point, str):
             from kvguard.certificate import DriftMonitor
@@ -129,12 +211,17 @@ class KVGuard:
                 self.certificate, operating_point, press=press_name, ratio=ratio
             )
         self._prompts_seen: set[int] = set()
-        self.policy_name = _policy_name(recovery, after_alarm)
+        names = {"continue": "guard"}
+        self.policy_name = (
+            "lossless" if policy == "lossless" else names.get(recovery, f"guard_{recovery}")
+        )
+        self.cold, self.cold_folder = cold, cold_folder
+        self._warned: set[str] = set()
         self.safe_ratio, self.margin_nats, self.tolerance = safe_ratio, margin_nats, tolerance
         self.check_every_tokens, self.holdback_tokens = check_every_tokens, holdback_tokens
         self.batch_size, self.seed = batch_size, seed
         self.streamer = streamer
-        self.report: list[RowReport] = []
+        self.report = GuardReport()
         self.completions: list[Completion] = []
         if safe_ratio > 0 and press is not None:
             with_ratio(press, safe_ratio)  # refuses a press without a ratio now, not at an alarm
@@ -169,27 +256,34 @@ class KVGuard:
             GuardError: an option that the guard does not have.
             RuntimeError: every row failed.
         """
-        _refuse_inputs(input_ids, generation_config, model_kwargs)
+        dropped = call_in_progress()
+        refuse_inputs(model, input_ids, generation_config, model_kwargs | dropped)
         settings = generation_config or model.generation_config
-        decoding = _decoding(model, settings, logits_processor, input_ids.shape[1])
+        decoding = decoding_of(model, settings, logits_processor, input_ids.shape[1])
         mask = model_kwargs.get("attention_mask")
         prompts = [
             row.tolist() if mask is None else row[mask[i].bool()].tolist()
             for i, row in enumerate(input_ids)
         ]
-        if self.streamer is not None and len(prompts) > 1:
+        given = dropped.get("streamer")  # which has got the prompt already
+        streamer = self.streamer if given is None else given
+        if streamer is not None and len(prompts) > 1:
             raise GuardError(f"a streamer takes one request at a time, got {len(prompts)} rows")
         seed = self.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, ()).item()) if decoding.do_sample else 0
         requests = [Request(str(i), prompt, seed + i) for i, prompt in enumerate(prompts)]
-        if self.streamer is not None:
-            self.streamer.put(input_ids.cpu())
+        if streamer is not None and given is None:
+            streamer.put(input_ids.cpu())
         completions = self.run(
-            model, requests, decoding, stopping=_stopping(stopping_criteria, input_ids)
+            model,
+            requests,
+            decoding,
+            stopping=stopping_of(stopping_criteria, input_ids),
+            streamer=streamer,
         )
-        if self.streamer is not None:
-            self.streamer.end()
+        if streamer is not None:
+            streamer.end()
         failed = [completion for completion in completions if completion.error is not None]
         for completion in failed:
             logger.warning("row %s failed: %s", completion.request.key, completion.error)
@@ -215,6 +309,7 @@ class KVGuard:
         *,
         prefix: Prefix | None = None,
         stopping: Stopping | None = None,
+        streamer: Any = None,
     ) -> list[Completion]:
         """Decode requests of any lengths under the guard; sets `report`.
 
@@ -224,6 +319,7 @@ class KVGuard:
             decoding: how tokens are chosen.
             prefix: what the prompts share, prefilled.
             stopping: see `guard_observer.GuardObserver`.
+            streamer: receives released tokens, those of all requests; None takes the guard's own.
 
         Returns:
             Completions in the requests' order; a failed one has ``error`` set.
@@ -231,15 +327,25 @@ class KVGuard:
         longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
         rows = self.batch_size or batch_size_for(model, longest)
         rows = min(rows, len(requests))
-        session = Session(model, decoding, press=self.press, rows=rows, prefix=prefix)
-        policy = make_policy(
-            self.policy_name,
-            rows,
-            max_new_tokens=decoding.max_new_tokens,
-            controller=self.operating_point,
-            check_every_tokens=self.check_every_tokens,
+        session = Session(
+            model,
+            decoding,
+            press=self.press,
+            rows=rows,
+            prefix=prefix,
+            probes=_reads_probes(self.predictor),
+            cold="none" if self.policy_name in UNCHECKED else self.cold,
+            cold_folder=self.cold_folder,
+            falls_back=True,
         )
-        watch = GuardObserver(
+        policy = self._policy(rows, decoding.max_new_tokens)
+        streamer = self.streamer if streamer is None else streamer
+
+        def release(_: str, tokens: list[int]) -> None:
+            for token in tokens:
+                streamer.put(torch.tensor([token]))
+
+        observer = GuardObserver(
             session,
             policy,
             predictor=self.predictor,
@@ -249,13 +355,14 @@ class KVGuard:
             tolerance=self.tolerance,
             check_every_tokens=self.check_every_tokens,
             holdback_tokens=self.holdback_tokens,
-            released=None if self.streamer is None else self._stream,
+            released=None if streamer is None else release,
             stopping=stopping,
         )
+        self._warn_of_transfer(decoding.max_new_tokens)
         finished = {}
-        for completion, report in guarded(session, requests, watch):
+        for completion, report in guarded(session, requests, observer):
             finished[completion.request.key] = (completion, report)
-        self.report = [finished[request.key][1] for request in requests]
+        self.report = GuardReport(finished[request.key][1] for request in requests)
         self.completions = [finished[request.key][0] for request in requests]
         self._watch_drift(requests)
         return self.completions
@@ -273,9 +380,49 @@ class KVGuard:
         if self.drift.drifted != before:
             logger.warning("%s", self.drift.text)
 
-    def _stream(self, _: str, tokens: list[int]) -> None:
-        for token in tokens:
-            self.streamer.put(torch.tensor([token]))
+    def _policy(self, rows: int, max_new_tokens: int) -> Policy:
+        if self.policy_name == "lossless":
+            return Lossless("lossless", rows, self.check_every_tokens)
+        return make_policy(
+            self.policy_name,
+            rows,
+            max_new_tokens=max_new_tokens,
+            controller=self.operating_point,
+            check_every_tokens=self.check_every_tokens,
+        )
+
+    def _warn_of_transfer(self, max_new_tokens: int) -> None:
+        """Say once where the predictor is used at what it was not trained on."""
+        trained = getattr(self.predictor, "provenance", {}).get("conditions")
+        if not trained:
+            return
+        ratio = f"{press_ratio(self.press):.3f}"
+        own = _plain(type(phases(self.press).prefill or self.press).__name__.removesuffix("Press"))
+        seen = {
+            "press": (own, sorted({_plain(press) for press, _ in trained["presses"]})),
+            "ratio": (ratio, sorted({ratio for _, ratio in trained["presses"]})),
+            "max_new_tokens": (max_new_tokens, trained["max_new_tokens"]),
+        }
+        for name, (value, known) in seen.items():
+            warning = f"the predictor was not trained at {name} {value}, but at {known}"
+            if value not in known and warning not in self._warned:
+                self._warned.add(warning)
+                logger.warning("%s: its hazards may mean little here", warning)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings travel, a streamer and what the last call left do not."""
+        left: dict[str, Any] = {"streamer": None, "report": GuardReport(), "completions": []}
+        return self.__dict__ | left
+
+
+def _plain(name: str) -> str:
+    """A press's name for comparison: class and configuration spell it differently."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _reads_probes(predictor: HazardModel | None) -> bool:
+    """Whether a predictor reads what is measured at prefill."""
+    return bool(set(getattr(predictor, "feature_names", ())) & set(PROBE_NAMES))
 
 
 def press_ratio(press: BasePress | None) -> float:
@@ -325,11 +472,19 @@ def _load_predictor(given: str | Path | HazardModel) -> tuple[HazardModel, "Cert
 
 
 def _operating_point(
-    given: str | OperatingPoint, certificate: "Certificate | None", rules: bool
+    given: str | OperatingPoint | Mapping[str, float],
+    certificate: "Certificate | None",
+    rules: bool,
 ) -> OperatingPoint:
     """Thresholds by name: the certificate's, or the rules'; of another predictor there are none."""
     if isinstance(given, OperatingPoint):
         return given
+    if isinstance(given, Mapping):
+        try:
+            return OperatingPoint.model_validate(dict(given))
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise GuardError(f"operating_point: {'; '.join(faults)}") from None
     if given not in POINT_NAMES:
         raise GuardError(f"operating_point is one of {', '.join(POINT_NAMES)}, got {given!r}")
     if certificate is not None:
@@ -340,89 +495,3 @@ def _operating_point(
         f"operating_point: {given!r} is a name in a certificate, and there is no certificate.json "
         "beside the predictor; give thresholds, an OperatingPoint(tau_low, tau_high, k, j)"
     )
-
-
-def _policy_name(recovery: str, after_alarm: str) -> str:
-    known = ("rewind", "rewind_tolerant", "recompute", "relax_only", "restart")
-    if recovery not in known:
-        raise GuardError(f"recovery is one of {', '.join(known)}, got {recovery!r}")
-    if after_alarm not in ("stay", "resume"):
-        raise GuardError(f"after_alarm is 'stay' or 'resume', got {after_alarm!r}")
-    if after_alarm == "stay":
-        names = {"rewind": "guard_promote", "rewind_tolerant": "guard_tolerant"}
-        return names.get(recovery, f"guard_{recovery}")
-    if recovery != "rewind":
-        raise GuardError(f"after_alarm='resume' goes with recovery='rewind', got {recovery!r}")
-    return "guard"
-
-
-def _decoding(
-    model: PreTrainedModel, settings: GenerationConfig, processors: Any, prompt_length: int
-) -> Decoding:
-    """The guard's decoding from a generation config; what it cannot do is refused by name."""
-    warpers: dict[type, Any] = {}
-    for processor in processors or []:
-        kind = type(processor)
-        if kind not in (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper):
-            raise GuardError(
-                f"logits processor {kind.__name__} is not supported; the guard decodes greedily or "
-                "with temperature, top_k and top_p. A model may ship others in its generation "
-                "config: switch them off, e.g. repetition_penalty=1.0"
-            )
-        if kind in warpers or not settings.do_sample:
-            why = "given twice" if kind in warpers else "without do_sample=True"
-            raise GuardError(f"logits processor {kind.__name__}: {why}")
-        warpers[kind] = processor
-    if (settings.num_beams or 1) > 1:
-        raise GuardError(f"num_beams: the guard decodes one beam a row, got {settings.num_beams}")
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(settings, name, None):
-            raise GuardError(
-                f"{name}: the guard returns token ids; its signals are in `guard.completions`"
-            )
-    ends = settings.eos_token_id
-    if ends is None:
-        ends = model.config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    if settings.max_new_tokens is not None:
-        count = settings.max_new_tokens
-    else:
-        count = (settings.max_length or 20) - prompt_length
-    temperature = warpers.get(TemperatureLogitsWarper)
-    top_k, top_p = warpers.get(TopKLogitsWarper), warpers.get(TopPLogitsWarper)
-    return Decoding(
-        max_new_tokens=count,
-        end_token_ids=tuple(int(end) for end in ends),
-        do_sample=bool(settings.do_sample),
-        temperature=1.0 if temperature is None else float(temperature.temperature),
-        top_k=0 if top_k is None else int(top_k.top_k),
-        top_p=1.0 if top_p is None else float(top_p.top_p),
-    )
-
-
-def _refuse_inputs(
-    input_ids: torch.Tensor, settings: GenerationConfig | None, arguments: dict[str, Any]
-) -> None:
-    """Refuse by name what the guard would otherwise ignore."""
-    if arguments.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
-        raise GuardError("inputs_embeds: the guard needs the prompt's token ids, input_ids")
-    cache = arguments.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise GuardError("past_key_values: the guard prefills prompts itself, pass no filled cache")
-    if settings is not None and settings.prompt_lookup_num_tokens is not None:
-        raise GuardError("prompt_lookup_num_tokens: the guard has no assisted decoding")
-
-
-def _stopping(criteria: Any, input_ids: torch.Tensor) -> Stopping | None:
-    """A user's stopping criteria; length and end tokens are the engine's own business."""
-    length = (MaxLengthCriteria, EosTokenCriteria)
-    own = [one for one in criteria or [] if not isinstance(one, length)]
-    if not own:
-        return None
-
-    def stop(key: str, tokens: list[int], logits: torch.Tensor) -> bool:
-        prompt = input_ids[int(key)]
-        ids = torch.cat([prompt, prompt.new_tensor(tokens)])[None]
-        return any(bool(torch.as_tensor(one(ids, logits)).all()) for one in own)
-
-    return stop

@@ -62,6 +62,7 @@ class RowReport(BaseModel):
         tokens_wasted: generated, then dropped.
         tokens_prefilled: of prompts, verifying passes and recoveries; a shared prefix counts.
         decode_steps: single-token passes, those of dropped tokens included.
+        checks: passes of the uncompressed model over what had not been checked.
         kv_bytes_mean: bytes that the row's entries take, hidden ones too, mean over its decode
             steps; None without a step. Padding belongs to the batch and is left out.
         kv_bytes_peak: the largest of them, and of the caches that verifying passes held.
@@ -81,6 +82,7 @@ class RowReport(BaseModel):
     tokens_wasted: int = 0
     tokens_prefilled: int = 0
     decode_steps: int = 0
+    checks: int = 0
     kv_bytes_mean: float | None = None
     kv_bytes_peak: int | None = None
     kv_padding_bytes_mean: float | None = None
@@ -661,7 +663,7 @@ class GuardObserver:
         report = self.reports.setdefault(key, RowReport(key=key))
         report.tokens_wasted = completion.tokens_wasted
         report.tokens_prefilled = completion.tokens_prefilled
-        report.decode_steps = completion.decode_steps
+        report.decode_steps, report.checks = completion.decode_steps, completion.checks
         report.seconds = completion.prefill_seconds + completion.decode_seconds
         report.stop_reason, report.error = completion.stop_reason, completion.error
         report.notes += [note for note in completion.notes if note not in report.notes]

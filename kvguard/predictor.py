@@ -118,6 +118,12 @@ class Predictor(BaseModel):
         """First 16 hex digits of the SHA-256 of the predictor's content."""
         return digest(self.model_dump(mode="json"))
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """What was computed from the fields is computed again where it is unpickled."""
+        state = super().__getstate__()
+        fields = {key: value for key, value in state["__dict__"].items() if key != "_score"}
+        return state | {"__dict__": fields}
+
     @cached_property
     def _score(self) -> Callable[[Features], Floats]:
         columns = np.array([schema.FEATURE_NAMES.index(name) for name in self.feature_names])

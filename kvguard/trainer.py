@@ -451,9 +451,22 @@ def _provenance(rows: Rows, target: str, seed: int) -> dict[str, Any]:
         "train_rows": len(labels),
         "positive_rows": int(labels.sum()),
         "harmed_prompts": rows.keys.filter(labels)["prompt_id"].n_unique(),
+        "conditions": _conditions(rows),
         "versions": {
             name: metadata.version(name) for name in ("xgboost", "scikit-learn", "numpy", "polars")
         },
+    }
+
+
+def _conditions(rows: Rows) -> dict[str, Any]:
+    """What the rows come from: (press, ratio) pairs, and token budgets."""
+    pairs = rows.keys.select("press", "ratio").unique().sort("press", "ratio").rows()
+    relative = rows.features[:, schema.FEATURE_NAMES.index("relative_position")]
+    started = relative > 0
+    budgets = np.round(rows.keys["position"].to_numpy()[started] / relative[started].astype(float))
+    return {
+        "presses": [list(pair) for pair in pairs],
+        "max_new_tokens": sorted({int(budget) for budget in budgets}),
     }
 
 

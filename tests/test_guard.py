@@ -1,5 +1,6 @@
 """The guard: verify and rewind is exact, rows are independent, faults cost one row at most."""
 
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from kvguard import press_catalogue
+from kvguard import audit, press_catalogue
 from kvguard.audit import check_answers
 from kvguard.certificate import CertificateError, save_certificate
+from kvguard.cold_cache import ColdStore, Part
 from kvguard.config import OperatingPoint
 from kvguard.controller import Mode
 from kvguard.engine import Completion, Request, Session
@@ -472,7 +474,9 @@ def left_padded(requests: Sequence[Request]) -> dict[str, torch.Tensor]:
 
 def test_generate_accepts_the_guard(tiny_llama: PreTrainedModel) -> None:
     requests = ragged_requests(tiny_llama.config.vocab_size, count=4)
-    guard = KVGuard(kvpress.KnormPress(0.6), predictor=Threshold(8), operating_point=POINT)
+    guard = KVGuard(
+        kvpress.KnormPress(0.6), predictor=Threshold(8), operating_point=POINT, recovery="promote"
+    )
     output = tiny_llama.generate(
         **left_padded(requests),
         custom_generate=guard,
@@ -545,8 +549,36 @@ def test_what_the_guard_cannot_do_is_refused_by_name(tiny_llama: PreTrainedModel
     inputs = left_padded(ragged_requests(tiny_llama.config.vocab_size, count=1))
     guard = KVGuard(kvpress.KnormPress(0.5), predictor="rules")
     options = {"custom_generate": guard, "max_new_tokens": 3}
-    with pytest.raises(GuardError, match="RepetitionPenaltyLogitsProcessor"):
-        tiny_llama.generate(**inputs, **options, repetition_penalty=1.2)
+    with pytest.raises(GuardError, match="TypicalLogitsWarper"):
+        tiny_llama.generate(**inputs, **options, do_sample=True, typical_p=0.5)
+    with pytest.raises(GuardError, match="use_cache=False"):
+        tiny_llama.generate(**inputs, **options, use_cache=False)
+    with pytest.raises(GuardError, match="cache_implementation"):
+        tiny_llama.generate(**inputs, **options, cache_implementation="static")
+    with pytest.raises(GuardError, match="assistant_model"):
+        tiny_llama.generate(**inputs, **options, assistant_model=tiny_llama, do_sample=False)
+    tiny_llama.train()
+    try:
+        with pytest.raises(GuardError, match="train mode"):
+            tiny_llama.generate(**inputs, **options)
+    finally:
+        tiny_llama.eval()
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("holdback_tokens is at least 0, got -1", {"holdback_tokens": -1}),
+        ("margin_nats is at least 0, got -0.1", {"margin_nats": -0.1}),
+        ("batch_size is at least 1, or None, got 0", {"batch_size": 0}),
+        ("check_every_tokens is at least 1, got 0", {"check_every_tokens": 0}),
+        ("recovery is one of continue, .*, got 'rewind'", {"recovery": "rewind"}),
+        ("cold is 'host', 'disk' or 'none', got 'tape'", {"cold": "tape"}),
+        ("policy is 'guard' or 'lossless', got 'brave'", {"policy": "brave"}),
+        ("policy='lossless' checks everything", {"policy": "lossless", "predictor": "p.json"}),
+        ("operating_point: .*tau_low", {"operating_point": {"tau_high": 0.5, "k": 1, "j": 1}}),
+    ]
+    for message, arguments in refused:
+        with pytest.raises(GuardError, match=message):
+            KVGuard(None, **arguments)
+    with pytest.raises(GuardError, match=r"press: a kvpress press, .*, got 'snapkv'"):
+        KVGuard("snapkv")  # type: ignore[arg-type]
     with pytest.raises(GuardError, match="output_logits"):
         tiny_llama.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
     with pytest.raises(PressError, match="KVzipPress"):
@@ -570,7 +602,7 @@ def test_streaming_releases_what_has_aged(tiny_llama: PreTrainedModel) -> None:
     for holdback, lost in ((0, 1), (NEW_TOKENS, 0)):
         pieces: list[list[int]] = []
         script = {request.seed: {12: Action.REWIND}}
-        _, report = watched(
+        done, report = watched(
             tiny_llama,
             [request],
             kvpress.KnormPress(0.7),
@@ -582,8 +614,10 @@ def test_streaming_releases_what_has_aged(tiny_llama: PreTrainedModel) -> None:
         )["0"]
         assert report.unrecoverable == lost
         streamed = [token for piece in pieces for token in piece]
+        assert streamed == done.token_ids  # what has been streamed is final
         if lost:
-            assert streamed[: cut + 1] == draft[: cut + 1]
+            assert streamed[:12] == draft[:12]  # those of the step itself had not been released
+            assert f"token {cut} is rejected, but 12 tokens were streamed" in report.notes[0]
         else:
             assert streamed == truth
 
@@ -613,7 +647,195 @@ def test_a_streamer_gets_prompt_and_answer(tiny_llama: PreTrainedModel) -> None:
     assert [token for piece in streamer.pieces for token in piece] == output[0].tolist()
 
 
+@pytest.mark.parametrize("policy", ["lossless", "guard"])
+@pytest.mark.parametrize("holdback", [0, 2, 16])
+def test_what_is_streamed_is_what_is_returned(
+    tiny_llama: PreTrainedModel, policy: Any, holdback: int
+) -> None:
+    for number, request in enumerate(ragged_requests(tiny_llama.config.vocab_size, count=6)):
+        arguments: dict[str, Any] = {}
+        if policy == "guard":
+            arguments = {"predictor": Pulse(0), "operating_point": POINT, "check_every_tokens": 3}
+        guard = KVGuard(
+            kvpress.KnormPress(0.6), policy=policy, holdback_tokens=holdback, **arguments
+        )
+        streamer = Collector()
+        output = tiny_llama.generate(
+            **left_padded([request]),
+            custom_generate=guard,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            streamer=streamer,
+        )
+        assert streamer.ended
+        assert [token for piece in streamer.pieces for token in piece] == output[0].tolist()
+        if policy == "lossless":
+            whole = [Request(str(number), request.prompt_ids)]
+            answer = output[0, len(request.prompt_ids) :].tolist()
+            assert answer == uncompressed(tiny_llama, whole)[str(number)]
+            assert guard.report[0].unrecoverable == 0
+
+
+PROCESSED: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 9, "eos_token_id": list(range(4, 60))},
+    {"suppress_tokens": list(range(4, 100))},
+    {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "bad_words_ids": [[7], [8, 9]]},
+]
+
+
+@pytest.mark.parametrize("options", PROCESSED, ids=lambda options: next(iter(options)))
+def test_lossless_with_processors_equals_generate(
+    tiny_llama: PreTrainedModel, options: dict[str, Any]
+) -> None:
+    for request in ragged_requests(tiny_llama.config.vocab_size, count=4):
+        inputs = left_padded([request])
+        own = tiny_llama.generate(**inputs, max_new_tokens=14, do_sample=False, **options)
+        guard = KVGuard(kvpress.KnormPress(0.6), policy="lossless", check_every_tokens=4)
+        ours = tiny_llama.generate(
+            **inputs, max_new_tokens=14, do_sample=False, custom_generate=guard, **options
+        )
+        assert ours.tolist() == own.tolist()
+        assert guard.report[0].checks > 0
+
+
+def test_lossless_samples_with_processors_as_the_uncompressed_model(
+    tiny_llama: PreTrainedModel,
+) -> None:
+    inputs = left_padded(ragged_requests(tiny_llama.config.vocab_size, count=4))
+    options = {"do_sample": True, "min_p": 0.05, "repetition_penalty": 1.2, "max_new_tokens": 15}
+    answers = [
+        tiny_llama.generate(
+            **inputs, custom_generate=KVGuard(press, policy="lossless", seed=3), **options
+        ).tolist()
+        for press in (None, kvpress.KnormPress(0.6))
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_guard_pickles_and_its_report_adds_up(tiny_llama: PreTrainedModel) -> None:
+    requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=3)]
+    point = {"tau_low": 0.2, "tau_high": 0.4, "k": 1, "j": 16}
+    guard = KVGuard(kvpress.KnormPress(0.6), predictor="rules", operating_point=point)
+    guard.run(tiny_llama, requests, GREEDY)
+    again = pickle.loads(pickle.dumps(guard))
+    assert again.operating_point == guard.operating_point == OperatingPoint(**point)
+    assert again.report == []
+    done = again.run(tiny_llama, requests, GREEDY)
+    assert [c.token_ids for c in done] == [c.token_ids for c in guard.completions]
+    total = guard.report.total()
+    assert total["rows"] == 3
+    assert total["decode_steps"] == sum(c.decode_steps for c in guard.completions)
+    assert guard.report.to_frame()["key"].to_list() == ["0", "1", "2"]
+    assert repr(guard.report) == f"<GuardReport: 3 rows, {total['alarmed']:.0f} alarmed, 0 failed>"
+
+
+def test_a_predictor_out_of_its_place_warns(
+    tiny_llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    conditions = {"presses": [["knorm", "0.500"]], "max_new_tokens": [NEW_TOKENS]}
+    trained = rules_predictor().model_copy(update={"provenance": {"conditions": conditions}})
+    requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=2)]
+
+    def warnings_of(press: kvpress.BasePress) -> str:
+        caplog.clear()
+        guard = KVGuard(press, predictor=trained, operating_point=POINT)
+        guard.run(tiny_llama, requests, GREEDY)
+        return caplog.text
+
+    assert "not trained" not in warnings_of(kvpress.KnormPress(0.5))
+    assert "ratio 0.600" in warnings_of(kvpress.KnormPress(0.6))
+    assert "press keydiff" in warnings_of(kvpress.KeyDiffPress(0.5))
+
+
 # --- faults ---
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no host memory"), OSError(28, "No space left on device")]
+)
+def test_without_room_to_park_checks_recompute(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The second request finds no room, the third has room for its prompt only."""
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=4)
+    allocate, calls = ColdStore.allocate, iter(range(1000))
+
+    def allocate_some(store: ColdStore, tokens: int) -> Part:
+        if next(calls) in (1, 4):
+            raise error
+        return allocate(store, tokens)
+
+    monkeypatch.setattr(ColdStore, "allocate", allocate_some)
+    done = watched(
+        tiny_llama,
+        requests,
+        kvpress.KnormPress(0.6),
+        lambda rows: Lossless("lossless", rows, 4),
+        cold="disk",
+    )
+    expected = uncompressed(tiny_llama, requests)
+    assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
+    noted = {key for key, (_, report) in done.items() if report.notes}
+    assert "1" in noted
+    assert len(noted) == 2
+    assert all(str(error) in report.notes[0] for _, report in done.values() if report.notes)
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tiny_llama: PreTrainedModel) -> None:
+    config = tiny_llama.config
+    store = ColdStore(config, device=torch.device("cpu"), dtype=torch.float32, kind="disk")
+    with pytest.raises(OSError, match="No space left|File too large"):
+        store.allocate(1 << 40)
+
+
+def test_a_check_that_runs_out_of_memory_recomputes(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=4)
+    run_drafts, calls = audit.run_drafts, iter(range(1000))
+
+    def exhausted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) < 3:
+            raise torch.OutOfMemoryError("no memory for this pass")
+        return run_drafts(*arguments, **options)
+
+    monkeypatch.setattr("kvguard.audit.run_drafts", exhausted)
+    done = watched(
+        tiny_llama,
+        requests,
+        kvpress.KnormPress(0.6),
+        lambda rows: Lossless("lossless", rows, 4),
+    )
+    expected = uncompressed(tiny_llama, requests)
+    assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
+    assert any("recomputed" in note for _, report in done.values() for note in report.notes)
+
+
+def test_an_answer_that_cannot_be_checked_fails_where_that_was_promised(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = ragged_requests(tiny_llama.config.vocab_size, count=3)
+    check_answers = audit.check_answers
+    bad = tuple(requests[1].prompt_ids)
+
+    def fails_for_one(model: Any, answers: Any, *arguments: Any, **options: Any) -> Any:
+        if any(tuple(answer.prompt_ids) == bad for answer in answers):
+            raise torch.OutOfMemoryError("no memory for this row")
+        return check_answers(model, answers, *arguments, **options)
+
+    monkeypatch.setattr("kvguard.guard_observer.check_answers", fails_for_one)
+    done = watched(
+        tiny_llama,
+        requests,
+        kvpress.KnormPress(0.6),
+        lambda rows: Lossless("lossless", rows, 4),
+    )
+    expected = uncompressed(tiny_llama, requests)
+    assert "could not be checked" in (done["1"][0].error or "")
+    for key in ("0", "2"):
+        assert done[key][0].token_ids == expected[key]
 
 
 def test_thresholds_and_drift_come_from_the_certificate_beside_the_predictor(
@@ -729,7 +951,7 @@ def test_a_mended_row_is_not_alarmed_again(
     assert completion.token_ids == uncompressed(tiny_llama, [request], ENDLESS)["0"]
 
 
-def test_a_failing_row_leaves_the_others_their_answers(tiny_llama: PreTrainedModel) -> None:
+def test_a_prompt_that_the_press_refuses_is_not_compressed(tiny_llama: PreTrainedModel) -> None:
     requests = ragged_requests(tiny_llama.config.vocab_size, count=3)
     window = len(requests[0].prompt_ids)  # one of the three prompts is too short for it
     guard = KVGuard(kvpress.SnapKVPress(0.5, window_size=window), predictor="rules")
@@ -737,9 +959,11 @@ def test_a_failing_row_leaves_the_others_their_answers(tiny_llama: PreTrainedMod
         **left_padded(requests), custom_generate=guard, max_new_tokens=4, do_sample=False
     )
     start = left_padded(requests)["input_ids"].shape[1]
-    assert output[0, start:].tolist() == [0] * (output.shape[1] - start)
-    assert "window size" in (guard.report[0].error or "")
-    for i in (1, 2):
+    assert "its cache is not compressed" in guard.report[0].notes[0]
+    assert "window size" in guard.report[0].notes[0]
+    whole = [Request(r.key, r.prompt_ids, max_new_tokens=4) for r in requests]
+    assert guard.completions[0].token_ids == uncompressed(tiny_llama, whole)["0"]
+    for i in range(3):
         assert guard.report[i].error is None
         answer = guard.completions[i].token_ids
         assert output[i, start : start + len(answer)].tolist() == answer
@@ -814,7 +1038,9 @@ def test_a_model_with_gradients_is_guarded_too(tiny_llama: PreTrainedModel) -> N
             assert completion.token_ids == expected[completion.request.key]
 
 
-@pytest.mark.parametrize("recovery", ["rewind_tolerant", "recompute", "restart", "relax_only"])
+@pytest.mark.parametrize(
+    "recovery", ["continue", "promote", "tolerant", "recompute", "restart", "relax_only"]
+)
 def test_every_recovery_is_reachable(tiny_llama: PreTrainedModel, recovery: Any) -> None:
     requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=3)]
     guard = KVGuard(
@@ -847,7 +1073,6 @@ def test_a_checked_row_goes_on_compressed_and_rows_stay_independent(
             press,
             predictor=Pulse(0),
             operating_point=POINT,
-            after_alarm="resume",
             batch_size=rows,
         )
 
