@@ -59,6 +59,9 @@ RUN_TOKENS = 8
 EARLY_TOKENS = 32
 CONDITION = ("model", "press", "ratio")
 
+IN_SAMPLE = ("recall_on_roc", "recall_any_time_on_roc")
+"""Metrics whose threshold is read off the test prompts themselves: what a ranking could give."""
+
 _NEVER = -1.0  # score of a request without a run, below every hazard
 
 # --- requests ------------------------------------------------------------------------------------
@@ -263,6 +266,7 @@ _METRIC_TYPES: dict[str, Any] = (
         "ratio": pl.String,
         "kind": pl.String,
         "metric": pl.String,
+        "in_sample": pl.Boolean,
     }
     | INTERVAL_TYPES
     | COUNT_TYPES
@@ -358,7 +362,7 @@ def evaluate_predictors(
                     threshold=threshold,
                 )
                 measured += [
-                    (described | {"metric": metric} | held, value)
+                    (described | {"metric": metric, "in_sample": metric in IN_SAMPLE} | held, value)
                     for metric, value in found.items()
                 ]
             if name == "hazard":

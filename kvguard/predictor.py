@@ -62,8 +62,8 @@ class Predictor(BaseModel):
 
     Attributes:
         kind: ``xgboost``; or the scores that are trained beside it: ``logistic`` (all its
-            features), ``entropy``, ``mean_entropy`` and ``position`` (one feature); or ``rules``
-            (not trained).
+            features), ``entropy``, ``mean_entropy`` and ``position`` (one feature), ``gate`` (the
+            cache's probes; a probability that the request is harmed); or ``rules`` (not trained).
         target: the failure that it forecasts, one of `schema.TARGETS`.
         formulation: ``windowed`` (is the onset within the horizon?) or ``discrete_time`` (a hazard
             per stretch of the horizon, and the survival over all of them).
@@ -78,7 +78,7 @@ class Predictor(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     format: int = FORMAT
-    kind: Literal["xgboost", "logistic", "entropy", "mean_entropy", "position", "rules"]
+    kind: Literal["xgboost", "logistic", "entropy", "mean_entropy", "position", "gate", "rules"]
     target: str
     formulation: Literal["windowed", "discrete_time"] = "windowed"
     horizon_tokens: int = Field(ge=1)

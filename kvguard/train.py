@@ -171,17 +171,23 @@ def train_predictors(
     parameters, trials = search_parameters(trainer, train, searched, names)
     predictors: dict[str, Predictor] = {}
     baselines: dict[str, dict[str, Predictor]] = {kind: {} for kind in BASELINE_KINDS}
+    missing: dict[tuple[str, str], str] = {}
     method = settings.probability_calibration if probability_ids else "none"
     for target in targets:
         if target in refusals:
             logger.warning("no predictor for %s: %s", target, refusals[target])
             continue
         fitted = trainer.fit(train, target, names, f"hazard {target}", parameters=parameters)
-        made: dict[str, Predictor] = {"hazard": fitted} | {
-            kind: trainer.fit_baseline(train, target, kind, names) for kind in BASELINE_KINDS
-        }
+        made: dict[str, Predictor] = {"hazard": fitted}
+        for baseline in BASELINE_KINDS:
+            try:
+                made[baseline] = trainer.fit_baseline(train, target, baseline, names)
+            except Refusal as refusal:
+                missing[target, baseline] = str(refusal)
         for kind, model in made.items():
-            calibrated = trainer.calibrate(model, calibration, method, f"{kind} {target}")
+            # a gate's probability is of the whole request, not of the next tokens
+            own = "none" if kind == "gate" else method
+            calibrated = trainer.calibrate(model, calibration, own, f"{kind} {target}")
             origin = {
                 "config_digest": config_digest,
                 "splits_digest": splits_digest(known),
@@ -198,7 +204,7 @@ def train_predictors(
         stand_in = _stand_in(targets[0], refusals[targets[0]], splits_digest(known))
         predictors[targets[0]] = stand_in
     tables = {
-        "training": _training_table(targets, predictors, baselines, refusals),
+        "training": _training_table(targets, predictors, baselines, refusals, missing),
         "search_trials": trials,
         "leakage_check": trainer.leakage.table(),
     }
@@ -216,13 +222,14 @@ def _training_table(
     predictors: Mapping[str, Predictor],
     baselines: Mapping[str, Mapping[str, Predictor]],
     refusals: Mapping[str, str],
+    missing: Mapping[tuple[str, str], str],
 ) -> pl.DataFrame:
     rows = []
     for target in targets:
         for kind, models in ({"hazard": predictors} | dict(baselines)).items():
             row: dict[str, Any] = {"target": target, "predictor": kind}
-            if target in refusals:
-                row |= {"status": "refused", "reason": refusals[target]}
+            if reason := refusals.get(target) or missing.get((target, kind)):
+                row |= {"status": "refused", "reason": reason}
             else:
                 model = models[target]
                 origin = model.provenance

@@ -40,13 +40,16 @@ MIN_HARMED_PROMPTS = 4
 LEAD_BINS = 4
 MAX_CLASS_WEIGHT = 50.0
 _ROWS_PER_THREAD = 100_000
-BaselineKind = Literal["logistic", "entropy", "mean_entropy", "position", "clock_repetition"]
+BaselineKind = Literal[
+    "logistic", "entropy", "mean_entropy", "position", "clock_repetition", "gate"
+]
 BASELINE_KINDS: tuple[BaselineKind, ...] = (
     "logistic",
     "entropy",
     "mean_entropy",
     "position",
     "clock_repetition",
+    "gate",
 )
 
 
@@ -164,13 +167,16 @@ class Trainer:
         ``logistic`` is a regression on the same features, ``clock_repetition`` the same booster on
         position and repetition alone. ``entropy``, ``mean_entropy`` and ``position`` (share of the
         token budget used) are one feature as it is, and learn one bit from train: whether high or
-        low values are the risk.
+        low values are the risk. ``gate`` is a regression on the cache's probes, one row a request:
+        what is known before the first token.
 
         Raises:
-            Refusal, LeakageError: as `fit`.
+            Refusal, LeakageError: as `fit`; or no train request has a probe.
         """
         if kind == "clock_repetition":
             return self.fit(train, target, FEATURE_SETS[kind], f"{kind} {target}")
+        if kind == "gate":
+            return self._fit_gate(train, target)
         rows = train.take(eligible(train, target, self.settings))
         _enough(rows, target)
         self.leakage.check("fit", rows.keys["prompt_id"], f"{kind} {target}")
@@ -213,6 +219,45 @@ class Trainer:
                 "scales": scales.tolist(),
                 "coefficients": coefficients.tolist(),
                 "intercept": intercept,
+            },
+            provenance=_provenance(rows, target, self.seed),
+        )
+
+    def _fit_gate(self, train: Rows, target: str) -> Predictor:
+        """Logistic regression of "this request is harmed" on its probes, at its first token."""
+        judged = as_bools(train.keys[f"hazard_{target}"].is_not_null()) & train.compressed()
+        first = as_bools(train.keys["position"] == 0)
+        names = schema.PROBE_NAMES
+        rows = train.take(judged & first)
+        data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]]
+        if not len(data) or np.isnan(data).all():
+            raise Refusal("no compressed train request has probes of its cache")
+        harmed = as_bools(rows.keys[f"steps_to_{target}"].is_not_null())
+        prompts = rows.keys.filter(harmed)["prompt_id"].n_unique()
+        if prompts < MIN_HARMED_PROMPTS or harmed.all():
+            raise Refusal(
+                f"{prompts} train prompts are harmed; at least {MIN_HARMED_PROMPTS} needed"
+            )
+        self.leakage.check("fit", rows.keys["prompt_id"], f"gate {target}")
+        data = data.astype(np.float64)
+        known = ~np.isnan(data).all(axis=0)
+        means, scales = np.zeros(len(names)), np.ones(len(names))
+        means[known] = np.nanmean(data[:, known], axis=0)
+        scales[known] = np.nanstd(data[:, known], axis=0)
+        scales = np.where(scales > 0, scales, 1.0)
+        fit = LogisticRegression(max_iter=1000, C=0.1)  # few requests, 25 probes
+        fit.fit(np.nan_to_num((data - means) / scales), harmed)
+        return Predictor(
+            kind="gate",
+            target=target,
+            horizon_tokens=self.horizon_tokens,
+            feature_names=names,
+            feature_version=schema.FEATURE_VERSION,
+            model={
+                "means": means.tolist(),
+                "scales": scales.tolist(),
+                "coefficients": fit.coef_[0].tolist(),
+                "intercept": float(fit.intercept_[0]),
             },
             provenance=_provenance(rows, target, self.seed),
         )

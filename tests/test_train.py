@@ -462,3 +462,34 @@ def test_refusals_name_target_and_numbers(run: planted.Planted, splits: pl.DataF
         Refusal, match="train prompts have a token within the horizon of an onset of any"
     ):
         _trainer(splits, QUICK).fit(rows, "any", schema.FEATURE_NAMES, "too few")
+
+
+def test_a_gate_learns_from_probes_which_request_is_harmed() -> None:
+    data = planted.planted_harm(80, seed=4, shift=0.0)
+    known = data.labels.group_by(schema.TRACE_KEYS).agg(
+        harmed=pl.col("steps_to_harm").first().is_not_null()
+    )
+    noise = pl.Series(np.random.default_rng(0).normal(size=len(known)), dtype=pl.Float32)
+    probe = (pl.col("harmed").cast(pl.Float32) + noise).alias("evicted_mass_mean")
+    features = (
+        data.features.drop("evicted_mass_mean")
+        .join(known.with_columns(probe), on=schema.TRACE_KEYS, how="left", maintain_order="left")
+        .select(list(schema.FEATURES))
+    )
+    splits = split_prompts(features["prompt_id"].unique(), Splits(), 0)
+    train_rows = load_rows(features, data.labels, splits, "train")
+    gate = _trainer(splits, QUICK).fit_baseline(train_rows, "harm", "gate", ())
+    test = load_rows(features, data.labels, splits, "test")
+    first = test.take((test.keys["position"] == 0).to_numpy() & test.compressed())
+    harmed = first.keys["steps_to_harm"].is_not_null().to_numpy()
+    oracle = roc_auc_score(
+        harmed, first.features[:, schema.FEATURE_NAMES.index("evicted_mass_mean")]
+    )
+    assert roc_auc_score(harmed, gate.predict(first.features)) > oracle - 0.1 > 0.55
+    assert gate.predict(first.features).mean() == pytest.approx(harmed.mean(), abs=0.12)
+    bare = features.with_columns(
+        pl.lit(None, pl.Float32).alias(name) for name in schema.PROBE_NAMES
+    )
+    unprobed = load_rows(bare, data.labels, splits, "train")
+    with pytest.raises(Refusal, match="no compressed train request has probes"):
+        _trainer(splits, QUICK).fit_baseline(unprobed, "harm", "gate", ())
