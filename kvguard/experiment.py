@@ -278,6 +278,8 @@ def trace_row(completion: Completion, model: LoadedModel, decoding: Decoding) ->
         "device_byte_steps": completion.device_byte_steps,
         "device_bytes_peak": completion.device_bytes_peak,
         "host_byte_steps": completion.host_byte_steps,
+        "bytes_moved": completion.bytes_moved,
+        "checks": completion.checks,
         "tokens_prefilled": completion.tokens_prefilled,
         "decode_steps": completion.decode_steps,
         "tokens_wasted": completion.tokens_wasted,
