@@ -11,6 +11,8 @@ A definition's details, where more than one reading is possible:
   often enough.
 - A windowed log-likelihood ratio (LLR) belongs to a whole window: an answer shorter than the window
   has none, and counts as not amnesic.
+- A task whose answers are judged by instructions brings its own check of amnesia; elsewhere it is
+  read off the LLR.
 - Without an audit, amnesia and divergence are null, and ``catastrophe`` covers looping and
   non-termination alone.
 """
@@ -28,7 +30,7 @@ from kvguard import schema
 from kvguard.config import BASELINE, Detection
 from kvguard.harm import judge_harm
 from kvguard.schema import CATASTROPHES
-from kvguard.tasks import verify
+from kvguard.tasks import INSTRUCTION_KINDS, verify
 
 DETECTION_COLUMNS = (*schema.TOKEN_KEYS, "token_id", "audit_gap", "llr")
 """Columns of the tokens table that `detect_outcomes` reads."""
@@ -160,6 +162,7 @@ def detect_outcomes(
     outcomes = outcomes.with_columns(
         harm_onset=pl.when("harmed").then(pl.coalesce("harm_onset", looped))
     )
+    outcomes = judge_instructions(outcomes, prompts)
     return schema.check(schema.conform(outcomes, schema.OUTCOMES), schema.OUTCOMES, "outcomes")
 
 
@@ -184,6 +187,32 @@ def judge_answers(prompts: pl.DataFrame, texts: pl.DataFrame) -> pl.DataFrame:
     ]
     types = {name: schema.OUTCOMES[name] for name in ("answer", "right")}
     return pl.DataFrame(verdicts, schema=types, orient="row")
+
+
+def judge_instructions(outcomes: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
+    """Replace amnesia by the task's own check where a task's answers are judged by instructions.
+
+    There an answer is amnesic where the uncompressed one obeys and this one does not, from the
+    violating token on, whatever the log-likelihood ratio says.
+
+    Args:
+        outcomes: with ``harmed`` and, where it is known, ``harm_onset``.
+        prompts: `schema.PROMPTS`.
+    """
+    checked = prompts.filter(pl.col("kind").is_in(INSTRUCTION_KINDS))["prompt_id"].to_list()
+    own = pl.col("prompt_id").is_in(checked)
+    onset = pl.col("harm_onset") if "harm_onset" in outcomes.columns else pl.lit(None, pl.Int32)
+    return outcomes.with_columns(
+        amnesia=pl.when(own).then("harmed").otherwise("amnesia"),
+        amnesia_onset=pl.when(own).then(onset).otherwise("amnesia_onset"),
+    ).with_columns(
+        catastrophe=pl.when(own)
+        .then(pl.any_horizontal(pl.col(CATASTROPHES).fill_null(False)))
+        .otherwise("catastrophe"),
+        onset=pl.when(own)
+        .then(pl.min_horizontal([f"{kind}_onset" for kind in CATASTROPHES]))
+        .otherwise("onset"),
+    )
 
 
 def agreement(answers: pl.DataFrame, outcomes: pl.DataFrame) -> pl.Series:

@@ -8,7 +8,7 @@ import polars as pl
 from kvguard import config
 from kvguard.audit import first_rejected
 from kvguard.costs import matched_ratio
-from kvguard.detectors import agreement, detect_outcomes
+from kvguard.detectors import agreement, detect_outcomes, judge_instructions
 from kvguard.engine import Completion, Session
 from kvguard.experiment import (
     Prepared,
@@ -130,6 +130,7 @@ def run_policy_shard(
         frame.select("prompt_id", "stop_reason"), on="prompt_id", how="left", maintain_order="left"
     )
     outcomes = outcomes.with_columns(judge_harm(ended, baseline))
+    outcomes = judge_instructions(outcomes, prompts_frame(prompts))
     order = pl.DataFrame({"prompt_id": [prompt.prompt_id for prompt in prompts]})
     runs = (
         order.join(frame, on="prompt_id", maintain_order="left")

@@ -316,3 +316,6 @@ VERIFIERS: dict[str, Callable[[Spec, str], Verdict]] = {
     "json_lines": _plain,
 }
 """Every kind of task and how its answers are judged."""
+
+INSTRUCTION_KINDS = ("instructions",)
+"""Kinds whose right answers are those that obey what was asked: their failure is amnesia."""

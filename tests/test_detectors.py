@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import numpy as np
 import polars as pl
@@ -241,3 +242,47 @@ def test_tokens_and_traces_that_do_not_belong_together_are_refused():
         detect_outcomes(
             run.prompts, run.traces, run.tokens.filter(pl.col("position") != 5), DEFAULT
         )
+
+
+def test_an_instruction_that_is_forgotten_is_amnesia_whatever_the_likelihood_says():
+    spec = json.dumps({"constraints": [{"type": "uppercase"}], "fact": "anchor"})
+    prompts = pl.DataFrame(
+        {
+            "prompt_id": ["a", "b"],
+            "task": "instructions",
+            "kind": "instructions",
+            "template": None,
+            "index": [0, 1],
+            "question": "?",
+            "reference": "ANCHOR",
+            "spec": spec,
+        },
+        schema=schema.PROMPTS,
+    )
+    said = {
+        ("none", "a"): "ANCHOR",
+        ("snapkv", "a"): "Anchor",
+        ("none", "b"): "x",
+        ("snapkv", "b"): "x",
+    }
+    keys = [
+        {"model": "m", "press": press, "ratio": "0.500", "prompt_id": prompt_id}
+        for press, prompt_id in said
+    ]
+    ended = {"status": "ok", "stop_reason": "eos", "max_new_tokens": 9, "generated_tokens": 1}
+    traces = pl.DataFrame(
+        [key | ended | {"text": text} for key, text in zip(keys, said.values(), strict=True)],
+        schema=schema.TRACES,
+    )
+    tokens = pl.DataFrame(
+        [key | {"position": 0, "token_id": 5, "llr": 9.0, "audit_gap": 0.0} for key in keys],
+        schema={name: schema.TOKENS[name] for name in DETECTION_COLUMNS},
+    )
+    onsets = pl.DataFrame([keys[1] | {"harm_onset": 0}], schema=schema.HARM_ONSETS)
+    found = detect_outcomes(prompts, traces, tokens, Detection(amnesia_window_tokens=1), onsets)
+    # "b" disobeys without compression too, so nothing was forgotten.
+    assert found["amnesia"].to_list() == [False, True, False, False]
+    assert found["amnesia_onset"].to_list() == [None, 0, None, None]
+    assert found["onset"].to_list() == [None, 0, None, None]
+    assert found["catastrophe"].to_list() == [False, True, False, False]
+    assert found["silent_harm"].to_list() == [False, True, False, False]
