@@ -786,7 +786,7 @@ def test_without_room_to_park_checks_recompute(
 def test_a_full_disk_is_found_before_anything_is_written(tiny_llama: PreTrainedModel) -> None:
     config = tiny_llama.config
     store = ColdStore(config, device=torch.device("cpu"), dtype=torch.float32, kind="disk")
-    with pytest.raises(OSError, match="No space left|File too large"):
+    with pytest.raises(OSError, match=r"No space left|File too large"):
         store.allocate(1 << 40)
 
 
