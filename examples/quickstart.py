@@ -43,7 +43,7 @@ def main(model_name: str, max_new_tokens: int = 64) -> str:
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(answer)
     print(guard.report)
-    print(guard.report[0])
+    print(repr(guard.report[0]))
     return answer
 
 
