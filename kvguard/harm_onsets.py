@@ -1,10 +1,11 @@
 """Where harm begins: the last prefix of an answer that the uncompressed model still gets right.
 
-Where the task's verifier names the first wrong item, harm begins at that item's first token. For
-other tasks the uncompressed model continues prefixes of the answer: the onset is a token that turns
-a prefix whose continuation is right into one whose continuation is wrong, found by bisection. The
-search starts at the first token that the uncompressed model rejects: up to there its continuation
-is its own answer. Only harmed requests are searched.
+Where the task's verifier points at a wrong item in the text, harm begins at that item's first
+token. Where an item is missing, and for other tasks, the uncompressed model continues prefixes of
+the answer: the onset is a token that turns a prefix whose continuation is right into one whose
+continuation is wrong, found by bisection. The search starts at the first token that the
+uncompressed model rejects: up to there its continuation is its own answer. Only harmed requests are
+searched.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,8 +93,9 @@ def find_harm_onsets(
             continue
         part = generated[prompt.prompt_id]
         token_ids = part["token_id"].to_list()
-        if found.first_wrong_character is not None:
-            onsets[prompt.prompt_id] = _token_at(token_ids, found.first_wrong_character, decode)
+        character = found.first_wrong_character
+        if character is not None and character < len(text):
+            onsets[prompt.prompt_id] = _token_at(token_ids, character, decode)
             continue
         rejected = part.filter(~(pl.col("audit_gap") <= margin))["position"]
         first = int(rejected[0]) if len(rejected) else 0

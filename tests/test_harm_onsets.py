@@ -38,8 +38,6 @@ def _items(spec: Any, text: str) -> Verdict:
     """A list of characters: the first one that differs is the first wrong item."""
     wanted = spec["text"]
     first = next((i for i, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b), None)
-    if first is None and len(text) < len(wanted):
-        first = len(text)
     return Verdict(float(first is None), first is None, text, first, first)
 
 
