@@ -12,15 +12,20 @@ from numpy.typing import NDArray
 
 from kvguard import config
 from kvguard.controller import OperatingPoints
-from kvguard.costs import COSTS
 from kvguard.metrics import bootstrap_interval, resample_weights
 from kvguard.schema import CONDITION, TRACE_KEYS
+from kvguard.schema import COSTS as ALL_COSTS
+
+COSTS = ("kv_bytes_mean", "kv_bytes_peak", *ALL_COSTS)
+
+RELATIVE = "relative_byte_steps"
+"""Device byte-steps over those of the full KV cache (``always_safe``) on the same prompts."""
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float64]
 
-SHARES = ("alarmed", "cfr", "accuracy", "agreement")
-"""Measures in [0, 1]; higher is better for accuracy and agreement, lower for the others."""
+SHARES = ("harmed", "silent_harm", "rescued", "alarmed", "cfr", "accuracy", "agreement")
+"""Measures in [0, 1]; of rescued, accuracy and agreement higher is better, of the others lower."""
 
 DIFFERENCES = ("excess_cfr", "prevented_cfr", "excess_error")
 """Paired measures in [-1, 1]. ``excess_*``: policy minus the uncompressed run of the same prompts,
@@ -28,7 +33,12 @@ lower is better. ``prevented_cfr``: compression alone minus policy, higher is be
 
 
 def estimates(
-    values: Mapping[str, FloatArray], prompts: pl.Series, samples: int, seed: int
+    values: Mapping[str, FloatArray],
+    prompts: pl.Series,
+    samples: int,
+    seed: int,
+    *,
+    relative_to: Mapping[str, FloatArray] | None = None,
 ) -> dict[str, pl.Series]:
     """Means of many measures over the same requests, with intervals that resample prompts.
 
@@ -37,6 +47,7 @@ def estimates(
         prompts: (n,) prompt of each request.
         samples: bootstrap samples.
         seed: of the resampling.
+        relative_to: by name, (n,): the measure is its sum over this one's sum, not a mean.
 
     Returns:
         For each name three columns of G rows: the mean, ``_low`` and ``_high`` (95 %); null where
@@ -49,16 +60,17 @@ def estimates(
     columns: dict[str, pl.Series] = {}
     for name, numbers in values.items():
         known = np.isfinite(numbers)
-        sums, counts = np.where(known, numbers, 0) @ member, known @ member  # (G, P)
+        units = known * (relative_to or {}).get(name, 1.0)
+        sums, counts = np.where(known, numbers, 0) @ member, units @ member  # (G, P)
         bounds = (0.0, 1.0) if name in SHARES or name.endswith("_rate") else None
         with np.errstate(invalid="ignore", divide="ignore"):
             means = sums.sum(axis=1) / counts.sum(axis=1)
             replicates = (sums @ weights.T) / (counts @ weights.T)  # (G, B)
         found: list[tuple[float | None, float | None, float | None]] = []
-        for mean, drawn, units in zip(means, replicates, (counts > 0).sum(axis=1), strict=True):
+        for mean, drawn, number in zip(means, replicates, (counts > 0).sum(axis=1), strict=True):
             value = float(mean) if np.isfinite(mean) else None
             ends: tuple[float | None, ...] = bootstrap_interval(
-                value, drawn, int(units), bounds=bounds
+                value, drawn, int(number), bounds=bounds
             )
             if name in DIFFERENCES:  # symmetric around the value, cut where nothing can lie
                 ends = tuple(None if end is None else min(max(end, -1.0), 1.0) for end in ends)
@@ -87,9 +99,9 @@ def summarize_runs(
 
     Returns:
         One row per condition and policy: ``requests`` that ran and whose prompt ran uncompressed,
-        ``known`` (share of them whose outcome is known), and `SHARES`, `DIFFERENCES` and `COSTS`
-        with intervals. A measure that is unknown for any request is null: the known ones are not a
-        fair sample.
+        ``known`` (share of them whose outcome is known), and `SHARES`, `DIFFERENCES`, `COSTS` and
+        `RELATIVE` with intervals. A measure that is unknown for any request is null: the known
+        ones are not a fair sample.
 
     Raises:
         ValueError: no run is left, e.g. because ``outcomes`` lack the uncompressed runs.
@@ -102,8 +114,13 @@ def summarize_runs(
         "model", "prompt_id", base_failed="catastrophe", base_right="right"
     )
     alone = runs.filter(pl.col("policy") == "none").select(*TRACE_KEYS, alone="catastrophe")
-    paired = runs.join(baseline, on=["model", "prompt_id"], maintain_order="left").join(
-        alone, on=TRACE_KEYS, how="left", maintain_order="left"
+    full = runs.filter(pl.col("policy") == "always_safe").select(
+        *TRACE_KEYS, full_byte_steps=pl.col("device_byte_steps").cast(pl.Float64)
+    )
+    paired = (
+        runs.join(baseline, on=["model", "prompt_id"], maintain_order="left")
+        .join(alone, on=TRACE_KEYS, how="left", maintain_order="left")
+        .join(full, on=TRACE_KEYS, how="left", maintain_order="left")
     )
     failed, right = pl.col("catastrophe").cast(pl.Float64), pl.col("right").cast(pl.Float64)
     measured = paired.with_columns(
@@ -114,7 +131,9 @@ def summarize_runs(
         excess_cfr=failed - pl.col("base_failed").cast(pl.Float64),
         prevented_cfr=pl.col("alone").cast(pl.Float64) - failed,
         excess_error=pl.col("base_right").cast(pl.Float64) - right,
+        **{name: pl.col(name).cast(pl.Float64) for name in ("harmed", "silent_harm", "rescued")},
         **{name: pl.col(name).cast(pl.Float64) for name in COSTS},
+        **{RELATIVE: pl.col("device_byte_steps").cast(pl.Float64)},
     )
     frames = []
     by = (*CONDITION, "policy", "source")
@@ -126,8 +145,11 @@ def summarize_runs(
                 name
             ].null_count()
             else part[name].to_numpy()[None]
-            for name in (*SHARES, *DIFFERENCES, *COSTS)
+            for name in (*SHARES, *DIFFERENCES, *COSTS, RELATIVE)
         }
+        whole = part["full_byte_steps"]
+        if whole.null_count():
+            values[RELATIVE] = np.full((1, part.height), np.nan)
         frames.append(
             pl.DataFrame(
                 dict(zip(by, key, strict=True))
@@ -135,7 +157,15 @@ def summarize_runs(
                     "requests": part.height,
                     "known": 1 - part["catastrophe"].null_count() / part.height,
                 }
-            ).with_columns(**estimates(values, part["prompt_id"], bootstrap_samples, seed))
+            ).with_columns(
+                **estimates(
+                    values,
+                    part["prompt_id"],
+                    bootstrap_samples,
+                    seed,
+                    relative_to={RELATIVE: whole.fill_null(1.0).to_numpy()},
+                )
+            )
         )
     if not frames:
         raise ValueError("no run with status 'ok' whose prompt also ran uncompressed")

@@ -136,17 +136,31 @@ FIGURES = {
         " take back. Bands are 95 % Dvoretzky-Kiefer-Wolfowitz bounds; the number of "
         "requests is in brackets.",
     ),
+    "harm_against_cost": FigureEntry(
+        "plot_harm",
+        "plot_harm_against_cost",
+        ("policies",),
+        "Guard",
+        "harm against cost",
+        "Harmed requests that each policy leaves against what it costs: device memory over time "
+        "(allocated bytes summed over model steps, checks included), as a multiple of the full "
+        "KV cache's on the same prompts. Live runs on test prompts, one panel a condition; bars "
+        "are 95 % intervals over prompts. The star is the full KV cache; in the shaded part a policy "
+        "costs more than never compressing, and its mark is open. Oracles know what no policy "
+        "can know, and bound what any policy of their kind could reach. Down and left is better.",
+        arguments=(),
+    ),
     "policies": FigureEntry(
         "plot_policies",
         "plot_policies",
         ("policies",),
         "Guard",
         "policies, live",
-        "The live experiment: every policy on the same test prompts, with what it buys "
-        "(excess failures and errors left over, paired with the uncompressed run) and "
-        "what it costs (requests alarmed, mean allocated key-value memory, tokens "
-        "prefilled, tokens generated and thrown away), per request with 95 % intervals "
-        "over prompts. Lower is better in every panel. Colour and shape are the press, "
+        "The live experiment: every policy on the same test prompts, with what it leaves "
+        "(harmed and silently harmed requests, failures above the uncompressed run's) and what it "
+        "costs (requests alarmed, device memory over time relative to the full KV cache, peak "
+        "memory of the batch, tokens prefilled, seconds), per request with 95 % intervals over "
+        "prompts. Lower is better in every panel. Colour and shape are the press, "
         "size is the ratio.",
     ),
     "simulation_gap": FigureEntry(

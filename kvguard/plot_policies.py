@@ -89,12 +89,14 @@ def plot_memory(steps: pl.DataFrame, *, title: str = "one recovered request") ->
 # --- policies ------------------------------------------------------------------------------------
 
 POLICY_METRICS = {
+    "harmed": ("harmed", "share"),
+    "silent_harm": ("silently harmed", "share"),
     "excess_cfr": ("excess CFR", "share"),
-    "excess_error": ("excess error", "share"),
-    "alarmed": ("requests alarmed", "share"),
-    "kv_bytes_mean": ("KV memory (MiB)", "mebibytes"),
-    "tokens_prefilled": ("tokens prefilled", "count"),
-    "tokens_wasted": ("tokens wasted", "count"),
+    "alarmed": ("alarmed", "share"),
+    "relative_byte_steps": ("byte-steps (rel.)", "count"),
+    "device_bytes_peak": ("peak (MiB)", "mebibytes"),
+    "tokens_prefilled": ("prefilled", "count"),
+    "seconds": ("seconds", "count"),
 }
 """Benefit and cost of a policy, per request: columns of the policy tables, title, unit."""
 

@@ -460,6 +460,46 @@ def test_outcomes_of_simulated_requests_are_those_of_their_tokens(name):
         assert row["right"] == (row["answer"] == references[key[3]])
 
 
+def test_byte_steps_are_relative_to_the_full_cache_on_the_same_prompts():
+    prompts = ["a", "b", "c", "d"]
+    whole, guarded = [100, 200, 300, 400], [50, 100, 450, 300]
+    harmed = [False, True, True, False]
+    rows = []
+    for policy, byte_steps, harm in (
+        ("always_safe", whole, [False] * 4),
+        ("guard", guarded, harmed),
+    ):
+        for prompt, steps, harm_of in zip(prompts, byte_steps, harm, strict=True):
+            row = dict.fromkeys(schema.RUNS)
+            row |= {"model": "m", "press": "snapkv", "ratio": "0.500", "prompt_id": prompt}
+            row |= {"policy": policy, "source": "live", "status": "ok", "decode_steps": 5}
+            row |= {"device_byte_steps": steps, "harmed": harm_of, "silent_harm": False}
+            row |= {"catastrophe": False, "right": True, "agrees": True, "alarmed": False}
+            rows.append(row)
+    runs = pl.DataFrame(rows, schema=schema.RUNS)
+    outcomes = pl.DataFrame(
+        [
+            dict.fromkeys(schema.OUTCOMES)
+            | {"model": "m", "press": "none", "ratio": "0.000", "prompt_id": prompt}
+            | {"catastrophe": False, "right": True}
+            for prompt in prompts
+        ],
+        schema=schema.OUTCOMES,
+    )
+    table = {
+        row["policy"]: row
+        for row in summarize_runs(runs, outcomes, bootstrap_samples=50).to_dicts()
+    }
+    guard = table["guard"]
+    assert guard["relative_byte_steps"] == pytest.approx(900 / 1000)
+    assert guard["relative_byte_steps_low"] < 0.9 < guard["relative_byte_steps_high"]
+    assert (guard["harmed"], guard["silent_harm"], guard["rescued"]) == (0.5, 0.0, None)
+    assert guard["device_byte_steps"] == 225
+    assert table["always_safe"]["relative_byte_steps"] == 1
+    alone = summarize_runs(runs.filter(policy="guard"), outcomes, bootstrap_samples=50)
+    assert alone["relative_byte_steps"][0] is None, "nothing to compare with"
+
+
 def test_verified_policies_have_the_uncompressed_accuracy_and_no_excess_failure():
     run = make_run(4, num_prompts=20)
     runs = simulate(run, ["none", "verify_all", "guard_restart", "always_safe"])

@@ -159,8 +159,8 @@ def policies(names=("none", "guard_promote", "verify_all"), presses=PRESSES, rat
 
 def both_sources():
     simulated = policies().with_columns(
-        pl.col("^excess_cfr.*$") + 0.05,
-        kv_bytes_mean=pl.when(pl.col("policy") != "verify_all").then("kv_bytes_mean"),
+        pl.col("^harmed.*$") + 0.05,
+        device_bytes_peak=pl.when(pl.col("policy") != "verify_all").then("device_bytes_peak"),
     )
     return pl.concat(
         [
@@ -396,9 +396,9 @@ def test_policies_are_drawn_in_mebibytes_and_in_order():
     rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert rows == ["compression alone", "guard: full cache after alarm", "check at the end"]
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    memory_axes = figure.axes[titles.index("KV memory (MiB)")]
+    memory_axes = figure.axes[titles.index("peak (MiB)")]
     drawn = sorted(bar.lines[0].get_xdata()[0] for bar in memory_axes.containers)
-    assert drawn == pytest.approx(sorted(policies()["kv_bytes_mean"] / 2**20))
+    assert drawn == pytest.approx(sorted(policies()["device_bytes_peak"] / 2**20))
 
 
 def test_harm_is_drawn_by_task_with_its_silent_share():
@@ -440,7 +440,7 @@ def test_live_is_paired_with_the_simulation_of_the_same_condition():
     excess = plot_policies.plot_simulation_gap(both_sources()).axes[0]
     points = [line for line in excess.lines if line.get_markersize() and line.get_marker() in "os^"]
     assert len(points) == policies().height
-    assert sorted(line.get_ydata()[0] for line in points) == sorted(policies()["excess_cfr"])
+    assert sorted(line.get_ydata()[0] for line in points) == sorted(policies()["harmed"])
     for line in points:
         assert line.get_xdata()[0] == pytest.approx(line.get_ydata()[0] + 0.05)
     with pytest.raises(MissingData):
