@@ -145,9 +145,10 @@ FIGURES = {
         "Harmed requests that each policy leaves against what it costs: device memory over time "
         "(allocated bytes summed over model steps, checks included), as a multiple of the full "
         "KV cache's on the same prompts. Live runs on test prompts, one panel a condition; bars "
-        "are 95 % intervals over prompts. The star is the full KV cache; in the shaded part a policy "
-        "costs more than never compressing, and its mark is open. Oracles know what no policy "
-        "can know, and bound what any policy of their kind could reach. Down and left is better.",
+        "are 95 % intervals over prompts. The star is the full KV cache; in the shaded part a "
+        "policy costs more than never compressing, and its mark is open. Oracles know what no "
+        "policy can know, and bound what any policy of their kind could reach. Down and left is "
+        "better.",
         arguments=(),
     ),
     "policies": FigureEntry(

@@ -1,7 +1,7 @@
-"""docs/findings.md: what predictor and guard are worth, in sentences made from tables.
+"""docs/findings.md: what compression breaks and what the guard is worth, made from tables.
 
-Every number comes from a table of a run, and every claim ("above chance", "not told from chance")
-from the interval beside it, so the text changes with the run.
+Every number comes from a table of a run, and every claim ("above chance", "interval includes
+chance") from the interval beside it, so the text changes with the run.
 """
 
 import json
@@ -13,11 +13,24 @@ import polars as pl
 
 from kvguard import schema
 from kvguard.certificate import load_certificate
+from kvguard.config import POLICIES
+from kvguard.markdown import (
+    above,
+    bracket,
+    changed,
+    difference,
+    measured,
+    pointwise,
+    quote,
+    table,
+    verdict,
+)
 
 TABLES = (
+    "harm",
+    "harm_metrics",
     "training",
     "predictor_metrics",
-    "detection",
     "ablation",
     "feature_importance",
     "formulation",
@@ -39,18 +52,21 @@ PREDICTORS = {
 
 _HEAD = """# Findings
 
-What the hazard predictor knows before a failure begins, what it does not, and how that changes by
-press. This file is written by `kvguard.findings.write_findings` from the tables of the runs named
-below; nothing in it is typed by hand.
+Where compression does harm, what undoes it at which cost, and what a predictor knows before it
+happens. `make findings` writes this file from the tables of the runs named below; nothing in it is
+typed by hand.
 
-All metrics are on test prompts, which nothing was fitted to or chosen on, and count tokens before
-the onset of compressed requests only. Brackets are intervals over prompts. In the first table of
-each run they hold for all groups at once with 95 %, elsewhere each holds on its own with 95 %.
-"Above chance" means that the interval lies above the value that a predictor without knowledge has;
-where it does not exclude that value, the text says "not told from chance", which is not the same as
-"no better". How the metrics are defined: `kvguard/evaluate_predictor.py`.
+Harm: the uncompressed model answers rightly and the compressed one wrongly; for a task without
+right answers, a failure or another final answer where the uncompressed run did not fail. Silent
+harm: the request ended by itself and does not loop, so that nothing in the finished text gives it
+away.
 
-The last table of each run says what the policies did: `kvguard/policies.py` describes them.
+Unless a table says otherwise, all numbers are on test prompts, which nothing was fitted to or
+chosen on. Brackets are 95 % intervals over prompts. In the table "Before the onset" they hold for
+all groups at once, elsewhere each holds on its own. "Above chance" means that the interval lies
+above the value that a predictor without knowledge has; "interval includes chance" is not the same
+as "no better". Alarms are always those of the deployed operating point: no table uses another
+threshold.
 """
 
 
@@ -69,6 +85,36 @@ def write_findings(results: Iterable[str | Path], target: str | Path) -> None:
         temporary.write_text("\n".join([_HEAD, *sections]).rstrip() + "\n")
 
 
+RESULTS_BEGIN, RESULTS_END = "<!-- results: written by `make findings` -->", "<!-- results end -->"
+"""What `write_results` replaces in a page lies between these lines."""
+
+
+def write_results(results: str | Path, page: str | Path) -> None:
+    """Replace the results of a page, between its two markers, by those of a run.
+
+    Args:
+        results: a results folder.
+        page: a Markdown file that holds `RESULTS_BEGIN` and `RESULTS_END`.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    text = Path(page).read_text()
+    before, begin, rest = text.partition(RESULTS_BEGIN)
+    _, end, after = rest.partition(RESULTS_END)
+    if not begin or not end:
+        raise ValueError(f"{page}: no line {RESULTS_BEGIN!r} followed by {RESULTS_END!r}")
+    folder = Path(results)
+    tables = {
+        "policies": schema.read_table(folder / "tables" / "policies.parquet"),
+    }
+    described = json.loads((folder / "config.json").read_text())
+    body = _title(described).partition("\n\n")[2]
+    body += "\n\n" + _visible_alone(tables).partition("\n\n")[2]
+    with schema.atomic_path(page) as temporary:
+        temporary.write_text(f"{before}{begin}\n\n{body}\n\n{end}{after}")
+
+
 def _section(folder: Path) -> str:
     tables = {name: schema.read_table(folder / "tables" / f"{name}.parquet") for name in TABLES}
     described = json.loads((folder / "config.json").read_text())
@@ -76,14 +122,16 @@ def _section(folder: Path) -> str:
     return "\n\n".join(
         [
             _title(described),
+            _harm(tables),
+            _visible_alone(tables),
+            _policies(tables, described),
+            _foreseen(tables),
             _before_onset(tables),
-            _in_time(tables),
             _by_group(tables),
             _unknown(tables),
             _made_of(tables),
             _controls(tables),
-            "### What is certified\n\n" + _quote(certificate.text),
-            _guarded(tables, described),
+            _certified(certificate.text),
         ]
     )
 
@@ -103,7 +151,201 @@ def _title(described: Mapping[str, Any]) -> str:
     )
 
 
-# --- sections ------------------------------------------------------------------------------------
+# --- harm and policies ---------------------------------------------------------------------------
+
+HEADLINE_POLICIES = (
+    "none",
+    "verify_on_failure",
+    "clock_or_loop",
+    "guard",
+    "lossless",
+    "always_safe",
+)
+"""Policies of the short tables, in order; those that did not run are left out."""
+
+
+def _harm(tables: Mapping[str, pl.DataFrame]) -> str:
+    lines = []
+    for row in tables["harm"].to_dicts():
+        right = row["baseline_right"]
+        lines.append(
+            [
+                str(row["task"]),
+                _condition(row),
+                "-" if right is None else f"{right} of {row['requests']}",
+                *(
+                    measured(row, name, percent=True)
+                    for name in ("harmed", "silent_harm", "rescued")
+                ),
+            ]
+        )
+    head = ["task", "condition", "right uncompressed", "harmed", "silently", "rescued"]
+    return (
+        "### What compression breaks\n\nCompression alone, all prompts of the run (nothing is "
+        "fitted here), as shares of requests. Rescued: wrong uncompressed and right compressed.\n\n"
+        + table(head, lines)
+    )
+
+
+def _live(tables: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
+    """Live rows of compressed conditions, policies in the order of `config.POLICIES`."""
+    live = tables["policies"].filter(pl.col("source") == "live").to_dicts()
+    keys = list(dict.fromkeys(_condition(row) for row in live))
+    order = list(POLICIES)
+    return sorted(live, key=lambda row: (keys.index(_condition(row)), order.index(row["policy"])))
+
+
+def _visible_alone(tables: Mapping[str, pl.DataFrame]) -> str:
+    """What a check of loops and overruns in finished answers would have achieved."""
+    rows = [row for row in _live(tables) if row["policy"] in HEADLINE_POLICIES]
+    title = "### What checking only loops and overruns would have got"
+    by_policy: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_policy.setdefault(row["policy"], []).append(row)
+    sentences = []
+    alone = by_policy.get("none", [])
+    known = [row for row in alone if row["harmed"] is not None and row["silent_harm"] is not None]
+    harmed = round(sum(row["harmed"] * row["requests"] for row in known))
+    silent = round(sum(row["silent_harm"] * row["requests"] for row in known))
+    if known:
+        requests = sum(row["requests"] for row in known)
+        sentences.append(
+            f"Under compression alone {harmed} of {requests} live test requests are harmed, "
+            f"{silent} of them silently: a check of finished answers for loops and overruns cannot "
+            "see those."
+        )
+    for policy in ("verify_on_failure", "clock_or_loop", "guard"):
+        sentence = _left(policy, by_policy.get(policy, []))
+        if sentence:
+            sentences.append(sentence)
+    losses = _dearer(by_policy.get("guard", []))
+    if losses:
+        sentences.append(losses)
+    return f"{title}\n\n{' '.join(sentences)}\n\n{policy_table(rows)}"
+
+
+def _left(policy: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    known = [row for row in rows if row["harmed"] is not None]
+    if not known:
+        return ""
+    requests = sum(row["requests"] for row in known)
+    left = round(sum(row["harmed"] * row["requests"] for row in known))
+    costs = [row["relative_byte_steps"] for row in known if row["relative_byte_steps"] is not None]
+    cost = f", at {min(costs):.2f} to {max(costs):.2f} of the full KV cache's byte-steps"
+    label = POLICIES[policy].label
+    return f"*{label}* leaves {left} of {requests} harmed{cost if costs else ''}."
+
+
+def _dearer(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where the guard costs more device memory over time than never compressing."""
+    known = [row for row in rows if row["relative_byte_steps"] is not None]
+    dear = [row for row in known if row["relative_byte_steps"] > 1]
+    if not known:
+        return ""
+    if not dear:
+        return "In no condition does the guard cost more byte-steps than never compressing."
+    named = ", ".join(f"{_condition(row)} ({row['relative_byte_steps']:.2f})" for row in dear)
+    return (
+        f"In {len(dear)} of {len(known)} conditions the guard costs **more** device byte-steps "
+        f"than never compressing, so the full KV cache is the better choice there: {named}."
+    )
+
+
+def policy_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Harm left and every cost of policies, one row per condition and policy, as Markdown."""
+    lines = []
+    for row in rows:
+        relative = row["relative_byte_steps"]
+        over = relative is not None and relative > 1 and row["policy"] != "always_safe"
+        byte_steps = measured(row, "relative_byte_steps")
+        lines.append(
+            [
+                _condition(row),
+                POLICIES[row["policy"]].label,
+                *(
+                    measured(row, name, percent=True)
+                    for name in ("harmed", "silent_harm", "rescued", "alarmed")
+                ),
+                f"**{byte_steps}**" if over else byte_steps,
+                _mean(row["device_bytes_peak"], 2**-20, 1),
+                _mean(row["tokens_prefilled"]),
+                _mean(row["tokens_wasted"]),
+                _mean(row["checks"], digits=1),
+                _mean(row["seconds"], digits=2),
+            ]
+        )
+    head = ["condition", "policy", "harmed", "silently", "rescued", "alarmed"]
+    costs = ["byte-steps", "peak MiB", "prefilled", "wasted", "checks", "seconds"]
+    return table([*head, *costs], lines)
+
+
+def _mean(value: float | None, scale: float = 1, digits: int = 0) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
+
+
+def _policies(tables: Mapping[str, pl.DataFrame], described: Mapping[str, Any]) -> str:
+    """Every policy that ran live, and how far the simulation agrees."""
+    rows = _live(tables)
+    every = described["guard"].get("check_every_tokens", 1)
+    requests = max((row["requests"] for row in rows), default=0)
+    text = (
+        f"### Every policy\n\nPolicies on {requests} test prompts a condition, through the engine; "
+        "the guard judges a request "
+        f"{f'every {every} tokens' if every > 1 else 'at every token'}, at the operating point "
+        f"`{described['live']['operating_point']}` that was chosen on calibration prompts. Costs "
+        "are means per request. Byte-steps: allocated device bytes summed over model steps, checks "
+        "included, as a multiple of the full KV cache's on the same prompts; bold where a policy "
+        "costs more than that. `kvguard/policies.py` describes each policy.\n\n"
+        + policy_table(rows)
+    )
+    counts = tables["simulation_reasons"].group_by("reason").agg(pl.col("requests").sum())
+    found = {str(row["reason"]): int(row["requests"]) for row in counts.to_dicts()}
+    same, unknown = found.pop("same", 0), found.pop("outcome unknown offline", 0)
+    unknown += found.pop("not simulated", 0)
+    text += (
+        f"\n\nOf the live requests whose outcome the simulation knows, {same} of "
+        f"{same + sum(found.values())} had the simulated alarm step and final tokens; of {unknown} "
+        "more it knows no outcome (a cache that no trace holds)."
+    )
+    for reason, count in sorted(found.items()):
+        text += f" {count}: {reason}."
+    return text
+
+
+def _condition(row: Mapping[str, Any]) -> str:
+    return f"{row['press']} {row['ratio']}"
+
+
+# --- predictor -----------------------------------------------------------------------------------
+
+
+def _foreseen(tables: Mapping[str, pl.DataFrame]) -> str:
+    """Metrics of harm that a clock cannot win, pooled over conditions."""
+    rows = tables["harm_metrics"].filter(
+        pl.col("press").is_null() & pl.col("ratio").is_null() & (pl.col("predictor") == "hazard")
+    )
+    lines = []
+    for row in rows.to_dicts():
+        lines.append(
+            [
+                row["metric"].replace("_", " "),
+                str(row["target"]),
+                str(row["prompts"]),
+                bracket(row),
+                row["compared_with"].replace("_", " "),
+                difference(row),
+                changed(row),
+            ]
+        )
+    head = ["AUROC", "target", "prompts", "predictor", "compared with", "difference", "it is"]
+    return (
+        "### What foresees harm, beyond a clock\n\nSame position: harmed and unharmed requests "
+        "compared at the same token of the same condition. Within prompt: the same prompt, harmed "
+        "under one condition and not under another. Request: whole requests over equally "
+        "many tokens. `clock repetition` is a predictor that knows position, length and repetition "
+        "alone. "
+        "Differences are paired by prompt.\n\n" + table(head, lines)
+    )
 
 
 def _before_onset(tables: Mapping[str, pl.DataFrame]) -> str:
@@ -112,46 +354,16 @@ def _before_onset(tables: Mapping[str, pl.DataFrame]) -> str:
     for target in pooled["target"].unique(maintain_order=True):
         rows = {row["predictor"]: row for row in pooled.filter(target=target).to_dicts()}
         own = rows["hazard"]
-        cells = [_bracket(rows[name]) if name in rows else "" for name in PREDICTORS]
+        cells = [bracket(rows[name]) if name in rows else "" for name in PREDICTORS]
         harm = f"{own['harmed']} of {own['requests']}"
-        lines.append([target, harm, str(own["prompts"]), *cells, _verdict(own)])
-    text = "### Before the onset, token by token\n\nAUROC of tokens before the onset.\n\n" + _table(
-        ["target", "harmed requests", "prompts", *PREDICTORS.values(), "predictor is"], lines
+        lines.append([target, harm, str(own["prompts"]), *cells, verdict(own)])
+    text = "### Before the onset, token by token\n\nAUROC of tokens before the onset.\n\n" + table(
+        ["target", "requests with an onset", "prompts", *PREDICTORS.values(), "predictor is"], lines
     )
     refused = tables["training"].filter(predictor="hazard", status="refused")
     for row in refused.iter_rows(named=True):
         text += f"\n\nNo predictor was trained for `{row['target']}`: {row['reason']}."
     return text
-
-
-def _in_time(tables: Mapping[str, pl.DataFrame]) -> str:
-    metrics, detection = tables["predictor_metrics"], tables["detection"]
-    target = _first_target(metrics)
-    found = _values(metrics.filter(group_by="all", target=target, predictor="hazard"))
-    alarms = _values(detection.filter(group_by="all", target=target))
-    parts = [
-        f"### In time\n\nFor target `{target}`, a request's score is its worst run of 8 tokens. "
-        "Compared over equally many tokens, a harmed request scores above a harmless one with "
-        f"probability {_pointwise(found['request_auroc'])} "
-        f"({_verdict(found['request_auroc'], family=False)}); within the first 32 tokens, "
-        f"{_pointwise(found['request_auroc_early'])} "
-        f"({_verdict(found['request_auroc_early'], family=False)})."
-    ]
-    parts.append(
-        "With the alarm threshold chosen on calibration prompts, "
-        f"{_pointwise(found['recall'], percent=True)} of harmed requests alarm before their onset "
-        f"and {_pointwise(found['recall_any_time'], percent=True)} before they end, which is what "
-        "counts for verifying and rewinding; "
-        f"{_pointwise(found['false_alarm_rate'], percent=True)} of harmless requests alarm."
-    )
-    if alarms and alarms["lead_time_tokens_median"]["value"] is not None:
-        lead, wasted = alarms["lead_time_tokens_median"], alarms["wasted_tokens_median"]
-        parts.append(
-            f"Among the alarmed, the median lead time is {_pointwise(lead, digits=0)} tokens "
-            f"(negative: after the onset), and a rewind would drop "
-            f"{_pointwise(wasted, digits=0)} tokens in the median."
-        )
-    return "\n\n".join(parts)
 
 
 def _by_group(tables: Mapping[str, pl.DataFrame]) -> str:
@@ -172,14 +384,12 @@ def _by_group(tables: Mapping[str, pl.DataFrame]) -> str:
             [
                 label,
                 f"{group['harmed']} of {group['requests']}",
-                _pointwise(found["auroc"]),
-                _verdict(found["auroc"], family=False),
-                _pointwise(found["recall_any_time"], percent=True),
-                _pointwise(found["false_alarm_rate"], percent=True),
+                pointwise(found["auroc"]),
+                verdict(found["auroc"], family=False),
             ]
         )
-    return f"### By press, ratio and kind of failure (target `{target}`)\n\n" + _table(
-        ["group", "harmed requests", "AUROC", "is", "alarmed if harmed", "alarmed if harmless"],
+    return f"### By press, ratio and kind of failure (target `{target}`)\n\n" + table(
+        ["group", "requests with an onset", "AUROC", "is"],
         lines,
     )
 
@@ -190,18 +400,18 @@ def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
     auroc = metrics.filter(metric="auroc", predictor="hazard")
     points = []
     pooled = auroc.filter(group_by="all").to_dicts()
-    unsure = [f"`{row['target']}` {_bracket(row)}" for row in pooled if not _above(row)]
+    unsure = [f"`{row['target']}` {bracket(row)}" for row in pooled if not above(row)]
     if unsure:
-        points.append("Targets not told from chance: " + ", ".join(unsure) + ".")
+        points.append("Targets whose interval includes chance: " + ", ".join(unsure) + ".")
     for group_by in ("press", "kind"):
         rows = auroc.filter(group_by=group_by, target=first).to_dicts()
         weak = [
-            f"{row[group_by]} {_pointwise(row)}"
+            f"{row[group_by]} {pointwise(row)}"
             for row in rows
-            if not _above(row, family=False) and row[group_by] != "none"
+            if not above(row, family=False) and row[group_by] != "none"
         ]
         if weak:
-            points.append(f"By {group_by}, not told from chance: " + ", ".join(weak) + ".")
+            points.append(f"By {group_by}, intervals that include chance: " + ", ".join(weak) + ".")
     ablation = tables["ablation"].filter(target=first, metric="auroc").to_dicts()
     by_set = {row["feature_set"]: row for row in ablation}
     for name, words in (
@@ -212,8 +422,8 @@ def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
         row = by_set.get(name)
         if row is not None and row["value"] is not None and row["difference"] is not None:
             points.append(
-                f"{words} AUROC is {_pointwise(row)}, a change of {_difference(row)} "
-                f"({_changed(row)})."
+                f"{words} AUROC is {pointwise(row)}, a change of {difference(row)} "
+                f"({changed(row)})."
             )
     left = tables["leave_one_out"].filter(metric="auroc").to_dicts()
     for row in left:
@@ -222,16 +432,16 @@ def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
         what = f"{row['left_out']} {row['value_left_out']}"
         trained = f"without {what}" if row["trained_on"] == "others" else f"on {what} alone"
         points.append(
-            f"Trained {trained} and tested on it: {_pointwise(row)}, a change of "
-            f"{_difference(row)} ({_changed(row)})."
+            f"Trained {trained} and tested on it: {pointwise(row)}, a change of "
+            f"{difference(row)} ({changed(row)})."
         )
     for row in tables["transfer"].filter(metric="auroc").to_dicts():
         if row["value"] is None:
             points.append(f"Transfer between models: {row['reason']}.")
         elif row["trained_on"] != row["tested_on"]:
             points.append(
-                f"Trained on {row['trained_on']}, tested on {row['tested_on']}: {_pointwise(row)}, "
-                f"a change of {_difference(row)} ({_changed(row)})."
+                f"Trained on {row['trained_on']}, tested on {row['tested_on']}: {pointwise(row)}, "
+                f"a change of {difference(row)} ({changed(row)})."
             )
     return "### What it does not know, and what it leans on\n\n" + "\n".join(
         f"- {point}" for point in points
@@ -241,20 +451,20 @@ def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
 def _made_of(tables: Mapping[str, pl.DataFrame]) -> str:
     importance = tables["feature_importance"].drop_nulls("value")
     lines = [
-        [row["group"], str(row["features"]), _pointwise(row, digits=3)]
+        [row["group"], str(row["features"]), pointwise(row, digits=3)]
         for row in importance.to_dicts()
     ]
     text = (
         "### Features and formulation\n\nHow much AUROC falls when a group of features is permuted "
-        "(calibration prompts, all features):\n\n"
-    ) + _table(["group", "features", "fall"], lines)
+        "(on calibration prompts: in sample for the choice of thresholds, not for the fit):\n\n"
+    ) + table(["group", "features", "fall"], lines)
     formulation = tables["formulation"].filter(metric="auroc", sample="train_out_of_fold")
     for row in formulation.drop_nulls("difference").to_dicts():
         other = formulation.filter(target=row["target"], formulation="windowed").to_dicts()[0]
         text += (
             f"\n\nTarget `{row['target']}`, out of fold on train prompts: windowed "
-            f"{_pointwise(other)}, discrete-time {_pointwise(row)}; difference "
-            f"{_difference(row)} ({_changed(row)})."
+            f"{pointwise(other)}, discrete-time {pointwise(row)}; difference "
+            f"{difference(row)} ({changed(row)})."
         )
     return text
 
@@ -270,66 +480,21 @@ def _controls(tables: Mapping[str, pl.DataFrame]) -> str:
                 row["predictor"] or "",
                 row["metric"],
                 expected,
-                _bracket(row),
+                bracket(row),
                 answer[row["as_expected"]],
             ]
         )
-    return "### Controls that must fail\n\n" + _table(
+    return "### Controls that must fail\n\n" + table(
         ["control", "predictor", "metric", "expected", "found", "verdict"], lines
     )
 
 
-def _guarded(tables: Mapping[str, pl.DataFrame], described: Mapping[str, Any]) -> str:
-    """Every policy that ran live, beside the simulation of the same requests."""
-    runs = tables["policies"]
-    live = runs.filter(source="live")
-    keys = ["model", "press", "ratio", "policy"]
-    offline = {
-        tuple(row[key] for key in keys): row for row in runs.filter(source="simulation").to_dicts()
-    }
-    lines = []
-    for row in live.to_dicts():
-        beside = offline.get(tuple(row[key] for key in keys), {})
-        known = beside.get("known") == 1 and beside.get("excess_cfr") is not None
-        lines.append(
-            [
-                f"{row['press']} {row['ratio']}",
-                row["policy"],
-                *(_measured(row, name) for name in ("alarmed", "excess_cfr", "excess_error")),
-                _measured(beside, "excess_cfr") if known else "unknown",
-                f"{row['kv_bytes_mean'] / 2**20:.1f}",
-                *(f"{row[name]:.0f}" for name in ("tokens_prefilled", "tokens_wasted")),
-            ]
-        )
-    every = described["guard"].get("check_every_tokens", 1)
-    requests = max(live["requests"].to_list(), default=0)
-    text = (
-        f"### What the guard does, beside its rivals\n\nPolicies on {requests} test prompts a "
-        "condition, through the engine; the guard looks at a request "
-        f"{f'every {every} tokens' if every > 1 else 'at every token'}. Alarmed is a share of "
-        "requests. Excess CFR is "
-        "the catastrophic failure rate above the uncompressed model's on the same prompts, excess "
-        "error its accuracy above the policy's; lower is better. Costs are means a request: KV "
-        "memory in MiB, tokens prefilled (prompt, verification, recovery), tokens generated and "
-        "dropped.\n\n"
+def _certified(text: str) -> str:
+    return (
+        "### What is certified\n\nShares that are called observed are those of the calibration "
+        "prompts, on which the settings were chosen; the statement beside each allows for that.\n\n"
+        + quote(text)
     )
-    head = ["condition", "policy", "alarmed", "excess CFR", "excess error", "excess CFR, simulated"]
-    text += _table([*head, "KV MiB", "prefilled", "wasted"], lines)
-    counts = tables["simulation_reasons"].group_by("reason").agg(pl.col("requests").sum())
-    found = {str(row["reason"]): int(row["requests"]) for row in counts.to_dicts()}
-    same, unknown = found.pop("same", 0), found.pop("outcome unknown offline", 0)
-    unknown += found.pop("not simulated", 0)
-    text += (
-        f"\n\nOf the live requests whose outcome the simulation knows, {same} of "
-        f"{same + sum(found.values())} had the simulated alarm step and final tokens; of {unknown} "
-        "more it knows no outcome (a cache that no trace holds)."
-    )
-    for reason, count in sorted(found.items()):
-        text += f" {count}: {reason}."
-    return text
-
-
-# --- words ---------------------------------------------------------------------------------------
 
 
 def _first_target(metrics: pl.DataFrame) -> str:
@@ -338,73 +503,3 @@ def _first_target(metrics: pl.DataFrame) -> str:
 
 def _values(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
     return {row["metric"]: row for row in rows.to_dicts()}
-
-
-def _text(value: float, *, percent: bool, digits: int) -> str:
-    return f"{value:.0%}" if percent else f"{value:.{digits}f}"
-
-
-def _span(
-    row: Mapping[str, Any], low: str, high: str, *, percent: bool = False, digits: int = 2
-) -> str:
-    if row["value"] is None:
-        return "undefined"
-    value = _text(row["value"], percent=percent, digits=digits)
-    if row[low] is None:
-        return f"{value} [too few prompts]"
-    ends = [_text(row[end], percent=percent, digits=digits) for end in (low, high)]
-    return f"{value} [{ends[0]}, {ends[1]}]"
-
-
-def _measured(row: Mapping[str, Any], name: str) -> str:
-    renamed = {"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}
-    if renamed["low"] is None and row[name] is not None:
-        return f"{row[name]:.2f}"  # every prompt has the same value
-    return _bracket(renamed)
-
-
-def _bracket(row: Mapping[str, Any]) -> str:
-    return _span(row, "low", "high")
-
-
-def _pointwise(row: Mapping[str, Any], *, percent: bool = False, digits: int = 2) -> str:
-    return _span(row, "low_pointwise", "high_pointwise", percent=percent, digits=digits)
-
-
-def _difference(row: Mapping[str, Any]) -> str:
-    renamed = dict(row) | {"value": row["difference"]}
-    return _span(renamed, "difference_low", "difference_high")
-
-
-def _above(row: Mapping[str, Any], *, family: bool = True) -> bool:
-    low = row["low" if family else "low_pointwise"]
-    return low is not None and low > 0.5
-
-
-def _verdict(row: Mapping[str, Any], *, family: bool = True) -> str:
-    low, high = (row[name if family else f"{name}_pointwise"] for name in ("low", "high"))
-    if row["value"] is None:
-        return "undefined"
-    if low is None:
-        return "too few prompts to tell"
-    if low > 0.5:
-        return "above chance"
-    return "below chance" if high < 0.5 else "not told from chance"
-
-
-def _changed(row: Mapping[str, Any]) -> str:
-    low, high = row["difference_low"], row["difference_high"]
-    if low is None:
-        return "too few prompts to tell"
-    if high < 0:
-        return "worse"
-    return "better" if low > 0 else "not told from no change"
-
-
-def _quote(text: str) -> str:
-    return "\n>\n".join(f"> {line}" for line in text.splitlines())
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
