@@ -123,6 +123,18 @@ FIGURES = {
         " positive token among the test prompts has no curve.",
         arguments=(),
     ),
+    "harm_metrics": FigureEntry(
+        "plot_harm",
+        "plot_harm_metrics",
+        ("harm_metrics",),
+        "Predictor",
+        "what foresees harm",
+        "How much better the hazard predictor foresees harm than a predictor that knows position, "
+        "length and repetition alone (filled), and than the mean entropy (open): differences of "
+        "AUROC on test prompts, paired by prompt, with 95 % intervals. Each metric compares "
+        "requests after equally many tokens under one condition, so that a clock gets exactly 0.5. "
+        "Right of 0 the predictor is better; an interval that includes 0 shows no difference.",
+    ),
     "lead_time": FigureEntry(
         "plot_predictor",
         "plot_lead_time",

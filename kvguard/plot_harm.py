@@ -108,22 +108,26 @@ def plot_harm_metrics(metrics: pl.DataFrame, *, presses: Sequence[str] = ()) -> 
     includes 0 shows no difference.
 
     Args:
-        metrics: rows (metric, press, ratio) of the predictor, press and ratio null for all
-            conditions together: ``metric`` (a key of `HARM_METRICS`), ``value`` (its AUROC),
-            ``compared_with`` (a key of `COMPARED`) and ``difference`` with its interval.
+        metrics: `harm_metrics.harm_table`, of which the rows of the hazard predictor for the target
+            "harm" are drawn, all conditions together and each press; where the run has no such
+            target, its first. ``difference`` is to ``compared_with`` (a key of `COMPARED`).
         presses: all presses of the experiment, for stable colours.
 
     Raises:
         MissingData: a column is absent, or there are no rows.
     """
-    needed = ["metric", "press", "ratio", "value", "compared_with"]
+    needed = ["metric", "target", "predictor", "task", "press", "ratio", "compared_with"]
     needed += [f"difference{end}" for end in ("", "_low", "_high")]
     need(metrics, needed, "harm_metrics")
+    metrics = metrics.filter(pl.col("predictor") == "hazard", pl.col("task").is_null())
+    targets = in_order(metrics["target"])
+    metrics = metrics.filter(target="harm" if "harm" in targets else next(iter(targets), "harm"))
+    need(metrics, [], "harm_metrics")
     pooled = PressStyle("all conditions", INK, "D")
     styles = press_styles([*presses, *metrics["press"].drop_nulls()])
-    compressed = metrics.drop_nulls(["press", "ratio"])
-    keys: list[tuple[str, str] | None] = [None, *conditions_in_order(compressed, styles)]
-    places = grouped_places(["" if key is None else key[0] for key in keys])
+    found = set(metrics["press"].drop_nulls())
+    keys: list[str | None] = [None, *(press for press in styles if press in found)]
+    places = [0.0, *(1.3 + index for index in range(len(keys) - 1))]
     shown = [name for name in HARM_METRICS if name in set(metrics["metric"])]
     need(metrics.filter(pl.col("metric").is_in(shown)), [], "harm_metrics")
     height = max(0.24 * places[-1] + 1.25, 1.7)
@@ -132,11 +136,10 @@ def plot_harm_metrics(metrics: pl.DataFrame, *, presses: Sequence[str] = ()) -> 
     for axes, metric in zip(grid, shown, strict=True):
         of_metric = metrics.filter(metric=metric)
         for key, place in zip(keys, places, strict=True):
-            press, ratio = (None, None) if key is None else key
             here = of_metric.filter(
-                pl.col("press").eq_missing(press), pl.col("ratio").eq_missing(ratio)
+                pl.col("press").eq_missing(pl.lit(key, pl.String)), pl.col("ratio").is_null()
             )
-            style = pooled if key is None else styles[key[0]]
+            style = pooled if key is None else styles[key]
             for entry in here.to_dicts():
                 filled = entry["compared_with"] == "clock_repetition"
                 shift = -0.16 if filled else 0.18
@@ -145,10 +148,10 @@ def plot_harm_metrics(metrics: pl.DataFrame, *, presses: Sequence[str] = ()) -> 
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(HARM_METRICS[metric], fontsize=7.5)
-    labels = ["all conditions" if key is None else condition_label(key, styles) for key in keys]
+    labels = ["all conditions" if key is None else styles[key].label for key in keys]
     grid[0].set_yticks(places, labels)
     for label, key in zip(grid[0].get_yticklabels(), keys, strict=True):
-        label.set_color(INK if key is None else styles[key[0]].colour)
+        label.set_color(INK if key is None else styles[key].colour)
     grid[0].set_ylim(places[-1] + 0.7, places[0] - 0.7)
     handles = [
         Line2D(

@@ -191,11 +191,13 @@ def harm(tasks=("recall", "copy")):
 def harm_metrics():
     rows = []
     for metric, compared in itertools.product(plot_harm.HARM_METRICS, plot_harm.COMPARED):
-        for number, key in enumerate([(None, None), *itertools.product(PRESSES, RATIOS)]):
-            keys = {"metric": metric, "press": key[0], "ratio": key[1], "value": 0.8}
-            keys["compared_with"] = compared
+        for number, press in enumerate([None, *PRESSES]):
+            keys = {"metric": metric, "press": press, "ratio": None, "task": None}
+            keys |= {"target": "harm", "predictor": "hazard", "compared_with": compared}
             rows.append(keys | with_interval("difference", 0.05 * number - 0.1, 0.1))
-    return pl.DataFrame(rows)
+            rows.append(rows[-1] | {"ratio": "0.500", "task": "recall"})
+            rows.append(rows[-2] | {"predictor": "entropy"})
+    return pl.DataFrame(rows, schema_overrides={"ratio": pl.String, "task": pl.String})
 
 
 COST_OF = {"none": 0.4, "always_safe": 1.0, "guard": 0.7, "guard_promote": 1.4, "oracle_gate": 0.5}
@@ -245,7 +247,8 @@ def test_every_figure_is_saved_as_pdf_and_png(name, tmp_path):
     assert (pdf.name, png.name) == (f"{name}_0.750.pdf", f"{name}_0.750.png")
     assert pdf.read_bytes().startswith(b"%PDF-")
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in pdf.parent.iterdir()) == [pdf.name, png.name]
+    shown = sorted(path.name for path in pdf.parent.iterdir() if path.name[0] != ".")
+    assert shown == [pdf.name, png.name]
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -421,6 +424,15 @@ def test_a_policy_that_costs_more_than_never_compressing_is_drawn_open():
     is_open = {name for name, line in drawn.items() if line.get_markerfacecolor() == "white"}
     assert is_open == {"guard_promote", "oracle_gate"}
     assert drawn["always_safe"].get_ydata()[0] == pytest.approx(0.5 - 1 / 3)
+
+
+def test_the_predictor_is_drawn_pooled_and_by_press_against_both_references():
+    figure = plot_harm.plot_harm_metrics(harm_metrics())
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["all conditions", *(press_styles(PRESSES)[press].label for press in PRESSES)]
+    for axes in figure.axes:
+        drawn = sorted(bar.lines[0].get_xdata()[0] for bar in axes.containers)
+        assert drawn == pytest.approx(sorted(2 * [-0.1, -0.05, 0.0, 0.05]))
 
 
 def test_only_live_runs_and_oracles_are_compared_in_cost():
