@@ -63,7 +63,7 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
 def ablate(features: Table, labels: Table, trainer: Trainer) -> dict[str, pl.DataFrame]:
     """Train again with fewer features and in the other formulation; and controls that must fail.
 
-    All variants have the config's own tree parameters, so that they differ in one thing only.
+    All variants have the configured tree parameters, so that they differ in one thing only.
 
     Args:
         features: `schema.FEATURES`, a frame or its file.
@@ -102,9 +102,9 @@ def _compared_targets(targets: Sequence[str]) -> list[str]:
 def _ablation(study: Study, targets: Sequence[str]) -> pl.DataFrame:
     compressed = pl.col("press") != BASELINE
     configured = study.trainer.settings.feature_set
-    own = FEATURE_SETS[configured]
-    without_position = tuple(name for name in own if name != "relative_position")
-    sets = {configured: own} | FEATURE_SETS | {"no_position": without_position}
+    chosen = FEATURE_SETS[configured]
+    without_position = tuple(name for name in chosen if name != "relative_position")
+    sets = {configured: chosen} | FEATURE_SETS | {"no_position": without_position}
     rows: list[tuple[dict[str, Any], Measured]] = []
     for target in _compared_targets(targets):
         reference: dict[str, Measured] | None = None
@@ -120,8 +120,8 @@ def _ablation(study: Study, targets: Sequence[str]) -> pl.DataFrame:
             except Refusal as refusal:
                 rows += compared(described, str(refusal), None, {})
                 continue
-            found, held = study.measure(predictor, compressed)
-            rows += compared(described, found, reference, held)
+            found, size = study.measure(predictor, compressed)
+            rows += compared(described, found, reference, size)
             reference = reference or found
     columns_ = {
         "target": pl.String,
@@ -196,11 +196,11 @@ def _formulations(study: Study, targets: Sequence[str]) -> pl.DataFrame:
                 ranks = study.trainer.out_of_fold(
                     study.train, target, names, purpose, formulation=kind
                 )
-                held = np.isfinite(ranks)
-                part = study.train.take(held)
-                scored = score(part, ranks[held], target, fold_weights)
+                ranked = np.isfinite(ranks)
+                part = study.train.take(ranked)
+                scored = score(part, ranks[ranked], target, fold_weights)
                 folded = measure(scored, compressed, false_alarm_rate=settings.false_alarm_rate)
-                folded |= pooled(study.panel(part, target), ranks[held])
+                folded |= pooled(study.panel(part, target), ranks[ranked])
                 found = {
                     "train_out_of_fold": (
                         {metric: folded[metric] for metric in RANKING},

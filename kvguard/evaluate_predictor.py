@@ -1,8 +1,12 @@
-"""What the predictors know before the onset: metrics, ablations, controls, transfer.
+"""What the predictors know before the onset, on the test prompts.
 
-**What is counted.** Headline metrics see tokens before the onset only, of compressed requests only.
-A token is positive when the onset lies within the horizon. ``auroc_within`` compares tokens of the
-same model, press and ratio only, so that knowing which condition is hard earns nothing.
+The headline is ``harm_metrics`` (`kvguard.harm_metrics`), which position cannot win. What follows
+describes the further metrics.
+
+**What is counted.** Tokens before the onset only, of compressed requests only. A token is positive
+when the onset lies within the horizon. ``auroc_within`` compares tokens of the same model, press
+and ratio only, so that knowing which condition is hard earns nothing. Position earns much in every
+metric over tokens.
 
 **A request's score** is the worst run of the request: the largest mean hazard over `RUN_TOKENS`
 successive tokens. For a forecast (``recall``) runs must end before the onset; a request whose onset
@@ -16,7 +20,7 @@ they have on test prompts is reported beside the recall.
 **Intervals** resample prompts (`kvguard.metrics.bootstrap_interval`). ``low`` and ``high`` hold
 for all rows of a metric at once with 95 %: half of the error goes to the headline (the predictor of
 the first target, all compressed requests), the other half is shared by the remaining rows
-(Bonferroni). ``low_pointwise`` and ``high_pointwise`` hold with 95 % for their own row alone.
+(Bonferroni). ``low_pointwise`` and ``high_pointwise`` hold with 95 % for one row alone.
 """
 
 import logging
@@ -354,7 +358,7 @@ def evaluate_predictors(
             threshold = request_threshold(calibration, model, target, settings.false_alarm_rate)
             for group, where in _groups(scored, everything=name == "hazard"):
                 described = {"target": target, "predictor": name} | group
-                held = counts(scored, where)
+                size = counts(scored, where)
                 found = measure(
                     scored,
                     where,
@@ -362,7 +366,7 @@ def evaluate_predictors(
                     threshold=threshold,
                 )
                 measured += [
-                    (described | {"metric": metric, "in_sample": metric in IN_SAMPLE} | held, value)
+                    (described | {"metric": metric, "in_sample": metric in IN_SAMPLE} | size, value)
                     for metric, value in found.items()
                 ]
             if name == "hazard":

@@ -254,8 +254,8 @@ def auroc_within(sample: Sample, conditions: NDArray[np.int64]) -> Measured:
         if not part.ranks_something:
             continue
         levels = tally_levels(part)
-        own, possible = _concordance(levels.exact_positive, levels.exact_negative)
-        value, total = value + float(own[0]), total + float(possible[0])
+        won, possible = _concordance(levels.exact_positive, levels.exact_negative)
+        value, total = value + float(won[0]), total + float(possible[0])
         both = _concordance(levels.positive, levels.negative)
         concordant, pairs = concordant + both[0], pairs + both[1]
         positives |= set(part.prompts[part.labels].tolist())
@@ -349,8 +349,8 @@ def matched_auroc(
         if first_tokens is not None:
             tokens = np.minimum(tokens, first_tokens)
         last = np.maximum(tokens - 1, 0)
-        own, other = running[row, last], running[others, last]
-        wins = np.where(tokens > 0, (own > other) + 0.5 * (own == other), 0.5)
+        mine, other = running[row, last], running[others, last]
+        wins = np.where(tokens > 0, (mine > other) + 0.5 * (mine == other), 0.5)
         cells = prompts[row] * size + prompts[others]
         concordant += np.bincount(cells, weights=wins, minlength=size * size)
         pairs += np.bincount(cells, minlength=size * size)

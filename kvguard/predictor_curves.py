@@ -50,9 +50,9 @@ def predictor_curves(
             if not sample.ranks_something:
                 continue
             points = _ranking_curves(sample) | {"calibration": _calibration_curve(sample)}
-            own = metrics.filter(target=target, predictor=name, group_by="all")
+            pooled = metrics.filter(target=target, predictor=name, group_by="all")
             for curve, values in points.items():
-                found = own.filter(metric=_CURVE_SCORES[curve]).row(0, named=True)
+                found = pooled.filter(metric=_CURVE_SCORES[curve]).row(0, named=True)
                 described = {
                     "target": target,
                     "predictor": name,

@@ -43,12 +43,12 @@ def search_parameters(
 ) -> tuple[Parameters, pl.DataFrame]:
     """A small seeded search (Optuna's TPE) for XGBoost's parameters, inside train.
 
-    The first trial is the config's own depth and learning rate. The objective is the out-of-fold
+    The first trial is the configured depth and learning rate. The objective is the out-of-fold
     AUROC over tokens before the onset, compressed requests only.
 
     Returns:
         The best parameters, and one row per trial: number, auroc, the parameters as JSON, best.
-        Without a search (no trials asked for, or too few harmed prompts) the config's own.
+        Without a search (no trials asked for, or too few harmed prompts) the configured ones.
     """
     trials: list[dict[str, Any]] = []
     best = trainer.parameters
@@ -118,8 +118,13 @@ def _run_search(
     study = optuna.create_study(
         direction="maximize", sampler=optuna.samplers.TPESampler(seed=trainer.seed)
     )
-    own = {"min_child_weight": 1.0, "subsample": 1.0, "colsample_bytree": 1.0, "reg_lambda": 1.0}
-    study.enqueue_trial(trainer.parameters | own)
+    untuned = {
+        "min_child_weight": 1.0,
+        "subsample": 1.0,
+        "colsample_bytree": 1.0,
+        "reg_lambda": 1.0,
+    }
+    study.enqueue_trial(trainer.parameters | untuned)
     study.optimize(objective, n_trials=trainer.settings.search_trials)
     return dict(study.best_params)
 
@@ -186,8 +191,8 @@ def train_predictors(
                 missing[target, baseline] = str(refusal)
         for kind, model in made.items():
             # a gate's probability is of the whole request, not of the next tokens
-            own = "none" if kind == "gate" else method
-            calibrated = trainer.calibrate(model, calibration, own, f"{kind} {target}")
+            fitting = "none" if kind == "gate" else method
+            calibrated = trainer.calibrate(model, calibration, fitting, f"{kind} {target}")
             origin = {
                 "config_digest": config_digest,
                 "splits_digest": splits_digest(known),

@@ -22,7 +22,7 @@ def leave_one_out(features: Table, labels: Table, trainer: Trainer) -> dict[str,
 
     Prompts stay split.
 
-    Arguments as in `ablate`. Trees have the config's own parameters: a search would have seen what
+    Arguments as in `ablate`. Trees have the configured parameters: a search would have seen what
     is left out.
 
     Returns:
@@ -78,15 +78,15 @@ def _leave_one_out(study: Study, target: str) -> pl.DataFrame:
                     rows += compared(described, whole, None, {})
                     continue
                 try:
-                    own = trained_on == "itself"
-                    kept = _without(study.train, column, value, keep=own)
+                    alone = trained_on == "itself"
+                    kept = _without(study.train, column, value, keep=alone)
                     purpose = f"{column} {value}: trained on {trained_on}"
                     predictor = study.fit(target, names, purpose, rows=kept)
                 except Refusal as refusal:
                     rows += compared(described, str(refusal), None, {})
                     continue
-                found, held = study.measure(predictor, where)
-                rows += compared(described, found, study.measure(whole, where)[0], held)
+                found, size = study.measure(predictor, where)
+                rows += compared(described, found, study.measure(whole, where)[0], size)
     columns = dict.fromkeys(("target", "left_out", "value_left_out", "trained_on"), pl.String())
     return variant_table(rows, columns)
 
@@ -107,14 +107,14 @@ def _transfer(study: Study, target: str) -> pl.DataFrame:
             fitted[model] = str(refusal)
     for tested in fitted:
         where = (pl.col("model") == tested) & (pl.col("press") != BASELINE)
-        own = fitted[tested]
-        reference = None if isinstance(own, str) else study.measure(own, where)[0]
+        same = fitted[tested]
+        reference = None if isinstance(same, str) else study.measure(same, where)[0]
         for trained, predictor in fitted.items():
             described = {"target": target, "trained_on": trained, "tested_on": tested}
             if isinstance(predictor, str):
                 rows += compared(described, predictor, None, {})
                 continue
-            found, held = study.measure(predictor, where)
-            rows += compared(described, found, None if trained == tested else reference, held)
+            found, size = study.measure(predictor, where)
+            rows += compared(described, found, None if trained == tested else reference, size)
     columns = {"target": pl.String, "trained_on": pl.String, "tested_on": pl.String}
     return variant_table(rows, columns)

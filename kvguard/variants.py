@@ -1,9 +1,9 @@
 """What retrained variants share: the same trainer, the same test prompts, the same table.
 
-Every variant is fitted on train prompts with the config's own tree parameters and measured on test
+Every variant is fitted on train prompts with the configured tree parameters and measured on test
 prompts. Nothing is chosen from these tables. ``low`` and ``high`` hold for all rows of a table at
 once with 95 % (Bonferroni), ``low_pointwise``, ``high_pointwise`` and the intervals of differences
-for their own row alone.
+for one row alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ class Study(NamedTuple):
         rows: Rows | None = None,
         formulation: Formulation | None = None,
     ) -> Predictor:
-        """A predictor with the config's own parameters, its probabilities not calibrated."""
+        """A predictor with the configured parameters, its probabilities not calibrated."""
         train = self.train if rows is None else rows
         return self.trainer.fit(train, target, names, purpose, formulation=formulation)
 
@@ -103,14 +103,14 @@ def compared(
     described: dict[str, Any],
     found: Mapping[str, Measured] | str,
     reference: Mapping[str, Measured] | None,
-    held: dict[str, int],
+    size: dict[str, int],
 ) -> list[tuple[dict[str, Any], Measured]]:
     """Rows of one variant, with the paired difference to a reference; a reason where it failed."""
     if isinstance(found, str):
         nothing = Measured(None, np.zeros(0), 0)
         empty = {"difference": None, "difference_low": None, "difference_high": None}
         return [
-            (described | {"metric": metric, "reason": found} | empty | held, nothing)
+            (described | {"metric": metric, "reason": found} | empty | size, nothing)
             for metric in RANKING
         ]
     rows = []
@@ -124,7 +124,7 @@ def compared(
                 "difference_low": low,
                 "difference_high": high,
             }
-        rows.append((described | {"metric": metric, "reason": None} | difference | held, measured))
+        rows.append((described | {"metric": metric, "reason": None} | difference | size, measured))
     return rows
 
 
