@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,8 +76,8 @@ def main() -> None:
 
     work: dict[str, Callable[[], object]] = {"prefill": lambda: prefill(model, prompt)}
     for count in DRAFTS:
-        work[f"check {count}"] = lambda count=count: check(count, rows[:1])
-        work[f"rows {count}"] = lambda count=count: check(count, rows)
+        work[f"check {count}"] = partial(check, count, rows[:1])
+        work[f"rows {count}"] = partial(check, count, rows)
     took: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(given.repeats + 1):
         for name, one in work.items():

@@ -31,7 +31,8 @@ from kvguard.config import Config, Live, Press, load_config
 from kvguard.engine import Completion, Session
 from kvguard.experiment import Prepared, prepare_requests
 from kvguard.guard import RULES_POINTS
-from kvguard.guard_observer import GuardObserver, RowReport, guarded
+from kvguard.guard_observer import GuardObserver, guarded
+from kvguard.guard_report import RowReport
 from kvguard.models import LoadedModel
 from kvguard.policy_factory import make_policy
 from kvguard.predictor import rules_predictor

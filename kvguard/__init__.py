@@ -8,9 +8,9 @@ from typing import Any
 
 _PUBLIC = {
     "KVGuard": "guard",
-    "GuardReport": "guard",
-    "GuardError": "guard_observer",
-    "RowReport": "guard_observer",
+    "GuardReport": "guard_report",
+    "GuardError": "guard_report",
+    "RowReport": "guard_report",
     "OperatingPoint": "config",
     "Tolerance": "config",
     "Mode": "controller",

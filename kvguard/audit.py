@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from kvguard.cold_cache import ColdRow, Draft, run_drafts
+from kvguard.config import Tolerance
 from kvguard.prefill import (
     Prefix,
     attention_layers,
@@ -382,3 +383,25 @@ def first_rejected(gap: NDArray[np.float32], margin: float) -> int | None:
     """
     rejected = np.flatnonzero(~(gap <= margin))
     return int(rejected[0]) if len(rejected) else None
+
+
+def harmful_token(
+    llr: NDArray[np.float32], logprob: NDArray[np.float32], tolerance: Tolerance
+) -> int | None:
+    """First token at which a draft shows harm, not mere difference.
+
+    Args:
+        llr: (n,) compressed minus uncompressed log-probability of each token, nats.
+        logprob: (n,) uncompressed log-probability, nats.
+        tolerance: what counts as harm.
+
+    Returns:
+        The start of the first harmful window, or the first token that the uncompressed model finds
+        implausible, whichever comes first; None without either.
+    """
+    found = [int(index) for index in np.flatnonzero(logprob < tolerance.token_logprob)[:1]]
+    window = tolerance.window_tokens
+    if len(llr) >= window:
+        means = np.lib.stride_tricks.sliding_window_view(llr, window).mean(axis=1)
+        found += [int(index) for index in np.flatnonzero(means >= tolerance.window_llr)[:1]]
+    return min(found, default=None)

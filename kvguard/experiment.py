@@ -163,6 +163,7 @@ def run_shard(
                     own=press is None,
                 )
             completion.cold = None
+            completion.bytes_moved = completion.host_byte_steps = 0  # of the audit, not the policy
             traces[prompt_id] = trace_row(completion, model, ready.decoding) | {
                 **keys,
                 "task": prompts[0].task,

@@ -21,7 +21,8 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from kvguard.guard_observer import GuardError, Stopping
+from kvguard.guard_observer import Stopping
+from kvguard.guard_report import GuardError
 from kvguard.sampling import Decoding
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)

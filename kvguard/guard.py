@@ -21,14 +21,8 @@ from kvguard.generate_options import (
     refuse_inputs,
     stopping_of,
 )
-from kvguard.guard_observer import (
-    GuardError,
-    GuardObserver,
-    HazardModel,
-    RowReport,
-    Stopping,
-    guarded,
-)
+from kvguard.guard_observer import GuardObserver, HazardModel, Stopping, guarded
+from kvguard.guard_report import GuardError, GuardReport
 from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
 from kvguard.prefill import Prefix
@@ -38,8 +32,6 @@ from kvguard.sampling import Decoding
 from kvguard.schema import FEATURE_VERSION, PROBE_NAMES
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from kvguard.certificate import Certificate
 
 logger = logging.getLogger(__name__)
@@ -56,42 +48,6 @@ Recovery = Literal["continue", "promote", "tolerant", "recompute", "restart", "r
 
 UNCHECKED = ("guard_recompute", "guard_restart", "guard_relax_only")
 """Policies that read no cold cache."""
-
-
-class GuardReport(list[RowReport]):
-    """What the guard did in one call, one `RowReport` a row."""
-
-    def __repr__(self) -> str:
-        alarmed = sum(bool(row.alarm_steps) for row in self)
-        failed = sum(row.error is not None for row in self)
-        return f"<GuardReport: {len(self)} rows, {alarmed} alarmed, {failed} failed>"
-
-    def total(self) -> dict[str, float]:
-        """The rows' counts and seconds, added up."""
-        names = (
-            "tokens_wasted",
-            "tokens_prefilled",
-            "decode_steps",
-            "checks",
-            "unrecoverable",
-            "seconds",
-        )
-        counts: dict[str, float] = {
-            "rows": len(self),
-            "alarmed": sum(bool(row.alarm_steps) for row in self),
-            "failed": sum(row.error is not None for row in self),
-        }
-        return counts | {name: sum(getattr(row, name) for row in self) for name in names}
-
-    def to_frame(self) -> "pl.DataFrame":
-        """One row a row, a Polars frame."""
-        import polars as pl
-
-        rows = [
-            row.model_dump() | {"modes": [f"{position}:{mode}" for position, mode in row.modes]}
-            for row in self
-        ]
-        return pl.DataFrame(rows, infer_schema_length=None)
 
 
 class KVGuard:

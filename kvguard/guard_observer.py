@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from kvpress import BasePress
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
-from kvguard.audit import Answer, Check, check_answers, first_rejected
+from kvguard.audit import Answer, Check, check_answers, first_rejected, harmful_token
 from kvguard.config import Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Completion, Request, Session, Step, generate, synchronize
 from kvguard.features import FeatureState
+from kvguard.guard_report import GuardError, RowReport
 from kvguard.policies import AFTER_END, CHECKS, Action, Decision, Observation, Policy, is_alarm
 from kvguard.prefill import prefill
 from kvguard.presses import fresh, phases, with_ratio
@@ -45,51 +45,6 @@ class HazardModel(Protocol):
 
     def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Hazard in [0, 1] of each row of (n, features) in schema.FEATURE_NAMES order."""
-
-
-class GuardError(ValueError):
-    """The guard cannot do what was asked; the message says what it can."""
-
-
-class RowReport(BaseModel):
-    """What the guard did with one request; counts of tokens and bytes are this request's alone.
-
-    Attributes:
-        modes: (position, mode) whenever the mode changed; position counts generated tokens from 0.
-        alarm_steps: generated tokens in the row when each alarm came.
-        rewound_to: tokens kept by each rewind or restart.
-        unrecoverable: recoveries that reached behind tokens which had been streamed already.
-        tokens_wasted: generated, then dropped.
-        tokens_prefilled: of prompts, verifying passes and recoveries; a shared prefix counts.
-        decode_steps: single-token passes, those of dropped tokens included.
-        checks: passes of the uncompressed model over what had not been checked.
-        kv_bytes_mean: bytes that the row's entries take, hidden ones too, mean over its decode
-            steps; None without a step. Padding belongs to the batch and is left out.
-        kv_bytes_peak: the largest of them, and of the caches that verifying passes held.
-        kv_padding_bytes_mean: what the batch held empty for the row, so that its rows are equally
-            long: a long row, such as a rewound one, makes padding in the others.
-        seconds: of this request's prefill, recoveries and share of the decoding and watching.
-        stop_reason: "eos", "length" or "stopped"; None on error.
-        notes: what went wrong and was survived.
-        error: why the request failed, None if it did not.
-    """
-
-    key: str
-    modes: list[tuple[int, str]] = []
-    alarm_steps: list[int] = []
-    rewound_to: list[int] = []
-    unrecoverable: int = 0
-    tokens_wasted: int = 0
-    tokens_prefilled: int = 0
-    decode_steps: int = 0
-    checks: int = 0
-    kv_bytes_mean: float | None = None
-    kv_bytes_peak: int | None = None
-    kv_padding_bytes_mean: float | None = None
-    seconds: float = 0.0
-    stop_reason: str | None = None
-    notes: list[str] = []
-    error: str | None = None
 
 
 class GuardObserver:
@@ -675,28 +630,6 @@ class GuardObserver:
             report.kv_padding_bytes_mean = float(completion.kv_bytes[:, 2].mean())
             report.kv_bytes_peak = max(report.kv_bytes_peak or 0, int(allocated.max()))
         return report
-
-
-def harmful_token(
-    llr: NDArray[np.float32], logprob: NDArray[np.float32], tolerance: Tolerance
-) -> int | None:
-    """First token at which a draft shows harm, not mere difference.
-
-    Args:
-        llr: (n,) compressed minus uncompressed log-probability of each token, nats.
-        logprob: (n,) uncompressed log-probability, nats.
-        tolerance: what counts as harm.
-
-    Returns:
-        The start of the first harmful window, or the first token that the uncompressed model finds
-        implausible, whichever comes first; None without either.
-    """
-    found = [int(index) for index in np.flatnonzero(logprob < tolerance.token_logprob)[:1]]
-    window = tolerance.window_tokens
-    if len(llr) >= window:
-        means = np.lib.stride_tricks.sliding_window_view(llr, window).mean(axis=1)
-        found += [int(index) for index in np.flatnonzero(means >= tolerance.window_llr)[:1]]
-    return min(found, default=None)
 
 
 def _where(mask: NDArray[np.bool_]) -> list[int]:

@@ -17,7 +17,8 @@ from kvguard.experiment import (
     tokens_frame,
     trace_row,
 )
-from kvguard.guard_observer import GuardObserver, HazardModel, RowReport, guarded
+from kvguard.guard_observer import GuardObserver, HazardModel, guarded
+from kvguard.guard_report import RowReport
 from kvguard.harm import judge_harm
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel

@@ -9,6 +9,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from kvguard import config, schema
+from kvguard.audit import harmful_token
 from kvguard.compare_policies import (
     compare_live_simulation,
     constant_frontier,
@@ -26,7 +27,6 @@ from kvguard.evaluate_controller import (
 )
 from kvguard.experiment import run_shard
 from kvguard.features import compute_features
-from kvguard.guard_observer import harmful_token
 from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import LoadedModel
 from kvguard.oracles import ORACLES, harmless_ratio

@@ -22,21 +22,15 @@ from transformers import (
 )
 
 from kvguard import audit, press_catalogue
-from kvguard.audit import check_answers
+from kvguard.audit import check_answers, harmful_token
 from kvguard.certificate import CertificateError, save_certificate
 from kvguard.cold_cache import ColdStore, Part
-from kvguard.config import OperatingPoint
+from kvguard.config import OperatingPoint, Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Completion, Request, Session
 from kvguard.guard import KVGuard
-from kvguard.guard_observer import (
-    GuardError,
-    GuardObserver,
-    RowReport,
-    Tolerance,
-    guarded,
-    harmful_token,
-)
+from kvguard.guard_observer import GuardObserver, guarded
+from kvguard.guard_report import GuardError, RowReport
 from kvguard.models import LoadedModel
 from kvguard.policies import Action, Decision, Observation, Policy
 from kvguard.policy_factory import make_policy

@@ -1,0 +1,89 @@
+"""What the guard says of its work, and what it refuses."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+class GuardError(ValueError):
+    """The guard cannot do what was asked; the message says what it can."""
+
+
+class RowReport(BaseModel):
+    """What the guard did with one request; counts of tokens and bytes are this request's alone.
+
+    Attributes:
+        modes: (position, mode) whenever the mode changed; position counts generated tokens from 0.
+        alarm_steps: generated tokens in the row when each alarm came.
+        rewound_to: tokens kept by each rewind or restart.
+        unrecoverable: recoveries that reached behind tokens which had been streamed already.
+        tokens_wasted: generated, then dropped.
+        tokens_prefilled: of prompts, verifying passes and recoveries; a shared prefix counts.
+        decode_steps: single-token passes, those of dropped tokens included.
+        checks: passes of the uncompressed model over what had not been checked.
+        kv_bytes_mean: bytes that the row's entries take, hidden ones too, mean over its decode
+            steps; None without a step. Padding belongs to the batch and is left out.
+        kv_bytes_peak: the largest of them, and of the caches that verifying passes held.
+        kv_padding_bytes_mean: what the batch held empty for the row, so that its rows are equally
+            long: a long row, such as a rewound one, makes padding in the others.
+        seconds: of this request's prefill, recoveries and share of the decoding and watching.
+        stop_reason: "eos", "length" or "stopped"; None on error.
+        notes: what went wrong and was survived.
+        error: why the request failed, None if it did not.
+    """
+
+    key: str
+    modes: list[tuple[int, str]] = []
+    alarm_steps: list[int] = []
+    rewound_to: list[int] = []
+    unrecoverable: int = 0
+    tokens_wasted: int = 0
+    tokens_prefilled: int = 0
+    decode_steps: int = 0
+    checks: int = 0
+    kv_bytes_mean: float | None = None
+    kv_bytes_peak: int | None = None
+    kv_padding_bytes_mean: float | None = None
+    seconds: float = 0.0
+    stop_reason: str | None = None
+    notes: list[str] = []
+    error: str | None = None
+
+
+class GuardReport(list[RowReport]):
+    """What the guard did in one call, one `RowReport` a row."""
+
+    def __repr__(self) -> str:
+        alarmed = sum(bool(row.alarm_steps) for row in self)
+        failed = sum(row.error is not None for row in self)
+        return f"<GuardReport: {len(self)} rows, {alarmed} alarmed, {failed} failed>"
+
+    def total(self) -> dict[str, float]:
+        """The rows' counts and seconds, added up."""
+        names = (
+            "tokens_wasted",
+            "tokens_prefilled",
+            "decode_steps",
+            "checks",
+            "unrecoverable",
+            "seconds",
+        )
+        counts: dict[str, float] = {
+            "rows": len(self),
+            "alarmed": sum(bool(row.alarm_steps) for row in self),
+            "failed": sum(row.error is not None for row in self),
+        }
+        return counts | {name: sum(getattr(row, name) for row in self) for name in names}
+
+    def to_frame(self) -> "pl.DataFrame":
+        """One row a row, a Polars frame."""
+        import polars as pl
+
+        rows = [
+            row.model_dump() | {"modes": [f"{position}:{mode}" for position, mode in row.modes]}
+            for row in self
+        ]
+        return pl.DataFrame(rows, infer_schema_length=None)
