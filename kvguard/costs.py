@@ -11,6 +11,7 @@ The live guard measures these, the offline simulation computes them from a trace
 `recovery_cost` is the arithmetic that both agree on.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -43,8 +44,9 @@ class CostMeter:
     long as it takes, everything that is allocated stays so, that of rows which wait too. A row's
     share of the slots is its own pages and an equal part of the free ones (`Slots.row_bytes`); what
     a pass needs beyond the slots is charged to the rows that it is for. So the requests' shares sum
-    to what the batch allocated. A request's own admission, before its cache is compressed, is the
-    same under every policy and left out.
+    to what the batch allocated. Host bytes are a row's cold cache and an equal part of a parked
+    prefix that rows share. A request's own admission, before its cache is compressed, and the
+    prefilled prefix that admissions use are the same under every policy and left out.
 
     Args:
         slots: the caches.
@@ -83,8 +85,12 @@ class CostMeter:
             share = int(kept[number] + masked[number] + padding[number])
             completion.device_byte_steps += share + transient.get(number, 0)
             completion.device_bytes_peak = max(completion.device_bytes_peak, peak)
-            cold = getattr(row, "cold", None)
-            completion.host_byte_steps += 0 if cold is None else cold.nbytes
+        parked = [row for row in self.rows if row.cold is not None]
+        shared = Counter(id(row.cold.prefix) for row in parked)
+        for row in parked:
+            size = 0 if row.cold.prefix is None else row.cold.prefix.nbytes
+            part = size // shared[id(row.cold.prefix)]
+            row.completion.host_byte_steps += row.cold.nbytes + part
         return kept, masked, padding
 
 

@@ -158,7 +158,9 @@ def test_a_pass_beyond_the_slots_is_charged_to_the_rows_that_it_is_for() -> None
             return np.array([20, 30]), np.array([0, 5]), np.array([8, 7])
 
     rows = [SimpleNamespace(completion=Completion(Request(str(i), [5])), cold=None) for i in (0, 1)]
-    rows[1].cold = SimpleNamespace(nbytes=1000)
+    prefix = SimpleNamespace(nbytes=60)
+    for row, size in zip(rows, (500, 1000), strict=True):
+        row.cold = SimpleNamespace(nbytes=size, prefix=prefix)
     meter = CostMeter(Fixed(), rows)
     meter.step()
     meter.extra_pass({1: 400})
@@ -166,4 +168,4 @@ def test_a_pass_beyond_the_slots_is_charged_to_the_rows_that_it_is_for() -> None
     assert first.device_byte_steps == 2 * 28
     assert second.device_byte_steps == 2 * 42 + 400
     assert first.device_bytes_peak == second.device_bytes_peak == 470
-    assert (first.host_byte_steps, second.host_byte_steps) == (0, 2000)
+    assert (first.host_byte_steps, second.host_byte_steps) == (1060, 2060)
