@@ -1,171 +1,79 @@
 """Operating points of the controller, with a finite-sample, distribution-free certificate.
 
-**Learn-then-Test** (Angelopoulos, Bates, Candès, Jordan and Lei 2021). Each setting (tau_low,
-tau_high, k, j) is a null hypothesis "its risk exceeds alpha". A p-value that is valid for any
-distribution is computed from the calibration prompts, and a procedure that controls the
-family-wise error at delta rejects some of the hypotheses. With probability at least 1 - delta over
-the draw of the calibration prompts, *every* setting so certified has a risk of at most alpha, and
-the most useful of them may be chosen freely.
+**The statement.** For one use (model, press, ratio, task, recovery, see `certificate.Use`) and one
+operating point: with probability 1 - delta over the draw of the calibration prompts, at most
+``alpha`` of *all* requests are harmed and not repaired, and at most ``alarm_budget`` of them alarm.
+Both hold together or the statement is not made, so a guard that never alarms is certified only
+where compression itself harms that seldom.
 
-**The unit is the prompt.** One prompt is decoded under several conditions, and its requests are not
-independent. A prompt's loss is therefore one number in [0, 1]: the share of its harmless requests
-that alarm (false alarms), or of its harmful requests that never alarm (missed harm). Prompts
-without such a request say nothing and are left out. The certified risk is the mean of that loss
-over prompts: the chance that a harmless request alarms, when first a prompt and then one of its
-harmless requests is drawn. The p-value is that of Hoeffding and Bentkus, and the exact binomial
-tail where every prompt has a single request (one model, press and ratio).
+**Learn-then-Test** (see `kvguard.learn_then_test`). The grid of thresholds is one fixed sequence,
+ordered by the losses of prompts that the certificate does not use: train, and the part of
+calibration that fitted the probabilities. First come the primary hypotheses that those prompts
+expect to be rejected, then the secondary ones about them (false alarms among requests that
+compression does not harm, missed harm among those that it does), then the rest. Testing stops at
+the first hypothesis that is not rejected; one delta covers the sequence, no correction for the size
+of the grid is paid, and every point that was certified holds, so the most useful may be chosen.
 
-**Missed harm** counts a request whose alarm comes after the onset as caught, because verifying and
-rewinding repairs it all the same; only a request that ends without any alarm is missed.
+**The unit** is the prompt, or the template where a task draws prompts from templates. A unit's loss
+is the share of its requests that went wrong, a number in [0, 1]. The p-value is that of Hoeffding
+and Bentkus, and the exact binomial tail where every unit has a single request.
 
-**The family.** The grid is tested as a fixed sequence, ordered by the losses of prompts that the
-certificate does not use: train, and the part of calibration that fitted the probabilities. Testing
-stops at the first hypothesis that is not rejected, and no correction for the size of the grid is
-paid. `mapie.risk_control.BinaryClassificationController` has the same p-values and sequences, but a
-row of its input is an independent unit with a 0/1 loss. Shares per prompt do not fit that, so its
-parts are used, not the class.
+**Repaired.** A request that alarms and is promoted (or restarted) ends as the uncompressed one,
+whenever the alarm came: that is proven, and harm left is harm without an alarm. A recovery that
+goes on compressed may be harmed after its last check, and no trace says whether: every request at
+risk that alarms then counts as harmed. The statement says so (``conservative``).
+
+**Thresholds from a price.** A check is due when the harm that is expected exceeds what the check
+costs, the tokens that it wastes included. With c the cost of a check in harmed requests and the
+hazard h a calibrated probability of a harmful rejection since the last clean check, that is
+h > c (SpecDec++, 2405.19715, has the same rule for the length of a draft). An operating point is
+such a price; its thresholds minimise harm left + c x alarms on the calibration prompts, over the
+grid and the point that the rule itself gives (`controller.price_point`).
 
 **What it needs.** A predictor fixed before it saw the prompts that certify (they are disjoint from
 train and from those that fitted the probabilities), and later requests that resemble theirs. Each
-statement, about one risk of the pooled requests or of one group of them, holds on its own with
-probability 1 - delta.
+use's sequence holds on its own with probability 1 - delta; a second certificate on the same prompts
+is a second look, which the certificate counts (`calibration_ledger`).
 """
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import polars as pl
-from mapie.risk_control.fwer_control import control_fwer
-from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from kvguard import config, schema
 from kvguard.certificate import (
     Bound,
     Certificate,
-    CertificateError,
     CertifiedPoint,
-    DriftMonitor,
     Reference,
     Risk,
-    load_certificate,
-    save_certificate,
+    Statement,
+    Use,
 )
 from kvguard.config import BASELINE, POINT_NAMES, PointName, digest
 from kvguard.controller import NEVER, OperatingPoints, first_alarm, grid_points
+from kvguard.harm import at_risk
 from kvguard.leakage import LeakageCheck, assert_disjoint, check_trained_on
+from kvguard.learn_then_test import Bools, Floats, certify, p_values, prompts_needed, rate_bounds
 from kvguard.predictor import Predictor
 from kvguard.splits import Table, prompts_of, read_splits, scan_table
 
-__all__ = [
-    "Calibration",
-    "Certificate",
-    "CertificateError",
-    "DriftMonitor",
-    "calibrate",
-    "certify",
-    "load_certificate",
-    "p_values",
-    "prompts_needed",
-    "save_certificate",
-]
-
 logger = logging.getLogger(__name__)
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 REFERENCE_DELTA = 0.025
 """Of each bound on the calibration's alarm rate that the drift monitor starts from."""
 
-_MAX_PROMPTS = 10_000_000
+EXACT_RECOVERIES = ("promote", "restart")
+"""Recoveries after which a request provably ends as the uncompressed one."""
 
+SCOPE = ("model", "press", "ratio", "task")
+"""What a statement is about; each has a sequence of tests of its own."""
 
-# --- Learn-then-Test -----------------------------------------------------------------------------
-
-
-def p_values(means: ArrayLike, units: ArrayLike, alpha: float, *, single: bool = False) -> Floats:
-    """Super-uniform p-values for "the expected loss exceeds alpha", losses in [0, 1].
-
-    Args:
-        means: (G,) mean losses.
-        units: (G,) or one number: independent units in each mean.
-        alpha: the level that the risk is tested against.
-        single: the losses are 0 or 1 by design; then the exact binomial tail applies.
-
-    Returns:
-        (G,) p-values; 1 without units.
-
-    Source: Hoeffding-Bentkus p-value, Bates et al. 2021, through MAPIE.
-    """
-    mean = np.atleast_1d(np.asarray(means, dtype=np.float64))
-    count = np.broadcast_to(np.asarray(units, dtype=np.float64), mean.shape).copy()
-    known = (count > 0) & np.isfinite(mean)
-    values = np.ones(len(mean))
-    if known.any():
-        # a hair less, so that count x mean does not round up past a whole number of losses
-        lowered = np.maximum(mean[known] - 1e-12, 0.0)
-        found = compute_hoeffding_bentkus_p_value(lowered, count[known], alpha, binary=single)
-        values[known] = np.minimum(found[:, 0], 1.0)
-    return values
-
-
-def certify(values: ArrayLike, order: ArrayLike, delta: float) -> Bools:
-    """Which hypotheses a fixed sequence rejects, with family-wise error of at most ``delta``.
-
-    Args:
-        values: (G,) p-values.
-        order: (G,) indices in the order of testing, chosen without the data behind ``values``.
-        delta: bound on the chance that any true hypothesis is rejected.
-
-    Returns:
-        (G,) true where the hypothesis is rejected, that is, the setting certified.
-
-    Source: fixed-sequence testing, Bauer 1991, through MAPIE.
-    """
-    numbers, sequence = np.asarray(values, dtype=np.float64), np.asarray(order)
-    certified = np.zeros(len(numbers), dtype=np.bool_)
-    certified[sequence[control_fwer(numbers[sequence], delta, "fixed_sequence")]] = True
-    return certified
-
-
-def prompts_needed(observed: float, alpha: float, delta: float, *, single: bool) -> int | None:
-    """Prompts at which a risk under alpha could be certified, were ``observed`` their mean loss.
-
-    Returns:
-        The smallest such number; None where the observed loss is not under alpha.
-    """
-    if observed >= alpha:
-        return None
-    stop = 64
-    while stop <= _MAX_PROMPTS:
-        counts = np.arange(1, stop)
-        values = p_values(np.full(len(counts), observed), counts, alpha, single=single)
-        enough = np.flatnonzero(values <= delta)
-        if len(enough):
-            return int(counts[enough[0]])
-        stop *= 4
-    return None
-
-
-def rate_bounds(mean: float, units: int, delta: float, *, single: bool) -> tuple[float, float]:
-    """Lower and upper bound on an expected loss in [0, 1], each with probability 1 - delta.
-
-    The levels that the p-value does not exclude: Clopper and Pearson's interval where losses are 0
-    or 1, by bisection.
-    """
-
-    def upper(observed: float) -> float:
-        low, high = observed, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            excluded = p_values(observed, units, min(middle, 1 - 1e-12), single=single)[0] <= delta
-            low, high = (low, middle) if excluded else (middle, high)
-        return high
-
-    return 1 - upper(1 - mean), upper(mean)
+Unit = Literal["prompt", "template"]
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -174,8 +82,9 @@ def rate_bounds(mean: float, units: int, delta: float, *, single: bool) -> tuple
 class CalibrationRequests(NamedTuple):
     """Requests as the controller sees them.
 
-    ``keys`` (N rows): `schema.TRACE_KEYS` and ``harmful``; ``alarms`` (G, N): whether each request
-    ever enters SAFE under each setting; ``onset_alarms`` (G, N): before its onset.
+    ``keys`` (N rows): `schema.TRACE_KEYS`, ``task``, ``unit``, ``harmed`` (null: unknown) and
+    ``at_risk``; ``alarms`` (G, N): whether each request ever enters SAFE under each operating
+    point; ``early`` (G, N): before harm starts.
     """
 
     keys: pl.DataFrame
@@ -190,64 +99,159 @@ class CalibrationRequests(NamedTuple):
 
 
 def simulate_requests(
-    predictions: pl.DataFrame, labels: pl.DataFrame, target: str, settings: OperatingPoints
+    predictions: pl.DataFrame, outcomes: pl.DataFrame, points: OperatingPoints
 ) -> CalibrationRequests:
-    """Run the controller over recorded hazards, for every setting.
+    """Run the controller over recorded hazards, for every operating point.
 
     Args:
         predictions: `schema.PREDICTIONS` of one target.
-        labels: `schema.LABELS` of the same tokens.
-        target: whose onset makes a request harmful.
-        settings: (G,).
+        outcomes: TRACE_KEYS, task, unit, harmed, at_risk and harm_onset of the same requests.
+        points: (G,).
     """
-    known = labels.select(*schema.TOKEN_KEYS, f"steps_to_{target}", f"hazard_{target}")
-    tokens = predictions.join(known, on=schema.TOKEN_KEYS, how="left").sort(schema.TOKEN_KEYS)
-    requests = tokens.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
-        length=pl.len(),
-        onset=(pl.col(f"steps_to_{target}") + pl.col("position")).first(),
-        judged=pl.col(f"hazard_{target}").is_not_null().all(),
+    tokens = predictions.sort(schema.TOKEN_KEYS)
+    requests = (
+        tokens.group_by(schema.TRACE_KEYS, maintain_order=True)
+        .agg(length=pl.len())
+        .join(outcomes, on=schema.TRACE_KEYS, how="left", maintain_order="left")
     )
-    unjudged = requests.filter(~pl.col("judged"))
-    if unjudged.height:
-        raise ValueError(
-            f"target {target!r} was not judged in {unjudged.height} requests, such as "
-            f"{unjudged.row(0)[:4]}: it needs the audit"
-        )
     lengths = requests["length"].to_numpy().astype(np.int64)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     starts = np.cumsum(lengths) - lengths
     hazard = np.full((len(lengths), int(lengths.max(initial=0))), np.nan, np.float32)
     hazard[rows, np.arange(len(rows)) - starts[rows]] = tokens["hazard"].to_numpy()
-    first = first_alarm(hazard, lengths, settings)
-    onset = requests["onset"].fill_null(np.iinfo(np.int32).max).to_numpy()
-    keys = requests.select(*schema.TRACE_KEYS, harmful=pl.col("onset").is_not_null())
+    first = first_alarm(hazard, lengths, points)
+    onset = requests["harm_onset"].fill_null(np.iinfo(np.int32).max).to_numpy()
+    keys = requests.select(*schema.TRACE_KEYS, "task", "unit", "harmed", "at_risk")
     alarms = first != NEVER
     return CalibrationRequests(keys, alarms, alarms & (first < onset))
 
 
 class Losses(NamedTuple):
-    """Mean losses (G,) over ``prompts`` prompts and ``requests`` requests; NaN without any."""
+    """Mean losses (G,) over ``units`` units and ``requests`` requests; NaN without any."""
 
     means: Floats
-    prompts: int
+    units: int
     requests: int
+    single: bool  # one request a unit: losses are 0 or 1
 
 
-def prompt_losses(requests: CalibrationRequests, risk: Risk) -> Losses:
-    """Mean over prompts of the share of their harmless (harmful) requests that (never) alarm."""
-    harmful = requests.keys["harmful"].to_numpy()
-    counts = harmful if risk == "missed_harm" else ~harmful
-    wrong = requests.alarms if risk == "false_alarm" else ~requests.alarms
-    return _mean_share(requests.keys["prompt_id"].filter(counts), wrong[:, counts])
+def unit_losses(requests: CalibrationRequests, risk: Risk, recovery: str) -> Losses:
+    """Mean over units of the share of their requests that went wrong.
+
+    Args:
+        requests: of one scope, or of several.
+        risk: what going wrong is.
+        recovery: what an alarm does; decides which harm is repaired.
+    """
+    harmed = requests.keys["harmed"]
+    unknown, hurt = harmed.is_null().to_numpy(), harmed.fill_null(False).to_numpy()
+    counts = np.ones(len(hurt), np.bool_)
+    if risk == "alarm":
+        wrong = requests.alarms
+    elif risk == "harm_left" and recovery in EXACT_RECOVERIES:
+        wrong = (hurt | unknown) & ~requests.alarms
+    elif risk == "harm_left":
+        exposed = requests.keys["at_risk"].fill_null(True).to_numpy() | unknown
+        wrong = np.where(requests.alarms, exposed, hurt | unknown)
+    else:
+        counts = ~unknown & (hurt if risk == "missed_harm" else ~hurt)
+        wrong = ~requests.alarms if risk == "missed_harm" else requests.alarms
+    return _mean_share(requests.keys["unit"].filter(counts), wrong[:, counts])
 
 
-def _mean_share(prompts: pl.Series, events: Bools) -> Losses:
-    codes = np.unique(prompts.to_numpy(), return_inverse=True)[1]
+def _mean_share(units: pl.Series, events: Bools) -> Losses:
+    codes = np.unique(units.to_numpy(), return_inverse=True)[1]
     if not len(codes):
-        return Losses(np.full(len(events), np.nan), 0, 0)
-    per_prompt = np.bincount(codes).astype(float)
-    weights = 1 / (per_prompt[codes] * len(per_prompt))
-    return Losses(events @ weights, len(per_prompt), len(codes))
+        return Losses(np.full(len(events), np.nan), 0, 0, True)
+    per_unit = np.bincount(codes).astype(float)
+    weights = 1 / (per_unit[codes] * len(per_unit))
+    return Losses(events @ weights, len(per_unit), len(codes), bool((per_unit == 1).all()))
+
+
+# --- one sequence of tests -----------------------------------------------------------------------
+
+
+class TestSequence(NamedTuple):
+    """The tests of one scope and recovery: by risk, losses, p-values and what was rejected (G,)."""
+
+    losses: dict[Risk, Losses]
+    values: dict[Risk, Floats]
+    certified: dict[Risk, Bools]  # harm_left and alarm jointly: the same array
+
+
+def run_sequence(
+    sample: CalibrationRequests,
+    other: CalibrationRequests,
+    recovery: str,
+    levels: dict[Risk, float],
+    delta: float,
+) -> TestSequence:
+    """Test a whole grid in one fixed sequence with family-wise error of at most ``delta``.
+
+    Args:
+        sample: requests of the prompts that certify.
+        other: requests of other prompts, which decide the order of the tests.
+        recovery: what an alarm does.
+        levels: what each risk is tested against.
+        delta: of the sequence.
+    """
+    losses: dict[Risk, Losses] = {risk: unit_losses(sample, risk, recovery) for risk in levels}
+    values = {
+        risk: p_values(part.means, part.units, levels[risk], single=part.single)
+        for risk, part in losses.items()
+    }
+    # What other prompts let expect, had they been as many as those that certify.
+    expected = {}
+    for risk, part in losses.items():
+        seen = unit_losses(other, risk, recovery).means
+        expected[risk] = p_values(seen, part.units, levels[risk], single=part.single)
+    size = len(sample.alarms)
+    primary = np.maximum(values["harm_left"], values["alarm"])
+    hoped = np.maximum(expected["harm_left"], expected["alarm"])
+    order = np.lexsort((np.arange(size), hoped))
+    first = max(int((hoped <= delta).sum()), 1)
+    secondary = np.concatenate([expected["false_alarm"], expected["missed_harm"]])
+    related = np.concatenate([order[:first], size + order[:first]])
+    related = related[np.lexsort((related, secondary[related]))]
+    sequence = np.concatenate([order[:first], size + related, order[first:]])
+    tests = np.concatenate([primary, values["false_alarm"], values["missed_harm"]])
+    rejected = certify(tests, sequence, delta)
+    joint, false_alarm, missed = rejected[:size], rejected[size : 2 * size], rejected[2 * size :]
+    return TestSequence(
+        losses,
+        values,
+        {
+            "harm_left": joint,
+            "alarm": joint,
+            "false_alarm": false_alarm,
+            "missed_harm": missed,
+        },
+    )
+
+
+def _bound(
+    tested: TestSequence, risk: Risk, point: int, alpha: float, delta: float, unit: Unit
+) -> Bound:
+    losses = tested.losses[risk]
+    at_zero = prompts_needed(0.0, alpha, delta, single=losses.single)
+    if at_zero is None:
+        raise ValueError(f"alpha={alpha:g} is too small to be certified")
+    observed = float(losses.means[point]) if losses.units else None
+    return Bound(
+        risk=risk,
+        alpha=alpha,
+        delta=delta,
+        unit=unit,
+        units=losses.units,
+        requests=losses.requests,
+        observed=observed,
+        p_value=float(tested.values[risk][point]) if losses.units else None,
+        certified=bool(tested.certified[risk][point]),
+        units_needed_at_zero=at_zero,
+        units_needed=None
+        if observed is None
+        else prompts_needed(observed, alpha, delta, single=losses.single),
+    )
 
 
 # --- calibration ---------------------------------------------------------------------------------
@@ -260,131 +264,125 @@ class Calibration(NamedTuple):
     tables: dict[str, pl.DataFrame]  # certificate, certificate_grid, leakage_check_calibration
 
 
-class _Tested(NamedTuple):
-    """A risk of every setting, tested at one level."""
+class Look(NamedTuple):
+    """What the ledger says of this certificate, see `calibration_ledger`."""
 
-    losses: Losses
-    values: Floats
-    certified: Bools
-    alpha: float
-    delta: float
-    risk: Risk
-    single: bool
+    frozen: str = ""
+    looks: int = 1
+    frozen_before_prompts: bool = False
 
-    def bound(self, setting: int) -> Bound:
-        observed = float(self.losses.means[setting]) if self.losses.prompts else None
-        at_zero = prompts_needed(0.0, self.alpha, self.delta, single=self.single)
-        if at_zero is None:
-            raise ValueError(f"alpha={self.alpha:g} is too small to be certified")
-        return Bound(
-            risk=self.risk,
-            alpha=self.alpha,
-            delta=self.delta,
-            prompts=self.losses.prompts,
-            requests=self.losses.requests,
-            observed=observed,
-            p_value=float(self.values[setting]) if self.losses.prompts else None,
-            certified=bool(self.certified[setting]),
-            prompts_needed_at_zero=at_zero,
-            prompts_needed=None
-            if observed is None
-            else prompts_needed(observed, self.alpha, self.delta, single=self.single),
-        )
+
+def certifying_prompts(predictor: Predictor, splits: pl.DataFrame) -> list[str]:
+    """Calibration prompts that did not fit the predictor's probabilities, sorted."""
+    fitted = predictor.provenance.get("probability_prompts", [])
+    return sorted(set(prompts_of(splits, "calibration")) - set(fitted))
 
 
 def calibrate(
     predictor: Predictor,
     predictions: Table,
-    labels: Table,
+    outcomes: Table,
     splits: Table,
+    *,
     controller: config.Controller,
     certificate: config.CertificateSettings,
+    uses: Sequence[Use] | None = None,
+    look: Look | None = None,
 ) -> Calibration:
     """Choose the operating points on calibration prompts, and certify what can be certified.
 
-    An operating point is the setting that catches most harm among those whose false alarms are
-    certified to stay under its target. Where none is, it is the one that catches most among those
-    whose observed false alarms do, and its bound says "not certified". A point is never bolder than
-    the next. The uncompressed baseline is left out throughout: a guard is only ever put around a
-    press.
+    The library side of `kvguard calibrate`: after a retrain, call it with the new predictor's
+    predictions and save what it returns beside the predictor. The uncompressed baseline is left out
+    throughout: a guard is only ever put around a press.
 
     Args:
         predictor: the one that made ``predictions``; its probabilities were fitted on other
             calibration prompts than those that certify.
         predictions: `schema.PREDICTIONS`, a frame or its file.
-        labels: `schema.LABELS`.
+        outcomes: `schema.OUTCOMES` with the baseline's rows.
         splits: `schema.SPLITS`.
-        controller: the grid and the operating points' targets.
-        certificate: alpha, delta and miss_alpha.
+        controller: the grid and the operating points' prices.
+        certificate: the levels, delta and the recoveries.
+        uses: what statements are bound to; those that no request belongs to are passed over. None:
+            every (model, press, ratio, task) of the requests, the rest unrecorded.
+        look: what the ledger of looks at these prompts says.
 
     Returns:
-        The certificate and the tables ``certificate`` (one row per group of requests, operating
-        point and risk), ``certificate_grid`` (one row per setting, pooled) and
+        The certificate and the tables ``certificate`` (one row per use, operating point and risk),
+        ``certificate_grid`` (one row per point of the grid, all requests pooled) and
         ``leakage_check_calibration``.
 
     Raises:
         LeakageError: prompts that certify were seen in training.
-        ValueError: there are no predictions for the predictor's target.
+        ValueError: there are no predictions for the predictor's target, or harm was not judged.
     """
     known = read_splits(splits)
-    leakage = LeakageCheck(known)
+    check = LeakageCheck(known)
     if predictor.kind != "rules":
         check_trained_on(known, predictor.provenance)
+    certifying = certifying_prompts(predictor, known)
     fitted = predictor.provenance.get("probability_prompts", [])
-    certifying = sorted(set(prompts_of(known, "calibration")) - set(fitted))
     ordering = sorted({*prompts_of(known, "train"), *fitted})
     assert_disjoint({"certificate": certifying, "training and probabilities": ordering})
     if not certifying:
         raise ValueError("no calibration prompt is left to certify: more prompts are needed")
 
-    settings = grid_points(controller)
-    requests = _requests(predictor, predictions, labels, [*certifying, *ordering], settings)
+    points = grid_points(controller)
+    prompts = [*certifying, *ordering]
+    requests = _requests(predictor, predictions, outcomes, known, prompts, points)
     mine = requests.keys["prompt_id"].is_in(certifying).to_numpy()
     sample, other = requests.take(mine), requests.take(~mine)
-    leakage.check("certificate", sample.keys["prompt_id"], predictor.target)
+    check.check("certificate", sample.keys["prompt_id"], predictor.target)
+    if uses is None:
+        uses = _plain_uses(sample.keys, certificate.recoveries)
 
-    def test(part: Bools, rest: Bools, risk: Risk, alpha: float) -> _Tested:
-        chosen = sample.take(part)
-        single = chosen.keys["prompt_id"].is_duplicated().sum() == 0
-        losses = prompt_losses(chosen, risk)
-        values = p_values(losses.means, losses.prompts, alpha, single=single)
-        order = _order(other.take(rest), settings, risk)
-        certified = certify(values, order, certificate.delta)
-        return _Tested(losses, values, certified, alpha, certificate.delta, risk, single)
-
-    everything = np.ones(len(sample.keys), np.bool_), np.ones(len(other.keys), np.bool_)
-    missed = test(*everything, "missed_harm", certificate.miss_alpha)
-    headline = test(*everything, "false_alarm", certificate.alpha)
-    chosen: dict[PointName, int] = {}
-    points: dict[PointName, CertifiedPoint] = {}
-    for name in reversed(POINT_NAMES):
-        tested = test(*everything, "false_alarm", controller.false_alarm_targets[name])
-        chosen[name] = _choose(tested, missed.losses, sample, list(chosen.values()))
-        points[name] = CertifiedPoint(
-            name=name,
-            operating_point=settings.point(chosen[name]),
-            false_alarm=tested.bound(chosen[name]),
-            missed_harm=missed.bound(chosen[name]),
-            references=_references(sample, chosen[name]),
-        )
+    levels: dict[Risk, float] = {
+        "harm_left": certificate.alpha,
+        "alarm": certificate.alarm_budget,
+        "false_alarm": certificate.false_alarm_alpha,
+        "missed_harm": certificate.miss_alpha,
+    }
+    tested: list[tuple[Use, TestSequence]] = []
+    for use in uses:
+        scope = {name: getattr(use, name) for name in SCOPE}
+        part, rest = sample.take(_where(sample, scope)), other.take(_where(other, scope))
+        if part.keys.height:
+            sequence = run_sequence(part, rest, use.recovery, levels, certificate.delta)
+            tested.append((use, sequence))
+    chosen = choose_points(sample, controller, [sequence for _, sequence in tested])
+    templated = set(known.filter(pl.col("template").is_not_null())["task"])
+    statements = [
+        _statement(use, sequence, name, point, levels, certificate.delta, templated)
+        for use, sequence in tested
+        for name, point in chosen.items()
+    ]
+    look = look or Look()
     made = Certificate(
         predictor_digest=predictor.digest,
         target=predictor.target,
-        alpha=certificate.alpha,
         delta=certificate.delta,
-        certified=bool(headline.certified.any()),
-        certified_points=[settings.point(int(i)) for i in np.flatnonzero(headline.certified)],
-        headline=headline.bound(_headline_setting(headline)),
-        points={name: points[name] for name in POINT_NAMES},
+        looks=look.looks,
+        frozen=look.frozen,
+        frozen_before_prompts=look.frozen_before_prompts,
+        points={
+            name: CertifiedPoint(
+                name=name,
+                operating_point=points.point(point),
+                price=controller.prices[name],
+                references=_references(sample, point),
+            )
+            for name, point in chosen.items()
+        },
+        statements=statements,
         prompts_certifying=len(certifying),
         prompts_total=len(known),
         prompts_digest=digest(certifying),
     )
     logger.info("%s", made.text)
     tables = {
-        "certificate": _group_table(sample, other, controller, certificate, chosen, test),
-        "certificate_grid": _grid_table(settings, headline, missed, sample, chosen),
-        "leakage_check_calibration": leakage.table(),
+        "certificate": _statement_table(statements),
+        "certificate_grid": _grid_table(points, sample, chosen, tested),
+        "leakage_check_calibration": check.table(),
     }
     return Calibration(made, tables)
 
@@ -392,9 +390,10 @@ def calibrate(
 def _requests(
     predictor: Predictor,
     predictions: Table,
-    labels: Table,
+    outcomes: Table,
+    splits: pl.DataFrame,
     prompts: list[str],
-    settings: OperatingPoints,
+    points: OperatingPoints,
 ) -> CalibrationRequests:
     wanted = pl.LazyFrame({"prompt_id": prompts}, schema={"prompt_id": pl.String})
     compressed = pl.col("press") != BASELINE
@@ -406,63 +405,96 @@ def _requests(
     )
     if tokens.is_empty():
         raise ValueError(f"no predictions of compressed requests for target {predictor.target!r}")
-    known = scan_table(labels).filter(compressed).join(wanted, on="prompt_id", how="semi")
-    return simulate_requests(tokens, known.collect(), predictor.target, settings)
+    judged = scan_table(outcomes).collect()
+    judged = judged.with_columns(at_risk=at_risk(judged)).filter(compressed)
+    if judged["harmed"].is_null().all():
+        raise ValueError(
+            "outcomes: harm was judged in no request; the uncompressed runs are needed"
+        )
+    units = splits.select(
+        "prompt_id", unit=pl.coalesce(pl.concat_str("task", pl.lit("/"), "template"), "prompt_id")
+    )
+    judged = judged.join(units, on="prompt_id", how="inner").select(
+        *schema.TRACE_KEYS, "task", "unit", "harmed", "at_risk", "harm_onset"
+    )
+    return simulate_requests(tokens, judged, points)
 
 
-def _order(
-    requests: CalibrationRequests, settings: OperatingPoints, risk: Risk
-) -> NDArray[np.int64]:
-    """The grid from the most to the least likely to have a low risk, seen on other prompts."""
-    losses = prompt_losses(requests, risk)
-    means = losses.means if losses.prompts else np.zeros(len(settings.k))
-    alarms = requests.alarms.mean(axis=1) if requests.alarms.shape[1] else means
-    careful = (settings.j, -settings.tau_low, -settings.k, -settings.tau_high, alarms)
-    sign = 1 if risk == "false_alarm" else -1
-    return np.lexsort((*(sign * key for key in careful), means))
+def _plain_uses(keys: pl.DataFrame, recoveries: Sequence[str]) -> list[Use]:
+    """A use for every scope and recovery, of which nothing else was recorded."""
+    return [
+        Use(
+            model_digest=None,
+            press_class="",
+            phase="",
+            max_new_tokens=0,
+            check_every_tokens=0,
+            recovery=recovery,
+            **scope,
+        )
+        for scope in keys.select(SCOPE).unique().sort(SCOPE).to_dicts()
+        for recovery in recoveries
+    ]
 
 
-def _choose(tested: _Tested, missed: Losses, sample: CalibrationRequests, bolder: list[int]) -> int:
-    """The setting that catches most harm among those that keep the false-alarm target.
+def choose_points(
+    sample: CalibrationRequests, controller: config.Controller, tested: list[TestSequence]
+) -> dict[PointName, int]:
+    """The point of the grid with the least harm left + price x alarms, for each price.
 
-    It alarms on no more harmless and no more harmful requests than the bolder points do: without
-    that, a point that could be certified would often be more careful than one that could not.
+    Among points that are certified somewhere, where any is. Harm left is harm without an alarm:
+    what the recovery does afterwards is the recovery's business.
     """
-    means = tested.losses.means if tested.losses.prompts else np.zeros(len(tested.values))
-    allowed = tested.certified if tested.certified.any() else means <= tested.alpha
-    if not allowed.any():
-        allowed = means == means.min()
-    caught = 1 - missed.means if missed.prompts else sample.alarms.mean(axis=1)
-    for other in bolder:
-        capped = allowed & (means <= means[other]) & (caught <= caught[other])
-        allowed = capped if capped.any() else np.arange(len(means)) == other
-    candidates = np.flatnonzero(allowed)
-    best = np.lexsort((means[candidates], -caught[candidates]))
-    return int(candidates[best[0]])
+    harm = unit_losses(sample, "harm_left", "promote").means
+    alarms = unit_losses(sample, "alarm", "promote").means
+    allowed = np.zeros(len(harm), np.bool_)
+    for sequence in tested:
+        allowed |= sequence.certified["harm_left"]
+    candidates = np.flatnonzero(allowed) if allowed.any() else np.arange(len(harm))
+    chosen: dict[PointName, int] = {}
+    for name in POINT_NAMES:
+        cost = harm[candidates] + controller.prices[name] * alarms[candidates]
+        chosen[name] = int(candidates[np.lexsort((alarms[candidates], np.round(cost, 12)))[0]])
+    return chosen
 
 
-def _headline_setting(tested: _Tested) -> int:
-    """A certified setting of the largest observed risk, or the one closest to being certified."""
-    if tested.certified.any():
-        return int(np.flatnonzero(tested.certified)[np.argmax(tested.values[tested.certified])])
-    return int(np.argmin(tested.values))
+def _statement(
+    use: Use,
+    tested: TestSequence,
+    name: PointName,
+    point: int,
+    levels: dict[Risk, float],
+    delta: float,
+    templated: set[str],
+) -> Statement:
+    unit: Unit = "template" if use.task in templated else "prompt"
+    bounds = {risk: _bound(tested, risk, point, levels[risk], delta, unit) for risk in levels}
+    return Statement(
+        use=use,
+        operating_point=name,
+        harm_left=bounds["harm_left"],
+        alarms=bounds["alarm"],
+        false_alarm=bounds["false_alarm"],
+        missed_harm=bounds["missed_harm"],
+        conservative=use.recovery not in EXACT_RECOVERIES,
+    )
 
 
-def _references(sample: CalibrationRequests, setting: int) -> list[Reference]:
+def _references(sample: CalibrationRequests, point: int) -> list[Reference]:
     groups: list[tuple[str | None, str | None]] = [(None, None)]
     groups += sample.keys.select("press", "ratio").unique().sort("press", "ratio").rows()
     references = []
     for press, ratio in groups:
-        part = sample if press is None else sample.take(_where(sample, press=press, ratio=ratio))
-        single = part.keys["prompt_id"].is_duplicated().sum() == 0
-        share = _mean_share(part.keys["prompt_id"], part.alarms[setting : setting + 1])
+        scope = {} if press is None else {"press": press, "ratio": ratio}
+        part = sample.take(_where(sample, scope))
+        share = _mean_share(part.keys["unit"], part.alarms[point : point + 1])
         rate = float(share.means[0])
-        lower, upper = rate_bounds(rate, share.prompts, REFERENCE_DELTA, single=single)
+        lower, upper = rate_bounds(rate, share.units, REFERENCE_DELTA, single=share.single)
         references.append(
             Reference(
                 press=press,
                 ratio=ratio,
-                prompts=share.prompts,
+                prompts=share.units,
                 rate=rate,
                 lower=lower,
                 upper=upper,
@@ -472,107 +504,57 @@ def _references(sample: CalibrationRequests, setting: int) -> list[Reference]:
     return references
 
 
-def _where(requests: CalibrationRequests, **values: str | None) -> Bools:
+def _where(requests: CalibrationRequests, values: dict[str, str | None]) -> Bools:
     mask = np.ones(len(requests.keys), np.bool_)
     for name, value in values.items():
         mask &= (requests.keys[name] == value).to_numpy()
     return mask
 
 
-_GROUPS: dict[str, tuple[str, ...]] = {
-    "all": (),
-    "model": ("model",),
-    "press": ("press",),
-    "ratio": ("ratio",),
-    "condition": ("model", "press", "ratio"),
-}
-
-
-def _group_table(
-    sample: CalibrationRequests,
-    other: CalibrationRequests,
-    controller: config.Controller,
-    certificate: config.CertificateSettings,
-    chosen: dict[PointName, int],
-    test: Callable[[Bools, Bools, Risk, float], _Tested],
-) -> pl.DataFrame:
-    """One row per group of requests, operating point and risk; each group is tested anew."""
+def _statement_table(statements: Sequence[Statement]) -> pl.DataFrame:
+    """One row per use, operating point and risk."""
     rows = []
-    for group_by, columns in _GROUPS.items():
-        values = sample.keys.select(columns).unique().sort(columns).to_dicts() if columns else [{}]
-        for group in values:
-            part, rest = _where(sample, **group), _where(other, **group)
-            missed = test(part, rest, "missed_harm", certificate.miss_alpha)
-            for name, setting in chosen.items():
-                alarms = test(part, rest, "false_alarm", controller.false_alarm_targets[name])
-                for tested in (alarms, missed):
-                    bound = tested.bound(setting)
-                    rows.append(
-                        {"group_by": group_by, "model": None, "press": None, "ratio": None}
-                        | group
-                        | {"operating_point": name}
-                        | bound.model_dump()
-                        | {"points_certified": int(tested.certified.sum()), "text": bound.text}
-                    )
-    return pl.DataFrame(
-        rows,
-        schema={
-            "group_by": pl.String,
-            "model": pl.String,
-            "press": pl.String,
-            "ratio": pl.String,
-            "operating_point": pl.String,
-            "risk": pl.String,
-            "alpha": pl.Float64,
-            "delta": pl.Float64,
-            "prompts": pl.Int64,
-            "requests": pl.Int64,
-            "observed": pl.Float64,
-            "p_value": pl.Float64,
-            "certified": pl.Boolean,
-            "prompts_needed_at_zero": pl.Int64,
-            "prompts_needed": pl.Int64,
-            "points_certified": pl.Int64,
-            "text": pl.String,
-        },
-    )
+    for one in statements:
+        for bound in (one.harm_left, one.alarms, one.false_alarm, one.missed_harm):
+            rows.append(
+                one.use.model_dump()
+                | {"operating_point": one.operating_point, "conservative": one.conservative}
+                | bound.model_dump()
+                | {"primary": bound.risk in ("harm_left", "alarm"), "text": bound.text}
+            )
+    texts = ("model", "model_digest", "press", "press_class", "phase", "ratio", "task", "recovery")
+    schema_: dict[str, type[pl.DataType]] = dict.fromkeys(texts, pl.String)
+    schema_ |= {"max_new_tokens": pl.Int64, "check_every_tokens": pl.Int64}
+    schema_ |= {"operating_point": pl.String, "conservative": pl.Boolean, "risk": pl.String}
+    schema_ |= {"primary": pl.Boolean, "alpha": pl.Float64, "delta": pl.Float64, "unit": pl.String}
+    schema_ |= {"units": pl.Int64, "requests": pl.Int64, "observed": pl.Float64}
+    schema_ |= {"p_value": pl.Float64, "certified": pl.Boolean, "units_needed_at_zero": pl.Int64}
+    schema_ |= {"units_needed": pl.Int64, "text": pl.String}
+    return pl.DataFrame(rows, schema=schema_)
 
 
 def _grid_table(
-    settings: OperatingPoints,
-    headline: _Tested,
-    missed: _Tested,
+    points: OperatingPoints,
     sample: CalibrationRequests,
     chosen: dict[PointName, int],
+    tested: list[tuple[Use, TestSequence]],
 ) -> pl.DataFrame:
-    names = {setting: name for name, setting in chosen.items()}
-    harmful = sample.keys["harmful"].to_numpy()
-    before = sample.early[:, harmful].mean(axis=1) if harmful.any() else None
-    size = len(settings.k)
-
-    def column(tested: _Tested, values: Floats) -> pl.Series:
-        return pl.Series(values if tested.losses.prompts else [None] * size, dtype=pl.Float64)
-
+    """The grid on the calibration prompts, all requests pooled."""
+    size = len(points.k)
+    harmed = sample.keys["harmed"].fill_null(False).to_numpy()
+    early = sample.early[:, harmed].mean(axis=1) if harmed.any() else np.full(size, np.nan)
+    columns: dict[str, Floats | Bools | NDArray[np.int64]] = {
+        f"{risk}_observed": unit_losses(sample, risk, "promote").means
+        for risk in ("harm_left", "alarm", "false_alarm", "missed_harm")
+    }
+    uses = np.zeros(size, np.int64)
+    for _, sequence in tested:
+        uses += sequence.certified["harm_left"]
+    names = [", ".join(n for n, at in chosen.items() if at == i) or None for i in range(size)]
     return pl.DataFrame(
-        {
-            "tau_low": settings.tau_low,
-            "tau_high": settings.tau_high,
-            "k": settings.k,
-            "j": settings.j,
-            "operating_point": [
-                ", ".join(n for n, s in chosen.items() if s == i) if i in names else None
-                for i in range(size)
-            ],
-            "false_alarm_observed": column(headline, headline.losses.means),
-            "false_alarm_p_value": column(headline, headline.values),
-            "false_alarm_certified": headline.certified,
-            "missed_harm_observed": column(missed, missed.losses.means),
-            "missed_harm_p_value": column(missed, missed.values),
-            "missed_harm_certified": missed.certified,
-            "alarmed": sample.alarms.mean(axis=1),
-            "caught_before_onset": pl.Series(
-                before if before is not None else [None] * size, dtype=pl.Float64
-            ),
-        },
+        {name: getattr(points, name) for name in OperatingPoints._fields}
+        | {"operating_point": names}
+        | columns
+        | {"uses_certified": uses, "caught_before_onset": early},
         schema_overrides={"operating_point": pl.String},
-    )
+    ).with_columns(pl.selectors.float().fill_nan(None))

@@ -1,68 +1,103 @@
-"""What is guaranteed about the guard's thresholds: the file, its words, and when it stops to hold.
+"""What is guaranteed about the guard's thresholds: the file, its words, and where it applies.
 
 `kvguard.calibration` makes certificates; this module is what a guard needs to read one.
 """
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvguard import schema
 from kvguard.config import POINT_NAMES, OperatingPoint, PointName
 from kvguard.predictor import Predictor
 
-Risk = Literal["false_alarm", "missed_harm"]
+Risk = Literal["harm_left", "alarm", "false_alarm", "missed_harm"]
 
-FORMAT = 1
+FORMAT = 2
 
 _DEMAND: dict[Risk, str] = {
-    "false_alarm": "harmless requests alarm",
-    "missed_harm": "harmful requests never alarm before they end",
+    "harm_left": "requests are harmed and not repaired",
+    "alarm": "requests alarm",
+    "false_alarm": "requests that compression does not harm alarm",
+    "missed_harm": "requests that compression harms never alarm",
 }
 
 
 class CertificateError(ValueError):
-    """A certificate that cannot be used, or that speaks of another predictor."""
+    """A certificate that cannot be used, or that speaks of something else."""
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Bound(_Part):
-    """One statement about one risk of one setting.
+class Use(_Part):
+    """What a statement is bound to; anywhere else it says nothing.
 
     Attributes:
-        risk: ``false_alarm`` or ``missed_harm``.
+        model, model_digest: name, and digest of weights and tokenizer; None: not recorded.
+        press, press_class, phase: the press's name, its class, and when it compresses.
+        ratio: fraction removed.
+        task: of the prompts.
+        max_new_tokens: longest answer.
+        check_every_tokens: how often the guard examines a row.
+        recovery: what an alarm does.
+    """
+
+    model: str
+    model_digest: str | None
+    press: str
+    press_class: str
+    phase: str
+    ratio: str
+    task: str
+    max_new_tokens: int
+    check_every_tokens: int
+    recovery: str
+
+    @property
+    def text(self) -> str:
+        """The use in one line."""
+        return (
+            f"{self.model}, {self.press} {self.ratio} ({self.phase}), task {self.task}, at most "
+            f"{self.max_new_tokens} tokens, examined every {self.check_every_tokens}, recovery "
+            f"{self.recovery}"
+        )
+
+
+class Bound(_Part):
+    """One statement about one risk of one operating point.
+
+    Attributes:
+        risk: what goes wrong: ``harm_left``, ``alarm``, ``false_alarm`` or ``missed_harm``.
         alpha: what the risk is to stay under.
-        delta: the chance, over the draw of the calibration prompts, that a statement of this kind
-            is made although it is false.
-        prompts: calibration prompts with at least one request that counts.
+        delta: the chance, over the draw of the calibration prompts, that any statement of the
+            sequence is made although it is false; looks at the same prompts add up.
+        unit: what is independent: prompts, or templates where prompts are drawn from templates.
+        units: calibration units with at least one request that counts.
         requests: those requests.
-        observed: mean over those prompts of the share that went wrong; None without any.
+        observed: mean over units of the share that went wrong; None without any.
         p_value: against "the risk exceeds alpha"; None without any.
         certified: whether the statement is made.
-        prompts_needed_at_zero: prompts it takes if nothing at all goes wrong on them.
-        prompts_needed: prompts it takes if the observed share stays; None where it is not under
-            alpha, so that no number would do, or nothing was observed.
+        units_needed_at_zero: units it takes if nothing at all goes wrong on them.
+        units_needed: units it takes if the observed share stays; None where it is not under alpha,
+            so that no number would do, or nothing was observed.
     """
 
     risk: Risk
     alpha: float
     delta: float
-    prompts: int = Field(ge=0)
+    unit: Literal["prompt", "template"]
+    units: int = Field(ge=0)
     requests: int = Field(ge=0)
     observed: float | None
     p_value: float | None
     certified: bool
-    prompts_needed_at_zero: int
-    prompts_needed: int | None
+    units_needed_at_zero: int
+    units_needed: int | None
 
     @property
     def text(self) -> str:
@@ -71,20 +106,60 @@ class Bound(_Part):
         seen = (
             "no such request was seen"
             if self.observed is None
-            else f"{self.observed:.1%} observed, {self.prompts} prompts, {self.requests} requests"
+            else f"{self.observed:.1%} observed, {self.units} {self.unit}s, "
+            f"{self.requests} requests"
         )
         if self.certified:
             return f"with probability at least {1 - self.delta:.0%}, {claim} ({seen})"
-        more = max(self.prompts_needed_at_zero - self.prompts, 0)
+        more = max(self.units_needed_at_zero - self.units, 0)
         need = (
-            f"it takes at least {self.prompts_needed_at_zero} such prompts, {more} more than there "
-            f"are, even if nothing goes wrong on them"
+            f"it takes at least {self.units_needed_at_zero} such {self.unit}s, {more} more than "
+            "there are, even if nothing goes wrong on them"
         )
-        if self.prompts_needed is not None:
-            need += f", and {self.prompts_needed} at the observed share"
+        if self.units_needed is not None:
+            need += f", and {self.units_needed} at the observed share"
         elif self.observed is not None:
-            need += "; at the observed share no number of prompts would do"
+            need += "; at the observed share no number of them would do"
         return f"not certified that {claim} ({seen}): {need}"
+
+
+class Statement(_Part):
+    """What is known of one operating point in one use.
+
+    The primary statement is ``harm_left`` together with ``alarms``: both are certified or neither
+    is. The others are secondary, in the same sequence of tests.
+    """
+
+    use: Use
+    operating_point: PointName
+    harm_left: Bound
+    alarms: Bound
+    false_alarm: Bound
+    missed_harm: Bound
+    conservative: bool = Field(
+        description="requests whose ending no trace proves count as harmed: the recovery goes on "
+        "compressed after a check"
+    )
+
+    @property
+    def certified(self) -> bool:
+        """Whether the primary statement is made."""
+        return self.harm_left.certified
+
+    @property
+    def text(self) -> str:
+        """The primary statement and the secondary ones in words."""
+        note = (
+            " Requests that alarm and go on compressed count as harmed: no trace proves their "
+            "ending."
+            if self.conservative
+            else ""
+        )
+        return (
+            f"{self.operating_point}, {self.use.text}: {self.harm_left.text}; jointly, "
+            f"{self.alarms.text}.{note} Secondary: {self.false_alarm.text}; "
+            f"{self.missed_harm.text}."
+        )
 
 
 class Reference(_Part):
@@ -108,20 +183,26 @@ class Reference(_Part):
 
 
 class CertifiedPoint(_Part):
-    """One operating point: its thresholds and what is known about it."""
+    """One operating point: its thresholds and how often requests alarm under them.
+
+    Attributes:
+        price: what a check costs, in harmed requests; the thresholds minimise harm left plus
+            ``price`` times alarms.
+    """
 
     name: PointName
     operating_point: OperatingPoint
-    false_alarm: Bound
-    missed_harm: Bound
+    price: float
     references: list[Reference]
 
     @property
     def text(self) -> str:
-        """Setting and statements in words."""
+        """Thresholds and price in words."""
         point = self.operating_point
-        values = f"tau_low={point.tau_low:g}, tau_high={point.tau_high:g}, k={point.k}, j={point.j}"
-        return f"{self.name} ({values}): {self.false_alarm.text}; {self.missed_harm.text}."
+        return (
+            f"{self.name} (tau_low={point.tau_low:g}, tau_high={point.tau_high:g}, k={point.k}, "
+            f"j={point.j}): a check may cost {self.price:g} of a harmed request"
+        )
 
 
 class Certificate(_Part):
@@ -129,13 +210,14 @@ class Certificate(_Part):
 
     Attributes:
         predictor_digest: of the predictor that the thresholds belong to.
-        target: the failure that counts as harm.
-        alpha, delta: of the headline: which settings of the grid have a false-alarm risk of at most
-            alpha.
-        certified: whether the headline names any setting.
-        certified_points: the settings that it names; with probability 1 - delta all of them hold.
-        headline: the statement or the refusal about the grid.
-        points: the operating points by name; each says what was certified about it.
+        target: what the predictor was trained for.
+        delta: of each use's sequence of tests, in one look at the prompts.
+        looks: certificates made from these calibration prompts so far, this one included; all of
+            them hold together with probability 1 - looks x delta.
+        frozen: digest of everything that the certificate depends on but the prompts.
+        frozen_before_prompts: whether that digest was recorded before any prompt was generated.
+        points: the operating points by name.
+        statements: one for each use and operating point.
         prompts_certifying: prompts kept for the certificate.
         prompts_total: prompts of the run, of all splits.
         prompts_digest: of the prompts that certify.
@@ -144,15 +226,25 @@ class Certificate(_Part):
     format: int = FORMAT
     predictor_digest: str
     target: str
-    alpha: float
     delta: float
-    certified: bool
-    certified_points: list[OperatingPoint]
-    headline: Bound
+    looks: int = Field(ge=1)
+    frozen: str
+    frozen_before_prompts: bool
     points: dict[PointName, CertifiedPoint]
+    statements: list[Statement]
     prompts_certifying: int
     prompts_total: int
     prompts_digest: str
+
+    @property
+    def certified(self) -> bool:
+        """Whether the primary statement is made for any use and operating point."""
+        return any(statement.certified for statement in self.statements)
+
+    @property
+    def confidence(self) -> float:
+        """With which all certificates made from these prompts hold; 0 where nothing is left."""
+        return max(1 - self.looks * self.delta, 0.0)
 
     def operating_point(self, name: str) -> OperatingPoint:
         """The thresholds of an operating point.
@@ -160,12 +252,39 @@ class Certificate(_Part):
         Raises:
             CertificateError: an unknown name; lists the known ones.
         """
-        return self._point(name).operating_point
+        return self.point(name).operating_point
 
-    def bounds(self, name: str) -> tuple[Bound, Bound]:
-        """What is known about an operating point's false alarms and missed harm."""
-        point = self._point(name)
-        return point.false_alarm, point.missed_harm
+    def point(self, name: str) -> CertifiedPoint:
+        """An operating point by its name; CertificateError lists the known ones."""
+        for known, point in self.points.items():
+            if known == name:
+                return point
+        raise CertificateError(f"no operating point {name!r}; known: {', '.join(self.points)}")
+
+    def statement(self, operating_point: str, **use: Any) -> Statement:
+        """What is known of an operating point in a use; names fields of `Use` and their values.
+
+        Raises:
+            CertificateError: the certificate was made on something else; names what differs.
+        """
+        name = self.point(operating_point).name
+        known = [one for one in self.statements if one.operating_point == name]
+        if not known:
+            raise CertificateError("the certificate makes no statement about any use")
+
+        def differing(statement: Statement) -> list[str]:
+            return [key for key, value in use.items() if getattr(statement.use, key) != value]
+
+        nearest = min(known, key=lambda one: len(differing(one)))
+        fields = differing(nearest)
+        if fields:
+            told = ", ".join(
+                f"{key}={use[key]!r} (certified on "
+                f"{', '.join(sorted({repr(getattr(one.use, key)) for one in known}))})"
+                for key in fields
+            )
+            raise CertificateError(f"the certificate does not speak of {told}: calibrate again")
+        return nearest
 
     def check_predictor(self, predictor: Predictor) -> None:
         """Check that the thresholds belong to this predictor.
@@ -182,27 +301,29 @@ class Certificate(_Part):
     @property
     def text(self) -> str:
         """The whole certificate in words."""
-        chosen = (
-            f"{len(self.certified_points)} settings of the grid are certified together: "
-            if self.certified
-            else "No setting of the grid is certified: "
+        made = [statement for statement in self.statements if statement.certified]
+        looked = (
+            f"These prompts were used for {self.looks} certificates; all of them hold together "
+            f"with probability at least {self.confidence:.0%}."
+            if self.looks > 1
+            else "These prompts were used for no other certificate."
+        )
+        frozen = (
+            "Everything it depends on was recorded before the prompts were generated."
+            if self.frozen_before_prompts
+            else "What it depends on was NOT recorded before the prompts were generated: read it "
+            "as exploratory."
         )
         lines = [
-            f"Harm is target {self.target!r}. The unit is the prompt: a share is that of a "
-            "prompt's own requests, averaged over prompts. Each statement holds on its own, over "
-            "the draw of the calibration prompts, for requests that resemble theirs. Of the run's "
-            f"{self.prompts_total} prompts {self.prompts_certifying} certify; for more of these, "
-            "enlarge the run or the calibration split.",
-            f"{chosen}{self.headline.text}.",
+            f"{len(made)} of {len(self.statements)} primary statements are certified, each with "
+            f"its secondary ones at {1 - self.delta:.0%}, over the draw of the calibration "
+            f"prompts, for requests that resemble theirs. Of the run's {self.prompts_total} "
+            f"prompts {self.prompts_certifying} certify; for more of these, enlarge the run or the "
+            f"calibration split. {looked} {frozen}",
             *(self.points[name].text for name in POINT_NAMES if name in self.points),
+            *(statement.text for statement in self.statements),
         ]
         return "\n".join(lines)
-
-    def _point(self, name: str) -> CertifiedPoint:
-        for known, point in self.points.items():
-            if known == name:
-                return point
-        raise CertificateError(f"no operating point {name!r}; known: {', '.join(self.points)}")
 
 
 def save_certificate(certificate: Certificate, path: str | Path) -> None:
@@ -232,110 +353,3 @@ def load_certificate(path: str | Path) -> Certificate:
         return Certificate.model_validate({k: v for k, v in content.items() if k != "text"})
     except ValidationError as error:
         raise CertificateError(f"{path} is not a certificate of this package:\n{error}") from None
-
-
-class DriftMonitor:
-    """Says when requests alarm more or less often than on the calibration prompts.
-
-    Whether a live request is harmless is not known, so the false-alarm rate itself cannot be
-    watched. What can be watched is the rate of alarms. If it leaves the range that the calibration
-    prompts allow, then live requests do not resemble them, and the certificate does not apply. The
-    reverse does not follow: the alarm rate may stay as it was while harmless requests alarm more
-    and harmful ones less.
-
-    The test is anytime-valid: it may be read after every request, for ever. Two e-processes,
-    against "the rate is at most the reference's upper bound" and "at least its lower bound", are
-    mixtures of likelihood ratios over fixed alternatives. Each is a non-negative supermartingale
-    that starts at 1, so (Ville 1939) the chance that one of them ever reaches 2 / level is at most
-    ``level`` while the reference's bounds are right. They are wrong with probability at most twice
-    the reference's delta. Successive requests must be of different prompts: count a prompt once.
-
-    Args:
-        certificate: as loaded.
-        operating_point: the one in use.
-        press, ratio: the condition in use; None pools all of calibration's, which is only right
-            where live requests mix them alike.
-        level: the chance of a warning without a cause.
-
-    Raises:
-        CertificateError: unknown operating point or condition.
-    """
-
-    def __init__(
-        self,
-        certificate: Certificate,
-        operating_point: str = "balanced",
-        *,
-        press: str | None = None,
-        ratio: str | None = None,
-        level: float = 0.05,
-    ) -> None:
-        references = certificate._point(operating_point).references
-        found = [r for r in references if (r.press, r.ratio) == (press, ratio)]
-        if not found:
-            known = [(r.press, r.ratio) for r in references]
-            raise CertificateError(f"no reference for ({press}, {ratio}); known: {known}")
-        if not 0 < level < 1:
-            raise ValueError(f"level lies between 0 and 1, got {level:g}")
-        self.reference = found[0]
-        self.level = level
-        self.requests = 0
-        self.alarms = 0
-        self.drifted: Literal["more", "fewer"] | None = None
-        upper, lower = self.reference.upper, self.reference.lower
-        self._more = _Mixture(upper, np.linspace(upper, 1, _ALTERNATIVES + 2)[1:-1])
-        self._fewer = _Mixture(lower, np.linspace(0, lower, _ALTERNATIVES + 2)[1:-1])
-
-    def update(self, alarmed: bool | Iterable[bool]) -> Literal["more", "fewer"] | None:
-        """Count one request, or several in their order; returns `drifted`.
-
-        Returns:
-            ``more`` or ``fewer`` once requests have alarmed more or less often than the reference
-            allows; it stays so. None as long as nothing is amiss.
-        """
-        for alarm in [alarmed] if isinstance(alarmed, bool | np.bool_) else alarmed:
-            self.requests += 1
-            self.alarms += bool(alarm)
-            threshold = math.log(2 / self.level)
-            more, fewer = self._more.update(bool(alarm)), self._fewer.update(bool(alarm))
-            if self.drifted is None and max(more, fewer) >= threshold:
-                self.drifted = "more" if more >= fewer else "fewer"
-        return self.drifted
-
-    @property
-    def e_value(self) -> float:
-        """Evidence against the reference so far, 1 at the start; a warning comes at 2 / level."""
-        return math.exp(min(max(self._more.log_value, self._fewer.log_value), 700.0))
-
-    @property
-    def text(self) -> str:
-        """Where the monitor stands, in words."""
-        reference = self.reference
-        allowed = f"{reference.lower:.1%} to {reference.upper:.1%} ({reference.prompts} prompts)"
-        if self.requests == 0:
-            return f"no request yet; calibration allows an alarm rate of {allowed}"
-        seen = f"{self.alarms} of {self.requests} requests alarmed; calibration allows {allowed}"
-        if self.drifted is None:
-            return f"{seen}: no evidence of drift"
-        return f"{seen}: {self.drifted} alarms than it allows, the certificate no longer applies"
-
-
-_ALTERNATIVES = 32
-
-
-class _Mixture:
-    """Log of an equal mixture of Bernoulli likelihood ratios against one null rate."""
-
-    def __init__(self, null: float, alternatives: NDArray[np.float64]) -> None:
-        self.log_value = 0.0
-        if not 0 < null < 1:  # a bound at 0 or 1 excludes nothing
-            alternatives, null = np.array([0.5]), 0.5
-        self._hit = np.log(alternatives / null)
-        self._miss = np.log1p(-alternatives) - math.log1p(-null)
-        self._sums = np.zeros(len(alternatives))
-
-    def update(self, hit: bool) -> float:
-        self._sums += self._hit if hit else self._miss
-        top = self._sums.max()
-        self.log_value = float(top + np.log(np.mean(np.exp(self._sums - top))))
-        return self.log_value

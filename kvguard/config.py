@@ -28,6 +28,7 @@ from kvguard.config_policies import GuardSettings as GuardSettings
 from kvguard.config_policies import OperatingPoint as OperatingPoint
 from kvguard.config_policies import PointName as PointName
 from kvguard.config_policies import PolicyEntry as PolicyEntry
+from kvguard.config_policies import Recovery as Recovery
 from kvguard.config_policies import Tolerance as Tolerance
 from kvguard.config_tasks import Gsm8k as Gsm8k
 from kvguard.config_tasks import GsmSymbolic as GsmSymbolic
@@ -154,6 +155,8 @@ class Splits(Section):
         return self
 
 
+Price = Annotated[float, Field(gt=0, lt=1)]
+
 Target = Literal["harm", "any", "looping", "non_termination", "amnesia", "divergence"]
 
 
@@ -197,21 +200,33 @@ class Controller(Section):
     tau_high: list[Probability] = Field(default=[0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
     k: list[Count] = Field(default=[1, 2, 4])
     j: list[Count] = Field(default=[8, 16])
-    false_alarm_targets: dict[PointName, Probability] = Field(
-        default={
-            "conservative": 0.05,
-            "balanced": 0.15,
-            "aggressive": 0.4,
-        }
+    prices: dict[PointName, Price] = Field(
+        default={"conservative": 0.5, "balanced": 0.2, "aggressive": 0.05},
+        description="what a check costs, in harmed requests; a check is due where the hazard of "
+        "harm exceeds it",
     )
+
+    @model_validator(mode="after")
+    def _prices(self) -> Self:
+        if set(self.prices) != set(POINT_NAMES):
+            raise ValueError(f"prices: one for each of {', '.join(POINT_NAMES)}, got {self.prices}")
+        return self
 
 
 class CertificateSettings(Section):
-    """Learn-then-Test: with probability 1 - delta, at most alpha of harmless requests alarm."""
+    """Learn-then-Test: with probability 1 - delta, at most alpha of all requests are harmed and
+    not repaired, and at most alarm_budget of them alarm."""
 
     alpha: Probability = 0.2
     delta: Probability = 0.1
+    alarm_budget: float = Field(default=0.5, gt=0, le=0.999)
+    false_alarm_alpha: Probability = 0.2
     miss_alpha: Probability = 0.3
+    recoveries: list[Recovery] = Field(
+        default=["promote", "continue"],
+        min_length=1,
+        description="each has statements of its own",
+    )
 
 
 class Live(Section):

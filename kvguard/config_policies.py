@@ -138,6 +138,10 @@ class OperatingPoint(Section):
         return self
 
 
+Recovery = Literal["continue", "promote", "tolerant", "recompute", "restart", "relax_only"]
+"""What an alarm does."""
+
+
 class Tolerance(Section):
     """Where a tolerant cut sees harm: the first such token or window goes, what is before it stays.
 
@@ -155,8 +159,8 @@ class Tolerance(Section):
 class GuardSettings(Section):
     """How the guard works, whatever its thresholds: live runs, simulation and KVGuard alike."""
 
-    recovery: Literal["continue", "promote", "tolerant", "recompute", "restart", "relax_only"] = (
-        Field(default="continue", description="what an alarm does; the policies guard, guard_*")
+    recovery: Recovery = Field(
+        default="continue", description="what an alarm does; the policies guard, guard_*"
     )
     cold: Literal["host", "disk", "none"] = Field(
         default="host", description="where evicted entries wait for a check; none: recomputed"

@@ -98,14 +98,32 @@ def stack_points(points: Iterable[OperatingPoint]) -> OperatingPoints:
     )
 
 
+def price_point(price: float, k: int = 1, j: int = 8) -> OperatingPoint:
+    """The thresholds that a price asks for, where the hazard is a probability of harm.
+
+    A check is due (SAFE) where the expected harm, the hazard, exceeds what a check costs in harmed
+    requests, expected waste included. ALERT starts at half of it: the hazard may double before the
+    next token is examined.
+
+    >>> price_point(0.2)
+    OperatingPoint(tau_low=0.1, tau_high=0.2, k=1, j=8)
+    """
+    return OperatingPoint(tau_low=price / 2, tau_high=price, k=k, j=j)
+
+
 def grid_points(controller: config.Controller) -> OperatingPoints:
-    """The grid (G,): every combination in the config with ``tau_low`` <= ``tau_high``."""
+    """The grid (G,): every combination with ``tau_low`` <= ``tau_high``, then the prices' own."""
     return stack_points(
-        OperatingPoint(tau_low=tau_low, tau_high=tau_high, k=k, j=j)
-        for tau_low, tau_high, k, j in product(
-            controller.tau_low, controller.tau_high, controller.k, controller.j
-        )
-        if tau_low <= tau_high
+        [
+            *(
+                OperatingPoint(tau_low=tau_low, tau_high=tau_high, k=k, j=j)
+                for tau_low, tau_high, k, j in product(
+                    controller.tau_low, controller.tau_high, controller.k, controller.j
+                )
+                if tau_low <= tau_high
+            ),
+            *(price_point(price) for price in controller.prices.values()),
+        ]
     )
 
 

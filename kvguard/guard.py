@@ -97,7 +97,7 @@ class KVGuard:
     Attributes:
         report: one `RowReport` a row of the last call, with ``total()`` and ``to_frame()``.
         completions: one `kvguard.engine.Completion` a row of the last call, with every signal.
-        drift: a `kvguard.certificate.DriftMonitor` fed with every prompt's first request, or None
+        drift: a `kvguard.drift.DriftMonitor` fed with every prompt's first request, or None
             without a certificate; ``drift.text`` says whether the certificate still applies.
         certificate: what came with the predictor, or None; ``certificate.text`` says it in words.
 
@@ -160,7 +160,7 @@ class KVGuard:
             )
         self.drift = None
         if self.certificate is not None and isinstance(operating_point, str):
-            from kvguard.certificate import DriftMonitor
+            from kvguard.drift import DriftMonitor
 
             press_name, ratio = condition or (None, None)
             self.drift = DriftMonitor(

@@ -5,7 +5,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kvguard.code_digest import code_digest, data_digest, definition_digest
-from kvguard.config import BASELINE, POLICIES, ConfigError, parse_config
+from kvguard.config import BASELINE, POLICIES, ConfigError, digest, parse_config
 from kvguard.figures import FIGURES
 from kvguard.splits import check_split_sizes
 
@@ -138,6 +138,39 @@ def policy_files(wildcards):
     if wildcards.policy in ("clock_or_loop", "gate"):
         files["rivals"] = "<results>/models/rivals.json"
     return files
+
+
+def certificate_plan():
+    """Digest of what the certificate depends on but the prompts: configuration and code."""
+    sections = (
+        *("models", "tasks", "presses", "generation", "detection", "labels", "splits"),
+        *("predictor", "guard", "controller", "certificate", "seed"),
+    )
+    rules = ("train_predictor", "build_features", "detect_outcomes", "calibrate_controller")
+    plan = {name: section(name) for name in sections}
+    return digest(plan | {"code": [library(rule) for rule in rules]})
+
+
+def certificate_uses():
+    """What the certificate's statements are bound to, without the models' digests."""
+    return [
+        {
+            "model": model.name,
+            "press": press.name,
+            "press_class": press.press_class,
+            "phase": press.phase,
+            "ratio": ratio,
+            "task": task.name,
+            "max_new_tokens": experiment.max_new_tokens(task.name),
+            "check_every_tokens": experiment.guard.check_every_tokens,
+            "recovery": recovery,
+        }
+        for model in experiment.models
+        for press in experiment.presses
+        for ratio in press.ratios
+        for task in experiment.tasks
+        for recovery in experiment.certificate.recoveries
+    ]
 
 
 def policy_settings():

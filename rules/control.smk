@@ -1,11 +1,31 @@
 # The controller: thresholds with a certificate, and what they would have done to stored requests.
 
 
+rule freeze_plan:
+    output:
+        plan="<results>/models/plan.txt",
+    log:
+        "<results>/logs/freeze_plan.log",
+    benchmark:
+        "<results>/benchmarks/freeze_plan.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.small.threads
+    resources:
+        **job("small"),
+    params:
+        plan=certificate_plan(),
+        results=experiment.results_dir,
+    script:
+        "../workflow_scripts/freeze_plan.py"
+
+
 rule calibrate_controller:
     input:
+        checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
         predictor="<results>/models/hazard_predictor.json",
         predictions="<results>/predictions.parquet",
-        labels="<results>/labels.parquet",
+        outcomes="<results>/outcomes.parquet",
         splits="<results>/splits.parquet",
     output:
         certificate="<results>/models/certificate.json",
@@ -24,6 +44,9 @@ rule calibrate_controller:
     params:
         controller=section("controller"),
         certificate=section("certificate"),
+        uses=certificate_uses(),
+        plan=certificate_plan(),
+        results=experiment.results_dir,
         library=library("calibrate_controller"),
     script:
         "../workflow_scripts/calibrate_controller.py"

@@ -14,32 +14,24 @@ from kvguard import config, schema
 from kvguard.calibration import (
     CalibrationRequests,
     calibrate,
-    certify,
-    p_values,
-    prompt_losses,
-    prompts_needed,
-    rate_bounds,
+    run_sequence,
+    unit_losses,
 )
+from kvguard.calibration_ledger import record_certificate, record_plan
 from kvguard.certificate import (
-    Bound,
     Certificate,
     CertificateError,
     CertifiedPoint,
-    DriftMonitor,
     Reference,
+    Risk,
     load_certificate,
     save_certificate,
 )
-from kvguard.controller import (
-    NEVER,
-    Mode,
-    OperatingPoint,
-    first_alarm,
-    initial_state,
-    stack_points,
-    step,
-)
+from kvguard.config import OperatingPoint
+from kvguard.controller import Mode, initial_state, stack_points, step
+from kvguard.drift import DriftMonitor
 from kvguard.leakage import LeakageError
+from kvguard.learn_then_test import certify, p_values, prompts_needed, rate_bounds
 from kvguard.predictor import Predictor, rules_predictor
 from kvguard.splits import split_prompts
 
@@ -101,99 +93,127 @@ def test_rate_bounds_of_single_requests_are_clopper_and_pearsons() -> None:
     assert high <= expected.high + 1e-6
 
 
-def test_prompt_losses_average_shares_not_requests() -> None:
+def _requests(
+    units: list[str], harmed: list[bool | None], alarms: NDArray[np.bool_]
+) -> CalibrationRequests:
     keys = pl.DataFrame(
-        {
-            "prompt_id": ["a", "a", "a", "b", "b", "c"],
-            "harmful": [False, False, True, False, True, True],
-        }
+        {"unit": units, "harmed": harmed, "at_risk": [one is not False for one in harmed]},
+        schema={"unit": pl.String, "harmed": pl.Boolean, "at_risk": pl.Boolean},
     )
+    return CalibrationRequests(keys, alarms, alarms)
+
+
+def test_losses_are_shares_of_a_units_requests() -> None:
     alarms = np.array([[1, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=np.bool_)
-    requests = CalibrationRequests(keys, alarms, alarms)
-    false_alarm = prompt_losses(requests, "false_alarm")
-    assert false_alarm.means == pytest.approx([(1 / 2 + 1) / 2, 0])
-    assert (false_alarm.prompts, false_alarm.requests) == (2, 3)
-    missed = prompt_losses(requests, "missed_harm")
-    assert missed.means == pytest.approx([(1 + 0 + 1) / 3, 1])
-    assert (missed.prompts, missed.requests) == (3, 3)
+    requests = _requests(list("aaabbc"), [False, False, True, False, True, True], alarms)
+    expected: dict[Risk, list[float]] = {
+        "false_alarm": [(1 / 2 + 1) / 2, 0],
+        "missed_harm": [(1 + 0 + 1) / 3, 1],
+        "alarm": [(1 / 3 + 1 + 0) / 3, 0],
+        "harm_left": [(1 / 3 + 0 + 1) / 3, (1 / 3 + 1 / 2 + 1) / 3],
+    }
+    for risk, means in expected.items():
+        assert unit_losses(requests, risk, "promote").means == pytest.approx(means), risk
+    assert unit_losses(requests, "false_alarm", "promote")[1:3] == (2, 3)
+
+
+def test_what_no_trace_proves_counts_as_harm() -> None:
+    alarms = np.array([[1, 1, 0, 0]], dtype=np.bool_)
+    requests = _requests(list("abcd"), [True, False, True, None], alarms)
+    # promoted: harm without an alarm, and the request of which nothing is known
+    assert unit_losses(requests, "harm_left", "promote").means == pytest.approx([2 / 4])
+    # going on compressed: the alarmed one at risk as well; b is not at risk
+    assert unit_losses(requests, "harm_left", "continue").means == pytest.approx([3 / 4])
 
 
 # --- validity by simulation ----------------------------------------------------------------------
 
-ALPHA, DELTA = 0.2, 0.1
+DELTA, HARM = 0.1, 0.5
+LEVELS: dict[Risk, float] = {
+    "harm_left": 0.35,
+    "alarm": 0.65,
+    "false_alarm": 0.6,
+    "missed_harm": 0.3,
+}
 GRID = stack_points(
-    OperatingPoint(tau_low=min(0.3, tau), tau_high=tau, k=k, j=8)
-    for tau, k in product((0.95, 0.9, 0.85, 0.81, 0.79, 0.75, 0.6), (1, 2))
+    OperatingPoint(tau_low=min(0.3, tau), tau_high=tau, k=1, j=8)
+    for tau in (0.99, 0.9, 0.8, 0.71, 0.66, 0.6, 0.54, 0.48, 0.42, 0.36, 0.34, 0.2)
 )
-TRUE_RISK = 1 - GRID.tau_high
-"""A request's hazard is constant and uniform, so it alarms when it lies above tau_high."""
+TRUE: dict[Risk, NDArray[np.float64]] = {
+    "harm_left": HARM * GRID.tau_high,
+    "alarm": 1 - GRID.tau_high,
+    "false_alarm": 1 - GRID.tau_high,
+    "missed_harm": GRID.tau_high,
+}
+"""Risks of requests whose hazard is constant and uniform, independent of planted harm."""
 
 
-def _simulated(
-    repetitions: int, prompts: int, shared: float, seed: int
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Alarms (G, repetitions, prompts, 3) and harm (repetitions, prompts, 3) of whole traces.
+def _drawn(rng: np.random.Generator, prompts: int, shared: float) -> CalibrationRequests:
+    """Prompts with three requests each; with probability ``shared`` one has its prompt's luck."""
+    shape = (prompts, 3)
 
-    With probability ``shared`` a request has its prompt's hazard, else one of its own.
-    """
-    rng = np.random.default_rng(seed)
-    shape = (repetitions, prompts, len(CONDITIONS))
-    own, prompt = rng.random(shape), rng.random((repetitions, prompts, 1))
-    level = np.where(rng.random(shape) < shared, prompt, own)
-    harmful = rng.random(shape) < 0.3
-    lengths = rng.integers(4, 12, size=level.size)
-    traces = np.repeat(level.reshape(-1, 1).astype(np.float32), 12, axis=1)
-    alarms = first_alarm(traces, lengths, GRID) != NEVER
-    return alarms.reshape(len(GRID.k), *shape), harmful
+    def uniform() -> NDArray[np.float64]:
+        return np.where(rng.random(shape) < shared, rng.random((prompts, 1)), rng.random(shape))
+
+    level, harmed = uniform().ravel(), (uniform() < HARM).ravel()
+    keys = pl.DataFrame(
+        {"unit": np.repeat(np.arange(prompts), 3), "harmed": harmed, "at_risk": True}
+    )
+    alarms = level > GRID.tau_high[:, None]
+    return CalibrationRequests(keys, alarms, alarms)
 
 
-def _failures(alarms: NDArray[np.bool_], harmful: NDArray[np.bool_], units: str) -> tuple[int, int]:
-    """Repetitions in which a setting above alpha was certified, and in which any was."""
-    order = np.argsort(TRUE_RISK, kind="stable")
-    prompts = [f"p{index}" for index in range(harmful.shape[1]) for _ in CONDITIONS]
-    wrong = some = 0
-    for repetition in range(harmful.shape[0]):
-        own = alarms[:, repetition].reshape(len(GRID.k), -1)
-        ids = prompts if units == "prompt" else [str(index) for index in range(len(prompts))]
-        keys = pl.DataFrame({"prompt_id": ids, "harmful": harmful[repetition].ravel()})
-        losses = prompt_losses(CalibrationRequests(keys, own, own), "false_alarm")
-        values = p_values(losses.means, losses.prompts, ALPHA, single=units != "prompt")
-        certified = certify(values, order, DELTA)
-        wrong += bool((certified & (TRUE_RISK > ALPHA)).any())
-        some += bool(certified.any())
-    return wrong, some
-
-
-@pytest.mark.parametrize(("shared", "prompts"), [(0.0, 25), (0.6, 25), (1.0, 40)])
-def test_the_bound_fails_in_at_most_delta_of_1000_repetitions(shared: float, prompts: int) -> None:
-    alarms, harmful = _simulated(1000, prompts, shared, seed=int(10 * shared))
-    wrong, some = _failures(alarms, harmful, "prompt")
+@pytest.mark.parametrize(("shared", "prompts"), [(0.0, 150), (1.0, 200)])
+def test_a_sequence_errs_in_at_most_delta_of_1000_repetitions(shared: float, prompts: int) -> None:
+    rng = np.random.default_rng(prompts)
+    other = _drawn(rng, 100, shared)
+    false_primary = (TRUE["harm_left"] > LEVELS["harm_left"]) | (TRUE["alarm"] > LEVELS["alarm"])
+    wrong = some = secondary = 0
+    for _ in range(1000):
+        tested = run_sequence(_drawn(rng, prompts, shared), other, "promote", LEVELS, DELTA)
+        certified = tested.certified
+        errs = (certified["harm_left"] & false_primary).any()
+        for risk in ("false_alarm", "missed_harm"):
+            errs |= (certified[risk] & (TRUE[risk] > LEVELS[risk])).any()
+            secondary += bool(certified[risk].any())
+        wrong += bool(errs)
+        some += bool(certified["harm_left"].any())
     assert wrong <= stats.binom.ppf(0.999, 1000, DELTA)
     assert some >= 250, "a test that certifies nothing would pass for nothing"
 
 
 def test_counting_requests_as_units_would_not_be_valid() -> None:
     """The control: the same test fails where requests of a prompt are taken for independent."""
-    alarms, harmful = _simulated(1000, 40, 1.0, seed=10)
-    wrong, _ = _failures(alarms, harmful, "request")
+    rng = np.random.default_rng(4)
+    order = np.argsort(TRUE["harm_left"], kind="stable")
+    at_bound = LEVELS | {"harm_left": float(TRUE["harm_left"][4])}
+    wrong = 0
+    for _ in range(1000):
+        drawn = _drawn(rng, 40, 1.0)
+        apart = drawn._replace(keys=drawn.keys.with_columns(unit=pl.int_range(pl.len())))
+        losses = unit_losses(apart, "harm_left", "promote")
+        values = p_values(losses.means, losses.units, at_bound["harm_left"], single=True)
+        certified = certify(values, order, DELTA)
+        wrong += bool((certified & (TRUE["harm_left"] >= at_bound["harm_left"])).any())
     assert wrong > stats.binom.ppf(0.999, 1000, DELTA)
 
 
 # --- calibrate, from tables ----------------------------------------------------------------------
 
+Tables = tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]
 
-def _tables(
-    prompts: int, seed: int = 0, harm_rate: float = 0.3
-) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Predictions, labels and splits; harmful requests have a hazard that rises to their onset."""
+
+def _tables(prompts: int, seed: int = 0, harm_rate: float = 0.3) -> Tables:
+    """Predictions, outcomes and splits; harmed requests have a hazard that rises to their onset."""
     rng = np.random.default_rng(seed)
     ids = [f"{index:016x}" for index in range(prompts)]
     splits = split_prompts(ids, config.Splits(train=0.3, calibration=0.5, test=0.2), seed)
-    predictions, labels = [], []
+    predictions, outcomes = [], []
     for prompt, (press, ratio) in product(ids, (("none", "0.000"), *CONDITIONS)):
         length = int(rng.integers(12, 30))
         position = np.arange(length)
-        onset = int(rng.integers(8, length)) if rng.random() < harm_rate else None
+        harmed = press != "none" and rng.random() < harm_rate
+        onset = int(rng.integers(8, length)) if harmed else None
         hazard = rng.beta(1, 12, size=length)
         if onset is not None:
             hazard += 0.9 * np.exp(-((position - onset) ** 2) / 40)
@@ -201,210 +221,205 @@ def _tables(
         frame = pl.DataFrame({"position": position, "hazard": np.clip(hazard, 0, 1)})
         frame = frame.with_columns(pl.lit(value).alias(name) for name, value in keys.items())
         predictions.append(frame.with_columns(target=pl.lit("any")))
-        steps = pl.lit(None, pl.Int32) if onset is None else onset - pl.col("position")
-        label = frame.with_columns(steps_to_any=steps.cast(pl.Int32))
-        for target in schema.TARGETS:
-            label = label.with_columns(
-                pl.col("steps_to_any").alias(f"steps_to_{target}"),
-                pl.col("steps_to_any").is_between(0, 31).fill_null(False).alias(f"hazard_{target}"),
-                (pl.col("steps_to_any") <= 0).fill_null(False).alias(f"post_onset_{target}"),
-            )
-        labels.append(label)
+        outcomes.append(
+            keys
+            | {"task": "", "harmed": harmed, "harm_onset": onset, "baseline_right": True}
+            | {"catastrophe": False}
+        )
     joined = pl.concat(predictions).join(splits, on="prompt_id")
     return (
         schema.check(schema.conform(joined, schema.PREDICTIONS), schema.PREDICTIONS, "predictions"),
-        schema.conform(pl.concat(labels), schema.LABELS),
+        pl.DataFrame(outcomes, schema_overrides={"harm_onset": pl.Int32}),
         splits,
     )
 
 
 @pytest.fixture(scope="module")
-def tables() -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+def tables() -> Tables:
     return _tables(120)
 
 
-def test_operating_points_keep_their_targets(
-    tables: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame],
-) -> None:
-    made = calibrate(rules_predictor(), *tables, config.Controller(), config.CertificateSettings())
-    certificate = made.certificate
+SETTINGS = config.CertificateSettings(alarm_budget=0.6)
+
+
+def certified(tables: Tables, predictor: Predictor | None = None) -> Certificate:
+    made = calibrate(
+        predictor or rules_predictor(),
+        *tables,
+        controller=config.Controller(),
+        certificate=SETTINGS,
+    )
+    return made.certificate
+
+
+def test_lower_prices_alarm_more_and_leave_less_harm(tables: Tables) -> None:
+    certificate = certified(tables)
     assert certificate.certified
-    points = certificate.points
-    for name, target in config.Controller().false_alarm_targets.items():
-        bound = points[name].false_alarm
-        assert bound.certified
-        assert bound.alpha == target
-        assert bound.observed is not None
-        assert bound.observed <= target
-        assert bound.p_value is not None
-        assert bound.p_value <= certificate.delta
-    caught = [points[name].missed_harm.observed for name in ("conservative", "aggressive")]
-    assert caught[1] <= caught[0], "more alarms never miss more harm"
-    assert isinstance(certificate.operating_point("balanced"), OperatingPoint)
-    assert "with probability at least 90%, at most 15% of harmless requests alarm" in (
-        certificate.text
-    )
+    rates = [certificate.points[name].references[0].rate for name in config.POINT_NAMES]
+    assert rates == sorted(rates)
+    promoted = [one for one in certificate.statements if one.use.recovery == "promote"]
+    assert len(promoted) == 9  # three presses and ratios, three points
+    for one in promoted:
+        assert one.certified == one.alarms.certified
+        if one.certified:
+            assert one.harm_left.observed is not None
+            assert one.harm_left.observed <= 0.2
+            assert one.harm_left.p_value is not None
+            assert one.harm_left.p_value <= certificate.delta
+    assert "at most 20% of requests are harmed and not repaired" in certificate.text
 
 
-def test_observed_risks_are_those_of_the_state_machine(
-    tables: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame],
-) -> None:
-    """Each request replayed token by token, its prompt's share and the mean computed by hand."""
-    predictions, labels, splits = tables
-    made = calibrate(rules_predictor(), *tables, config.Controller(), config.CertificateSettings())
-    point = made.certificate.points["balanced"]
+def test_observed_risks_are_those_of_the_state_machine(tables: Tables) -> None:
+    """Each request replayed token by token, and the shares computed by hand."""
+    predictions, outcomes, splits = tables
+    certificate = certified(tables)
+    point = certificate.points["balanced"].operating_point
+    statement = certificate.statement("balanced", press="knorm", recovery="promote")
     calibration = splits.filter(pl.col("split") == "calibration")["prompt_id"].to_list()
-    harmless: dict[str, list[bool]] = {}
-    missed: dict[str, list[bool]] = {}
-    tokens = predictions.join(labels, on=schema.TOKEN_KEYS).sort(schema.TOKEN_KEYS)
-    chosen = tokens.filter(pl.col("prompt_id").is_in(calibration), pl.col("press") != "none")
+    alarmed: dict[str, bool] = {}
+    chosen = predictions.filter(
+        pl.col("prompt_id").is_in(calibration), pl.col("press") == "knorm"
+    ).sort(schema.TOKEN_KEYS)
     for keys, request in chosen.group_by(schema.TRACE_KEYS):
-        state, alarmed = initial_state(1), False
+        state, alarm = initial_state(1), False
         for hazard in request["hazard"]:
-            state = step(state, np.array([hazard]), point.operating_point)
-            alarmed |= bool(state.mode[0] == Mode.SAFE)
-        if request["steps_to_any"].null_count() == len(request):
-            harmless.setdefault(str(keys[3]), []).append(alarmed)
-        else:
-            missed.setdefault(str(keys[3]), []).append(not alarmed)
-    assert point.false_alarm.observed == pytest.approx(
-        np.mean([np.mean(shares) for shares in harmless.values()])
-    )
-    assert point.false_alarm.prompts == len(harmless)
-    assert point.missed_harm.observed == pytest.approx(
-        np.mean([np.mean(shares) for shares in missed.values()])
-    )
+            state = step(state, np.array([hazard]), point)
+            alarm |= bool(state.mode[0] == Mode.SAFE)
+        alarmed[str(keys[3])] = alarm
+    harmed = dict(outcomes.filter(press="knorm").select("prompt_id", "harmed").iter_rows())
+    left = [harmed[prompt] and not alarm for prompt, alarm in alarmed.items()]
+    assert statement.harm_left.observed == pytest.approx(np.mean(left))
+    assert statement.alarms.observed == pytest.approx(np.mean(list(alarmed.values())))
+    false = [alarm for prompt, alarm in alarmed.items() if not harmed[prompt]]
+    assert statement.false_alarm.observed == pytest.approx(np.mean(false))
+    assert statement.false_alarm.units == len(false)
 
 
-def test_groups_cover_presses_ratios_and_conditions(
-    tables: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame],
-) -> None:
-    made = calibrate(rules_predictor(), *tables, config.Controller(), config.CertificateSettings())
-    table = made.tables["certificate"]
-    groups = table.filter(risk="false_alarm", operating_point="balanced")
-    counts = dict(groups.group_by("group_by").len().rows())
-    assert counts == {"all": 1, "model": 1, "press": 2, "ratio": 2, "condition": 3}
-    assert "none" not in groups["press"].to_list()
-    pooled = groups.filter(group_by="all").row(0, named=True)
-    bound = made.certificate.points["balanced"].false_alarm
-    assert pooled["p_value"] == bound.p_value
-    grid = made.tables["certificate_grid"]
-    assert grid["false_alarm_certified"].sum() == len(made.certificate.certified_points)
-    assert made.tables["leakage_check_calibration"]["split"].to_list() == ["calibration"]
+def test_a_recovery_that_goes_on_compressed_is_judged_conservatively(tables: Tables) -> None:
+    certificate = certified(tables)
+    exact = certificate.statement("aggressive", press="knorm", recovery="promote")
+    other = certificate.statement("aggressive", press="knorm", recovery="continue")
+    assert (exact.conservative, other.conservative) == (False, True)
+    assert exact.harm_left.observed is not None
+    assert other.harm_left.observed is not None
+    assert exact.harm_left.observed < other.harm_left.observed
+    assert "count as harmed" in other.text
+
+
+def test_a_certificate_speaks_of_one_use(tables: Tables) -> None:
+    certificate = certified(tables)
+    certificate.statement("balanced", press="knorm", ratio="0.500", recovery="promote")
+    with pytest.raises(
+        CertificateError, match=r"ratio='0\.900' \(certified on '0\.500', '0\.750'\)"
+    ):
+        certificate.statement("balanced", press="snapkv", ratio="0.900", recovery="promote")
+    with pytest.raises(CertificateError, match="recovery='tolerant'"):
+        certificate.statement("balanced", press="snapkv", ratio="0.500", recovery="tolerant")
 
 
 def test_too_few_prompts_are_refused_with_a_number() -> None:
-    made = calibrate(
-        rules_predictor(), *_tables(8), config.Controller(), config.CertificateSettings()
-    )
-    certificate = made.certificate
+    certificate = certified(_tables(8))
     assert not certificate.certified
-    assert certificate.certified_points == []
-    for point in certificate.points.values():
-        assert not point.false_alarm.certified
-    # (1 - 0.05)^n <= 0.1 takes 45 prompts
-    bound = certificate.points["conservative"].false_alarm
-    assert bound.prompts_needed_at_zero == 45
-    assert f"at least 45 such prompts, {45 - bound.prompts} more" in certificate.text
-    assert "No setting of the grid is certified" in certificate.text
-    assert "Of the run's 8 prompts 4 certify" in certificate.text
+    bound = certificate.statements[0].harm_left
+    assert bound.units_needed_at_zero == 11  # (1 - 0.2)^n <= 0.1
+    assert f"at least 11 such prompts, {11 - bound.units} more" in certificate.text
+    assert "0 of 18 primary statements are certified" in certificate.text
     assert certificate.operating_point("balanced").tau_high > 0
 
 
 def test_without_harm_the_missed_share_is_undefined() -> None:
-    made = calibrate(
-        rules_predictor(),
-        *_tables(40, harm_rate=0.0),
-        config.Controller(),
-        config.CertificateSettings(),
-    )
-    bound = made.certificate.points["balanced"].missed_harm
-    assert (bound.observed, bound.p_value, bound.certified) == (None, None, False)
-    assert made.tables["certificate_grid"]["missed_harm_observed"].null_count() == len(
-        made.tables["certificate_grid"]
-    )
-    assert "no such request was seen" in made.certificate.text
+    certificate = certified(_tables(40, harm_rate=0.0))
+    for statement in certificate.statements:
+        bound = statement.missed_harm
+        assert (bound.observed, bound.p_value, bound.certified) == (None, None, False)
+    assert "no such request was seen" in certificate.text
 
 
-def test_a_predictor_of_other_splits_is_refused(
-    tables: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame],
-) -> None:
-    predictions, labels, splits = tables
+def test_templates_are_the_units_where_a_task_has_them(tables: Tables) -> None:
+    predictions, outcomes, splits = tables
+    grouped = splits.with_columns(task=pl.lit(""), template=pl.col("prompt_id").str.slice(-1))
+    made = certified((predictions, outcomes, grouped))
+    bound = made.statements[0].harm_left
+    assert bound.unit == "template"
+    assert bound.units <= 16 < bound.requests
+
+
+def test_a_predictor_of_other_splits_is_refused(tables: Tables) -> None:
     trained = Predictor.model_validate(
         rules_predictor().model_dump() | {"kind": "entropy", "provenance": {"splits_digest": "0"}}
     )
     with pytest.raises(LeakageError, match="trained on splits 0"):
-        calibrate(
-            trained, predictions, labels, splits, config.Controller(), config.CertificateSettings()
-        )
+        certified(tables, trained)
 
 
-def test_prompts_that_fitted_probabilities_do_not_certify(
-    tables: tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame],
-) -> None:
-    predictions, labels, splits = tables
-    calibration = splits.filter(pl.col("split") == "calibration")["prompt_id"].to_list()
+def test_prompts_that_fitted_probabilities_do_not_certify(tables: Tables) -> None:
+    calibration = tables[2].filter(pl.col("split") == "calibration")["prompt_id"].to_list()
     used = rules_predictor().model_copy(
         update={"provenance": {"probability_prompts": calibration[:20]}}
     )
-    made = calibrate(
-        used, predictions, labels, splits, config.Controller(), config.CertificateSettings()
-    )
-    check = made.tables["leakage_check_calibration"].row(0, named=True)
-    assert check["prompts"] == len(calibration) - 20
+    assert certified(tables, used).prompts_certifying == len(calibration) - 20
+
+
+def test_the_ledger_counts_looks_and_knows_what_came_first(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    record_plan(ledger, "plan a", prompts_exist=False)
+    first = record_certificate(ledger, "plan a", "predictor", ["p", "q"])
+    assert (first.looks, first.frozen_before_prompts) == (1, True)
+    assert record_certificate(ledger, "plan a", "predictor", ["p", "q"]) == first  # a rerun
+    record_plan(ledger, "plan b", prompts_exist=True)
+    second = record_certificate(ledger, "plan b", "predictor", ["q", "r"])
+    assert (second.looks, second.frozen_before_prompts) == (2, False)
+    assert record_certificate(ledger, "plan b", "predictor", ["s"]).looks == 1
+    record_plan(ledger, "plan a", prompts_exist=True)
+    assert record_certificate(ledger, "plan a", "other", ["p"]).frozen_before_prompts
 
 
 # --- the file ------------------------------------------------------------------------------------
 
 
 def _certificate(prompts: int = 200, rate: float = 0.1, upper: float = 0.15) -> Certificate:
-    bound = Bound(
-        risk="false_alarm",
-        alpha=0.2,
-        delta=0.1,
-        prompts=prompts,
-        requests=prompts,
-        observed=rate,
-        p_value=0.01,
-        certified=True,
-        prompts_needed_at_zero=11,
-        prompts_needed=40,
-    )
-    setting = OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=8)
     reference = Reference(
         press=None, ratio=None, prompts=prompts, rate=rate, lower=0.06, upper=upper, delta=0.025
     )
     return Certificate(
         predictor_digest=rules_predictor().digest,
         target="any",
-        alpha=0.2,
         delta=0.1,
-        certified=True,
-        certified_points=[setting],
-        headline=bound,
+        looks=3,
+        frozen="0" * 16,
+        frozen_before_prompts=False,
         points={
             "balanced": CertifiedPoint(
                 name="balanced",
-                operating_point=setting,
-                false_alarm=bound,
-                missed_harm=bound.model_copy(update={"risk": "missed_harm"}),
+                operating_point=OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=8),
+                price=0.2,
                 references=[reference],
             )
         },
+        statements=[],
         prompts_certifying=prompts,
         prompts_total=4 * prompts,
         prompts_digest="0" * 16,
     )
 
 
-def test_a_certificate_survives_its_file(tmp_path: Path) -> None:
-    certificate = _certificate()
+def test_a_certificate_survives_its_file(tmp_path: Path, tables: Tables) -> None:
+    certificate = certified(tables)
     save_certificate(certificate, tmp_path / "certificate.json")
     loaded = load_certificate(tmp_path / "certificate.json")
     assert loaded == certificate
     assert loaded.text == certificate.text
-    with pytest.raises(CertificateError, match="no operating point 'bold'; known: balanced"):
+    with pytest.raises(CertificateError, match="no operating point 'bold'; known: conserv"):
         loaded.operating_point("bold")
+
+
+def test_looks_are_paid_for() -> None:
+    certificate = _certificate()
+    assert certificate.confidence == pytest.approx(0.7)
+    assert "used for 3 certificates; all of them hold together with probability at least 70%" in (
+        certificate.text
+    )
+    assert "read it as exploratory" in certificate.text
 
 
 def test_unusable_files_say_why(tmp_path: Path) -> None:
@@ -415,7 +430,7 @@ def test_unusable_files_say_why(tmp_path: Path) -> None:
     with pytest.raises(CertificateError, match="is not JSON"):
         load_certificate(path)
     path.write_text('{"format": 99}')
-    with pytest.raises(CertificateError, match="not a certificate of format 1"):
+    with pytest.raises(CertificateError, match="not a certificate of format 2"):
         load_certificate(path)
 
 

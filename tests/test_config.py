@@ -192,9 +192,9 @@ def test_importing_the_configuration_imports_neither_torch_nor_kvpress() -> None
         ),
         ("controller.tau_low", [1.5], "controller.tau_low.0", "less than 1", "1.5"),
         (
-            "controller.false_alarm_targets",
+            "controller.prices",
             {"bold": 0.1},
-            "controller.false_alarm_targets.bold",
+            "controller.prices.bold",
             "'conservative', 'balanced' or 'aggressive'",
             "'bold'",
         ),

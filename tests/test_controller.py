@@ -15,6 +15,7 @@ from kvguard.controller import (
     first_alarm,
     grid_points,
     initial_state,
+    price_point,
     stack_points,
     step,
 )
@@ -191,7 +192,8 @@ def test_grid_of_a_config_holds_every_ordered_combination_once():
     expected = [
         OperatingPoint(tau_low=low, tau_high=high, k=k, j=8) for low, high in pairs for k in (1, 2)
     ]
-    assert found == expected
+    own = [price_point(price) for price in controller.prices.values()]
+    assert found == expected + own
 
 
 @pytest.mark.parametrize(

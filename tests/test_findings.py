@@ -9,7 +9,8 @@ import pytest
 
 from kvguard import config, schema
 from kvguard.ablation import ablate
-from kvguard.calibration import calibrate, save_certificate
+from kvguard.calibration import calibrate
+from kvguard.certificate import save_certificate
 from kvguard.evaluate_predictor import evaluate_predictors
 from kvguard.findings import RESULTS_BEGIN, RESULTS_END, write_findings, write_results
 from kvguard.predictor import rules_predictor
@@ -46,13 +47,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tables |= ablate(run.features, labels, trainer)
     tables |= leave_one_out(run.features, labels, trainer)
     rules = rules_predictor()
+    failed = run.labels.group_by(schema.TRACE_KEYS).agg(
+        harmed=pl.col("steps_to_any").is_not_null().any(), baseline_right=pl.lit(True)
+    )
+    judged = run.outcomes.drop("harmed", "baseline_right").join(failed, on=schema.TRACE_KEYS)
+    judged = judged.with_columns(task=pl.lit("planted"))
     made = calibrate(
         rules,
         predict_tokens({"any": rules}, run.features, splits),
-        labels,
+        judged,
         splits,
-        config.Controller(),
-        config.CertificateSettings(),
+        controller=config.Controller(),
+        certificate=config.CertificateSettings(),
     )
     for name, table in (tables | made.tables).items():
         schema.write_table(table, folder / "tables" / f"{name}.parquet")
