@@ -147,8 +147,8 @@ class Statement(_Part):
         return self.harm_left.certified
 
     @property
-    def text(self) -> str:
-        """The primary statement and the secondary ones in words."""
+    def primary_text(self) -> str:
+        """The primary statement, or the refusal, in words."""
         note = (
             " Requests that alarm and go on compressed count as harmed: no trace proves their "
             "ending."
@@ -157,9 +157,14 @@ class Statement(_Part):
         )
         return (
             f"{self.operating_point}, {self.use.text}: {self.harm_left.text}; jointly, "
-            f"{self.alarms.text}.{note} Secondary: {self.false_alarm.text}; "
-            f"{self.missed_harm.text}."
+            f"{self.alarms.text}.{note}"
         )
+
+    @property
+    def text(self) -> str:
+        """The primary statement and the secondary ones in words."""
+        secondary = f"{self.false_alarm.text}; {self.missed_harm.text}"
+        return f"{self.primary_text} Secondary: {secondary}."
 
 
 class Reference(_Part):
@@ -321,7 +326,7 @@ class Certificate(_Part):
             f"prompts {self.prompts_certifying} certify; for more of these, enlarge the run or the "
             f"calibration split. {looked} {frozen}",
             *(self.points[name].text for name in POINT_NAMES if name in self.points),
-            *(statement.text for statement in self.statements),
+            *(statement.primary_text for statement in self.statements),
         ]
         return "\n".join(lines)
 
