@@ -271,6 +271,40 @@ def test_the_theorem_on_the_real_model(smollm2: LoadedModel, name: str, phase: s
 _real: dict[str, dict[str, list[int]]] = {}
 
 
+@pytest.mark.parametrize(
+    ("name", "phase", "sample"),
+    [
+        ("SnapKVPress", "prefill", False),
+        ("AdaKVPress", "prefill", True),
+        ("PyramidKVPress", "prefill", False),
+        ("KeyRerotationPress", "prefill", False),
+        ("KeyDiffPress", "both", True),
+    ],
+)
+def test_lossless_on_the_real_model(
+    smollm2: LoadedModel, name: str, phase: str, sample: bool
+) -> None:
+    model = smollm2.model
+    texts = ["The capital of France is", "Count: one, two, three, four,", "A list of colours:"]
+    requests = [
+        Request(text, smollm2.tokenizer(text * (6 - i)).input_ids, seed=i)
+        for i, text in enumerate(texts)
+    ]
+    decoding = Decoding(16, smollm2.end_token_ids, do_sample=sample, temperature=0.8)
+    press = build_press(spec(name, model.config.num_hidden_layers, phase), "0.500")
+    done = watched(
+        model,
+        requests,
+        press,
+        lambda rows: Lossless("lossless", rows, 5),
+        rows=2,
+        decoding=decoding,
+        cold="host",
+    )
+    expected = uncompressed(model, requests, decoding)
+    assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
+
+
 @pytest.mark.parametrize("cold", ["host", "none"])
 def test_rewinds_count_what_they_cost(tiny_llama: PreTrainedModel, cold: str) -> None:
     request = ragged_requests(tiny_llama.config.vocab_size)[0]
