@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvguard import press_catalogue
 from kvguard.config_models import GgufModel as GgufModel
@@ -422,6 +422,38 @@ def parse_config(values: Mapping[str, Any]) -> Config:
         return Config.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(_explain(error, values)) from None
+
+
+def config_part(values: Mapping[str, Any]) -> Config:
+    """The part of a configuration that a job's params hold, and nothing else.
+
+    A field that ``values`` does not name cannot be read, not even its default: a script that reads
+    what its rule's params leave out fails, instead of leaving a stale result behind.
+
+    Args:
+        values: sections and fields of a configuration; a section may lack fields.
+
+    Raises:
+        ConfigError: names no field of the configuration, or a value is wrong.
+    """
+    unknown = sorted(set(values) - set(Config.model_fields))
+    if unknown:
+        raise ConfigError(f"no section {', '.join(unknown)}; known: {', '.join(Config.model_fields)}")
+    parsed: dict[str, Any] = {}
+    for name, value in values.items():
+        kind: Any = Config.model_fields[name].annotation
+        try:
+            entry = TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        if isinstance(entry, Section):
+            for field in set(type(entry).model_fields) - set(value):
+                entry.__dict__.pop(field)
+        parsed[name] = entry
+    part = Config.model_construct(_fields_set=set(parsed), **parsed)
+    for name in set(Config.model_fields) - set(parsed):
+        part.__dict__.pop(name, None)
+    return part
 
 
 def load_config(*paths: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -22,9 +22,13 @@ rule find_harm_onsets:
         **job("model"),
     params:
         model=lambda wildcards: model_settings(wildcards, "dtype", "device", "attention"),
-        generation=section("generation"),
-        margin_nats=experiment.detection.rejection_margin_nats,
-        seed=experiment.seed,
+        places=shard_places,
+        experiment=lambda wildcards: part(
+            "generation",
+            "seed",
+            detection=["rejection_margin_nats"],
+            task=shard_places(wildcards)[-1],
+        ),
         library=library("find_harm_onsets"),
     script:
         "../workflow_scripts/find_harm_onsets.py"

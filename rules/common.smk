@@ -57,6 +57,34 @@ def section(name):
     return experiment.model_dump(mode="json", by_alias=True)[name]
 
 
+def part(*names, task=None, **fields):
+    """Sections of the configuration for `config.config_part`: what a script reads, no more.
+
+    `fields` are sections of which only some fields count, `task` names the one task that does.
+    """
+    values = experiment.model_dump(mode="json", by_alias=True)
+    chosen = {name: values[name] for name in names}
+    for name, kept in fields.items():
+        chosen[name] = {field: values[name][field] for field in kept}
+    if task is not None:
+        chosen["tasks"] = [entry for entry in values["tasks"] if entry["name"] == task]
+    return chosen
+
+
+def shard_places(wildcards):
+    """First and last place, and task, of the prompts that one shard holds."""
+    places, first = experiment.shards[int(wildcards.shard)], 0
+    for task in experiment.tasks:
+        first += task.num_prompts
+        if places.start < first:
+            return [places.start, places.stop, task.name]
+
+
+def live_places(wildcards):
+    """Task, part and number of parts of the test prompts that one live shard holds."""
+    return list(experiment.live_shards[int(wildcards.shard)])
+
+
 def model_settings(wildcards, *names):
     """Fields of one model's entry; all of them when no names are given."""
     settings = experiment.model(wildcards.model).model_dump(mode="json")
@@ -81,8 +109,8 @@ def press_settings(wildcards):
     if wildcards.press == BASELINE:
         return None
     return experiment.press(wildcards.press).model_dump(
-        mode="json", by_alias=True, exclude={"ratios"}
-    )
+        mode="json", by_alias=True, exclude={"ratios", "live_ratios"}
+    ) | {"ratios": [wildcards.ratio]}
 
 
 def every_trace(pattern, compressed=False):
@@ -173,13 +201,11 @@ def certificate_uses():
     ]
 
 
-def policy_settings():
-    """The live experiment's section without what only decides which jobs there are."""
-    return {
-        name: value
-        for name, value in section("live").items()
-        if name not in ("policies", "conditions")
-    }
+def live_settings():
+    """Fields of the live experiment's section, without what only decides which jobs there are."""
+    return [
+        name for name in section("live") if name not in ("policies", "conditions", "shard_size")
+    ]
 
 
 def figure_files(wildcards):

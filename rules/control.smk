@@ -98,9 +98,8 @@ rule simulate_controller:
     resources:
         **job("train"),
     params:
-        guard=section("guard"),
-        live=section("live"),
-        detection=section("detection"),
+        models=[model.name for model in experiment.models],
+        experiment=part("guard", "detection", live=live_settings()),
         library=library("simulate_controller"),
     script:
         "../workflow_scripts/simulate_controller.py"
@@ -129,10 +128,8 @@ rule summarize_simulation:
     resources:
         **job("train"),
     params:
-        guard=section("guard"),
-        controller=section("controller"),
-        predictor={"bootstrap_samples": experiment.predictor.bootstrap_samples},
-        seed=experiment.seed,
+        models=[model.name for model in experiment.models],
+        experiment=part("guard", "controller", "seed", predictor=["bootstrap_samples"]),
         library=library("summarize_simulation"),
     script:
         "../workflow_scripts/summarize_simulation.py"

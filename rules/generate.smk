@@ -22,8 +22,8 @@ rule generate:
     params:
         model=lambda wildcards: model_settings(wildcards, "dtype", "device", "attention"),
         press=press_settings,
-        generation=section("generation"),
-        seed=experiment.seed,
+        places=shard_places,
+        experiment=lambda wildcards: part("generation", "seed", task=shard_places(wildcards)[-1]),
         library=library("generate"),
     script:
         "../workflow_scripts/generate.py"

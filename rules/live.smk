@@ -23,11 +23,15 @@ rule run_live:
     params:
         model=lambda wildcards: model_settings(wildcards, "dtype", "device", "attention"),
         press=press_settings,
-        generation=section("generation"),
-        detection=section("detection"),
-        live=policy_settings(),
-        guard=section("guard"),
-        seed=experiment.seed,
+        places=live_places,
+        experiment=lambda wildcards: part(
+            "generation",
+            "detection",
+            "guard",
+            "seed",
+            live=live_settings(),
+            task=live_places(wildcards)[0],
+        ),
         library=library("run_live"),
     script:
         "../workflow_scripts/run_live.py"

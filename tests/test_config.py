@@ -15,6 +15,7 @@ from kvguard.config import (
     BASELINE,
     Config,
     ConfigError,
+    config_part,
     digest,
     load_config,
     overlay,
@@ -447,3 +448,19 @@ def test_digest_depends_on_content_not_on_order() -> None:
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
     assert len(digest({})) == 16
+
+
+def test_a_part_holds_what_it_names_and_nothing_else() -> None:
+    values = load_config(CHECKOUT / "config.yaml").model_dump(mode="json", by_alias=True)
+    loops = {"loop_repeats": 4}
+    part = config_part({"seed": 7, "generation": values["generation"], "detection": loops})
+    assert part.seed == 7
+    assert part.generation.max_new_tokens == values["generation"]["max_new_tokens"]
+    assert part.detection.loop_repeats == 4
+    for read in (lambda: part.live, lambda: part.models, lambda: part.detection.loop_window_tokens):
+        with pytest.raises(AttributeError):
+            read()
+    with pytest.raises(ConfigError, match="has no generations; known: name, seed"):
+        config_part({"generations": {}})
+    with pytest.raises(ConfigError, match="seed"):
+        config_part({"seed": "many"})

@@ -6,23 +6,26 @@ import polars as pl
 from tokenizers import Tokenizer
 
 from kvguard import joblog
-from kvguard.config import Config, parse_config
+from kvguard.config import Config, config_part
 from kvguard.harm_onsets import find_harm_onsets
 from kvguard.models import LoadedModel, load_model
 from kvguard.prompts import read_examples, read_prompts
 from kvguard.schema import HARM_ONSETS, TRACES, read_table, write_table
 
 
-def main(config: Config, model: str, shard: int, inputs: dict[str, Path], target: Path) -> None:
-    """Write one row per trace; ``inputs`` go by the rule's names."""
-    spec, places = config.model(model), config.shards[shard]
-    prompts = read_prompts(inputs["prompts"])[places.start : places.stop]
+def main(
+    experiment: Config,
+    model: dict[str, str],
+    places: slice,
+    inputs: dict[str, Path],
+    target: Path,
+) -> None:
+    """Write one row per trace; ``model`` says how to load it, inputs go by the rule's names."""
+    prompts = read_prompts(inputs["prompts"])[places]
     columns = ["prompt_id", "position", "token_id", "audit_gap"]
 
     def load() -> LoadedModel:
-        return load_model(
-            inputs["checkpoint"], dtype=spec.dtype, device=spec.device, attention=spec.attention
-        )
+        return load_model(inputs["checkpoint"], **model)
 
     onsets = find_harm_onsets(
         prompts,
@@ -32,7 +35,7 @@ def main(config: Config, model: str, shard: int, inputs: dict[str, Path], target
         read_table(inputs["baseline"], TRACES),
         load=load,
         decode=Tokenizer.from_file(str(inputs["checkpoint"] / "tokenizer.json")).decode,
-        experiment=config,
+        experiment=experiment,
     )
     write_table(onsets, target, HARM_ONSETS)
 
@@ -40,9 +43,9 @@ def main(config: Config, model: str, shard: int, inputs: dict[str, Path], target
 if __name__ == "__main__":
     snakemake = joblog.start_job()
     main(
-        parse_config(snakemake.config),
-        snakemake.wildcards.model,
-        int(snakemake.wildcards.shard),
+        config_part(snakemake.params.experiment),
+        snakemake.params.model,
+        slice(*snakemake.params.places[:2]),
         {name: Path(path) for name, path in snakemake.input.items()},
         Path(snakemake.output.onsets),
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kvguard import joblog
-from kvguard.config import BASELINE, Config, parse_config
+from kvguard.config import Config, Press, config_part
 from kvguard.experiment import run_shard
 from kvguard.models import load_model
 from kvguard.prompts import read_examples, read_prompts
@@ -11,42 +11,41 @@ from kvguard.schema import TOKENS, TRACES, write_table
 
 
 def main(
-    config: Config,
-    checkpoint: Path,
-    prompts_path: Path,
-    examples_path: Path,
-    condition: tuple[str, str, str, int],
-    traces_path: Path,
-    tokens_path: Path,
+    experiment: Config,
+    model: dict[str, str],
+    press: Press | None,
+    places: slice,
+    condition: tuple[str, int],
+    inputs: dict[str, Path],
+    targets: dict[str, Path],
 ) -> None:
-    """Run the shard; ``condition`` is (model, press, ratio, shard)."""
-    name, press_name, ratio, shard = condition
-    spec, places = config.model(name), config.shards[shard]
-    prompts = read_prompts(prompts_path)[places.start : places.stop]
-    press = None if press_name == BASELINE else config.press(press_name)
-    attention = (press and press.attention) or spec.attention
+    """Run the shard; ``model`` says how to load it, ``condition`` is (ratio, shard)."""
+    ratio, shard = condition
+    if press is not None and press.attention is not None:
+        model = model | {"attention": press.attention}
+    prompts = read_prompts(inputs["prompts"])[places]
     result = run_shard(
-        load_model(checkpoint, dtype=spec.dtype, device=spec.device, attention=attention),
+        load_model(inputs["checkpoint"], **model),
         prompts,
-        read_examples(examples_path)[prompts[0].task],
+        read_examples(inputs["examples"])[prompts[0].task],
         press=press,
         ratio=ratio,
         shard=shard,
-        experiment=config,
+        experiment=experiment,
     )
-    write_table(result.traces, traces_path, TRACES)
-    write_table(result.tokens, tokens_path, TOKENS)
+    write_table(result.traces, targets["traces"], TRACES)
+    write_table(result.tokens, targets["tokens"], TOKENS)
 
 
 if __name__ == "__main__":
     snakemake = joblog.start_job()
-    wildcards = snakemake.wildcards
+    params, wildcards = snakemake.params, snakemake.wildcards
     main(
-        parse_config(snakemake.config),
-        Path(snakemake.input.checkpoint),
-        Path(snakemake.input.prompts),
-        Path(snakemake.input.examples),
-        (wildcards.model, wildcards.press, wildcards.ratio, int(wildcards.shard)),
-        Path(snakemake.output.traces),
-        Path(snakemake.output.tokens),
+        config_part(params.experiment),
+        params.model,
+        None if params.press is None else Press.model_validate(params.press),
+        slice(*params.places[:2]),
+        (wildcards.ratio, int(wildcards.shard)),
+        {name: Path(path) for name, path in snakemake.input.items()},
+        {name: Path(path) for name, path in snakemake.output.items()},
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from kvguard import joblog
 from kvguard.certificate import load_certificate
-from kvguard.config import Config, parse_config
+from kvguard.config import Config, Press, config_part
 from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import load_model
 from kvguard.predictor import load_predictor
@@ -15,11 +15,14 @@ from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
 from kvguard.splits import prompts_of, read_splits
 
 
-def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target: Path) -> None:
-    """Run the shard; ``inputs`` and ``place`` go by the rule's names of inputs and wildcards."""
-    spec, press = config.model(place["model"]), config.press(place["press"])
-    ratio, policy, shard = place["ratio"], place["policy"], int(place["shard"])
-    task, part, parts = config.live_shards[shard]
+def main(
+    experiment: Config, params: dict[str, Any], inputs: dict[str, Path], target: Path, job: Any
+) -> None:
+    """Run the shard; params and inputs go by the rule's names, ``job`` are its wildcards."""
+    press, model = Press.model_validate(params["press"]), dict(params["model"])
+    if press.attention is not None:
+        model["attention"] = press.attention
+    task, part, parts = params["places"]
     test = set(prompts_of(read_splits(inputs["splits"]), "test"))
     prompts = [
         prompt
@@ -30,23 +33,24 @@ def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target:
     if "predictor" in inputs:
         certificate = load_certificate(inputs["certificate"])
         needs["predictor"] = load_predictor(inputs["predictor"])
-        needs["controller"] = certificate.operating_point(config.live.operating_point)
+        needs["controller"] = certificate.operating_point(experiment.live.operating_point)
     if "simulation" in inputs:
         simulated = read_table(inputs["simulation"], RUNS)
-        needs |= match_guard(simulated, policy, model=spec.name, press=press.name, ratio=ratio)
+        needs |= match_guard(
+            simulated, job.policy, model=job.model, press=job.press, ratio=job.ratio
+        )
     if "rivals" in inputs:
-        learned = load_rivals(inputs["rivals"])[spec.name, press.name, ratio]
+        learned = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
         needs |= learned.model_dump(include={"clock_tokens", "gate_threshold"})
-    attention = press.attention or spec.attention
     runs = run_policy_shard(
-        load_model(inputs["checkpoint"], dtype=spec.dtype, device=spec.device, attention=attention),
+        load_model(inputs["checkpoint"], **model),
         prompts,
         read_examples(inputs["examples"])[task],
         press=press,
-        ratio=ratio,
-        policy=policy,
-        shard=shard,
-        experiment=config,
+        ratio=job.ratio,
+        policy=job.policy,
+        shard=int(job.shard),
+        experiment=experiment,
         baseline=read_table(inputs["outcomes"], OUTCOMES),
         **needs,
     )
@@ -56,5 +60,5 @@ def main(config: Config, inputs: dict[str, Path], place: dict[str, str], target:
 if __name__ == "__main__":
     snakemake = joblog.start_job()
     inputs = {name: Path(path) for name, path in snakemake.input.items()}
-    place = dict(snakemake.wildcards.items())
-    main(parse_config(snakemake.config), inputs, place, Path(snakemake.output.runs))
+    params, target = dict(snakemake.params.items()), Path(snakemake.output.runs)
+    main(config_part(params["experiment"]), params, inputs, target, snakemake.wildcards)

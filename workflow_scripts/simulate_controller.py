@@ -7,23 +7,25 @@ from tokenizers import Tokenizer
 
 from kvguard import joblog
 from kvguard.certificate import load_certificate
-from kvguard.config import Config, parse_config
+from kvguard.config import Config, config_part
 from kvguard.evaluate_controller import Frames, simulate_model
 from kvguard.rival_settings import load_rivals
 from kvguard.schema import PROMPTS, RUNS, read_table, write_table
 from kvguard.splits import prompts_of, read_splits
 
 
-def main(config: Config, inputs: dict[str, list[Path]], target: Path) -> None:
+def main(
+    experiment: Config, models: list[str], inputs: dict[str, list[Path]], target: Path
+) -> None:
     """Write the simulated runs; inputs go by the rule's names."""
     test = prompts_of(read_splits(inputs["splits"][0]), "test")
     prompts = read_table(inputs["prompts"][0], PROMPTS)
     certificate = load_certificate(inputs["certificate"][0])
-    controller = certificate.operating_point(config.live.operating_point)
+    controller = certificate.operating_point(experiment.live.operating_point)
     rivals = load_rivals(inputs["rivals"][0])
     runs = []
-    for model, checkpoint in zip(config.models, inputs["checkpoints"], strict=True):
-        wanted = (pl.col("model") == model.name) & pl.col("prompt_id").is_in(test)
+    for model, checkpoint in zip(models, inputs["checkpoints"], strict=True):
+        wanted = (pl.col("model") == model) & pl.col("prompt_id").is_in(test)
         frames = Frames(
             *(
                 pl.scan_parquet(inputs[name], hive_partitioning=False).filter(wanted).collect()
@@ -31,7 +33,7 @@ def main(config: Config, inputs: dict[str, list[Path]], target: Path) -> None:
             )
         )
         decode = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).decode
-        runs.append(simulate_model(frames, prompts, config, controller, decode, rivals))
+        runs.append(simulate_model(frames, prompts, experiment, controller, decode, rivals))
     write_table(pl.concat(runs), target, RUNS)
 
 
@@ -39,7 +41,8 @@ if __name__ == "__main__":
     snakemake = joblog.start_job()
     given = snakemake.input
     main(
-        parse_config(snakemake.config),
+        config_part(snakemake.params.experiment),
+        snakemake.params.models,
         {
             name: [Path(path) for path in ([entry] if isinstance(entry, str) else entry)]
             for name, entry in given.items()
