@@ -438,7 +438,8 @@ def config_part(values: Mapping[str, Any]) -> Config:
     """
     unknown = sorted(set(values) - set(Config.model_fields))
     if unknown:
-        raise ConfigError(f"no section {', '.join(unknown)}; known: {', '.join(Config.model_fields)}")
+        known = ", ".join(Config.model_fields)
+        raise ConfigError(f"a configuration has no {', '.join(unknown)}; known: {known}")
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         kind: Any = Config.model_fields[name].annotation
