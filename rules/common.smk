@@ -282,6 +282,7 @@ TABLES = {
     "pareto": "Controller",
     "simulability": "Controller",
     "policies": "Live",
+    "policy_tests": "Live",
     "simulation_reasons": "Live",
     "memory": "Live",
     "leakage_check": "Checks",

@@ -48,6 +48,7 @@ rule summarize_live:
         memory="<results>/tables/memory.parquet",
         differences="<results>/tables/simulation_differences.parquet",
         reasons="<results>/tables/simulation_reasons.parquet",
+        tests="<results>/tables/policy_tests.parquet",
     log:
         "<results>/logs/summarize_live.log",
     benchmark:

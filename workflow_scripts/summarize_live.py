@@ -5,12 +5,9 @@ from pathlib import Path
 import polars as pl
 
 from kvguard import joblog
-from kvguard.compare_policies import (
-    compare_live_simulation,
-    summarize_differences,
-    summarize_runs,
-)
+from kvguard.compare_policies import compare_live_simulation, summarize_differences, summarize_runs
 from kvguard.costs import memory_of_rewind
+from kvguard.policy_tests import compare_pairs
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
 
 
@@ -22,26 +19,23 @@ def main(
     seed: int,
     targets: dict[str, Path],
 ) -> None:
-    """Write the targets ``policies`` (both sources), ``memory``, ``differences``, ``reasons``.
+    """Write the targets ``policies`` (both sources), ``memory``, ``differences``, ``reasons``,
+    ``tests`` (policies in pairs).
 
     ``tables`` are simulation and outcomes.
     """
     live = pl.read_parquet(live_paths, hive_partitioning=False)
     simulated = read_table(tables["simulation"], RUNS)
     outcomes = read_table(tables["outcomes"], OUTCOMES)
-    policies = [
-        summarize_runs(runs, outcomes, bootstrap_samples=bootstrap_samples, seed=seed)
-        for runs in (live, simulated)
-    ]
-    sources = [pl.lit(name).alias("source") for name in ("live", "simulation")]
+    policies, pairs = [], []
+    for source, runs in (("live", live), ("simulation", simulated)):
+        table = summarize_runs(runs, outcomes, bootstrap_samples=bootstrap_samples, seed=seed)
+        policies.append(table.with_columns(source=pl.lit(source)))
+        pairs.append(compare_pairs(runs, samples=bootstrap_samples, seed=seed))
     differences = compare_live_simulation(live, simulated)
     traces = pl.read_parquet(trace_paths, hive_partitioning=False)
-    write_table(
-        pl.concat(
-            table.with_columns(source) for table, source in zip(policies, sources, strict=True)
-        ),
-        targets["policies"],
-    )
+    write_table(pl.concat(policies), targets["policies"])
+    write_table(pl.concat(pairs), targets["tests"])
     write_table(memory_of_rewind(traces, live), targets["memory"])
     write_table(differences, targets["differences"])
     write_table(summarize_differences(differences), targets["reasons"])
