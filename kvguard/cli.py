@@ -357,6 +357,9 @@ def verify(
         if len(check.problems) > LISTED:
             console.print(f"[red]{check.name}[/]: and {len(check.problems) - LISTED} more")
     if any(check.problems for check in checks):
+        console.print(
+            "`kvguard verify --discard` removes what is damaged; the next run makes it anew"
+        )
         raise typer.Exit(1)
     console.print("nothing is wrong")
 

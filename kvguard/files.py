@@ -32,8 +32,9 @@ class DamagedFile(ValueError):
         self.path = Path(path)
         remove = "rm -r" if self.path.is_dir() else "rm"
         super().__init__(
-            f"{path} is damaged: {reason}. `{remove} {path}` and the next run makes it anew, with "
-            f"what depends on it and nothing else"
+            f"{path} is damaged: {reason}. Remove it (`{remove} {path}`, or `kvguard verify "
+            f"--discard` for all that is damaged) and run again: it is made anew, with what "
+            f"depends on it and nothing else"
         )
 
 

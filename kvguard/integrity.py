@@ -380,7 +380,7 @@ def _written_files(results: Path) -> list[Path]:
 def _check_written(path: Path) -> None:
     """Raise where a file is not what was written, or its time is wrong."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the next run makes it anew")
+        raise FileNotFoundError(f"{path}: no such file")
     check_file(path)
     ahead = path.stat().st_mtime - time.time()
     if ahead > CLOCK_SLACK_SECONDS:
@@ -402,10 +402,14 @@ def _damage(check: Callable[[Path], None], path: Path) -> str | None:
 def discard_damaged(config: Config, results: str | Path) -> list[Path]:
     """Remove every file and model folder that is not what was written, so that a run remakes it.
 
+    The manifest goes with them, and where a file is missing: Snakemake remakes a lost file only for
+    a job that reads it, and the manifest's job reads every file.
+
     Returns:
         What was removed. Files that were never recorded, such as a user's own, are left alone.
     """
     results = Path(results)
+    lost = False
     suspects: list[tuple[Path, Callable[[Path], None]]] = [
         (path, _check_written) for path in _written_files(results)
     ]
@@ -428,7 +432,12 @@ def discard_damaged(config: Config, results: str | Path) -> list[Path]:
             pass
         else:
             continue
+        lost = True
         digest_path(path).unlink(missing_ok=True)
+    if lost and (results / MANIFEST).is_file():
+        (results / MANIFEST).unlink()
+        digest_path(results / MANIFEST).unlink(missing_ok=True)
+        removed.append(results / MANIFEST)
     for path in results.rglob(f".*{PARTIAL}*"):
         removed.append(path)
         if path.is_dir():

@@ -298,8 +298,8 @@ def test_a_damaged_database_does_not_pass(results: Path, harm, known: bool) -> N
         forget_digest(path)
     (problem,) = failed(results)["database"]
     assert f"{path} is damaged" in problem
-    assert f"`rm {path}` and the next run makes it anew" in problem
-    with pytest.raises(DamagedFile, match="makes it anew"):
+    assert f"`rm {path}`" in problem
+    with pytest.raises(DamagedFile, match="made anew"):
         read_view(path, "condition_summary")
 
 
@@ -364,13 +364,11 @@ def test_a_damaged_table_is_named_and_discarded_alone(results: Path, name: str, 
     harm(path)
     (problem,) = failed(results)["written files"]
     assert f"{path} is damaged" in problem
-    with pytest.raises(DamagedFile, match="makes it anew"):
+    with pytest.raises(DamagedFile, match="made anew"):
         schema.read_table(path)
-    assert discard_damaged(make_config(), results) == [path]
-    assert before - {file for file in results.rglob("*") if file.is_file()} == {
-        path,
-        digest_path(path),
-    }
+    assert discard_damaged(make_config(), results) == [path, results / "manifest.json"]
+    after = {file for file in results.rglob("*") if file.is_file()}
+    assert before - after == {path, digest_path(path), results / "manifest.json"}
 
 
 def test_a_changed_model_is_discarded_whole(results: Path) -> None:
@@ -379,7 +377,7 @@ def test_a_changed_model_is_discarded_whole(results: Path) -> None:
     (problem,) = failed(results)["model hashes"]
     assert f"{weights.parent} is damaged: the content of model.safetensors changed" in problem
     assert f"`rm -r {weights.parent}`" in problem
-    assert discard_damaged(make_config(), results) == [weights.parent]
+    assert discard_damaged(make_config(), results) == [weights.parent, results / "manifest.json"]
     assert not weights.parent.exists()
 
 
@@ -396,9 +394,10 @@ def test_a_file_of_the_future_is_found(results: Path) -> None:
     os.utime(path, (time.time() + 7200, time.time() + 7200))
     (problem,) = failed(results)["written files"]
     assert f"{path} is damaged: its time is 7," in problem
-    assert discard_damaged(make_config(), results) == [path]
+    assert discard_damaged(make_config(), results) == [path, results / "manifest.json"]
 
 
 def test_a_file_deleted_by_hand_is_missed(results: Path) -> None:
     (results / "outcomes.parquet").unlink()
     assert "no such file" in failed(results)["written files"][0]
+    assert discard_damaged(make_config(), results) == [results / "manifest.json"]

@@ -13,16 +13,12 @@ from pathlib import Path
 import yaml
 from conftest import make_tiny_model, make_tiny_tokenizer
 
-from kvguard.config import POLICY_NAMES
-
 CHECKOUT = Path(__file__).parent.parent
 
 NOT_COPIED = ("tests", "results", "docs", "shared", "build", "dist", "__pycache__", "*.egg-info")
 """Besides everything whose name starts with a dot."""
 
 RESULTS = "results"
-
-GUARD = next(name for name in ("guard", "guard_rewind") if name in POLICY_NAMES)
 
 EXPERIMENT = {
     "name": "tiny",
@@ -49,7 +45,7 @@ EXPERIMENT = {
     "generation": {"max_new_tokens": 32, "batch_size": 8, "shard_size": 6},
     "splits": {"train": 0.5, "calibration": 0.25, "test": 0.25},
     "predictor": {"search_trials": 0, "max_rounds": 10, "bootstrap_samples": 20},
-    "live": {"policies": ["none", GUARD, "verify_all"], "shard_size": 2},
+    "live": {"policies": ["none", "guard", "verify_all"], "shard_size": 2},
     "jobs": {
         kind: {"threads": 1, "mem_mb": 1000, "runtime": 10} for kind in ("model", "train", "small")
     },
