@@ -150,6 +150,25 @@ def perplexity(model: PreTrainedModel, token_ids: torch.Tensor) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item())
 
 
+def check_source(spec: config.Model, folder: str | Path) -> None:
+    """Refuse a prepared model that was made from another source than the configuration names.
+
+    Args:
+        spec: a model of the configuration; how it is loaded (dtype, device, attention) may differ.
+        folder: a folder made by `prepare_model`.
+
+    Raises:
+        ModelError: names the first field that differs, and both values.
+    """
+    recorded = json.loads((Path(folder) / RECORD).read_text())["spec"]
+    for field, value in spec.model_dump(mode="json").items():
+        if field not in ("dtype", "device", "attention") and recorded.get(field) != value:
+            raise ModelError(
+                f"models.{spec.name}.{field}: {folder} was prepared with {recorded.get(field)!r}, "
+                f"the configuration says {value!r}; correct it, or remove that folder"
+            )
+
+
 def changed_files(folder: str | Path) -> list[str]:
     """Files of a prepared model whose SHA-256 is not the recorded one, or that are gone.
 

@@ -654,12 +654,19 @@ def _prepared_model(
     experiment: Config, name: str, results_dir: Path | None, press: Press | None
 ) -> "LoadedModel":
     """Load a model, preparing it where the pipeline would if it is not there."""
-    from kvguard.checkpoints import prepare_model
+    from kvguard.checkpoints import check_source, prepare_model
     from kvguard.models import RECORD, load_model
 
+    if results_dir is not None and not results_dir.is_dir():
+        raise ConfigError(
+            f"--results-dir: no folder {results_dir}; make it first if the model is to be prepared "
+            "there, or leave the option out"
+        )
     spec = experiment.model(name)
     folder = (results_dir or Path(experiment.results_dir)) / "checkpoints" / name
-    if not (folder / RECORD).is_file():
+    if (folder / RECORD).is_file():
+        check_source(spec, folder)
+    else:
         console.print(f"preparing {name} in {folder} (once)")
         prepare_model(spec, folder)
     attention = (press and press.attention) or spec.attention

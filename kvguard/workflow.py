@@ -119,6 +119,7 @@ def press_experiment(
     entry = press_entry(base, press)
     # A ratio of 0 is the uncompressed run; the press entry needs some ratio to be valid.
     entry["ratios"] = [wanted if wanted != BASELINE_RATIO else "0.500"]
+    entry["live_ratios"] = None  # those of the configuration need not hold this ratio
     generation: dict[str, Any] = {"shard_size": num_prompts}
     asked: dict[str, Any] = {"num_prompts": num_prompts}
     if max_new_tokens is not None:

@@ -22,7 +22,7 @@ from kvguard.database import build_database
 from kvguard.feature_files import build_features
 from kvguard.labeling import build_labels
 from kvguard.splits import split_prompts
-from kvguard.workflow import press_entry, short_name, snake_name
+from kvguard.workflow import press_entry, press_experiment, short_name, snake_name
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -280,6 +280,45 @@ def test_what_is_not_installed_is_named_with_its_extra(
     assert done.returncode == 2
     assert "this needs duckdb" in done.stderr
     assert "kvguard[pipeline]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("press", "ratio"),
+    [
+        ("snapkv", "0.5"),
+        ("SnapKVPress", "0.5"),
+        ("snapkv", "0.9"),
+        ("expected_attention", "0.75"),
+        ("streaming_llm", "0"),
+    ],
+)
+def test_a_press_runs_at_any_ratio(press: str, ratio: str) -> None:
+    experiment = press_experiment([CHECKOUT / "config.yaml"], press, ratio, num_prompts=2)
+    assert experiment.presses[0].ratios == [f"{float(ratio) or 0.5:.3f}"]
+    assert len(experiment.live_conditions) == 1
+
+
+def test_a_mistyped_results_folder_downloads_nothing(
+    tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    done = command("kvguard run --press knorm --num-prompts 1 --results-dir reslts", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--results-dir: no folder reslts" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prepared_model_of_another_hash_is_refused(
+    tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    spec = load_config(CHECKOUT / "config.yaml").models[0].model_dump(mode="json")
+    prepared = tmp_path / "checkpoints" / spec["name"]
+    prepared.mkdir(parents=True)
+    record = {"spec": spec | {"wheel_sha256": "0" * 64}}
+    (prepared / "kvguard_model.json").write_text(json.dumps(record))
+    done = command(f"kvguard run --press knorm --num-prompts 1 --results-dir {tmp_path}")
+    assert done.returncode == 2
+    assert f"models.{spec['name']}.wheel_sha256" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_press_names_are_classes_in_snake_case() -> None:
