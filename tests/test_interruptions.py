@@ -61,9 +61,16 @@ def assert_same_results(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The experiment before any run: both runs are copies, with the same code."""
+    return make_experiment(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
-    folder = make_experiment(tmp_path_factory.mktemp("uninterrupted"))
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    shutil.copytree(pristine, folder, dirs_exist_ok=True)
     run(folder, *TARGETS)
     return folder
 
@@ -101,10 +108,13 @@ def kill(running: subprocess.Popen[str]) -> None:
     running.wait()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
-    uninterrupted: Path, tmp_path: Path
+    pristine: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    folder = make_experiment(tmp_path / "killed")
+    folder = tmp_path / "killed"
+    shutil.copytree(pristine, folder)
     chance = random.Random(0)
     jobs = len(finished_benchmarks(uninterrupted))
     done: list[str] = []

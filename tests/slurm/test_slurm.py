@@ -198,6 +198,7 @@ def test_jobs_outlive_a_killed_snakemake_and_nothing_is_computed_twice(
     assert len(cluster.records()) == len(before) + 4, "the resumed sweep submitted nothing"
 
 
+@pytest.mark.timeout(1800)
 def test_the_tiny_experiment_runs_through_the_shipped_profile(
     cluster: OneNode, tmp_path: Path
 ) -> None:
