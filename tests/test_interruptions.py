@@ -7,6 +7,7 @@ One uninterrupted run of the tiny experiment is what everything is compared with
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
