@@ -1,9 +1,9 @@
-"""Write the numbers of docs/performance.md from results/bench/*.json; none is typed by hand.
+"""Write the numbers of docs/performance.md and scaling.md from results/bench/*.json.
 
     python benchmarks/write_performance.py
 
-Between ``<!-- generated: NAME -->`` and ``<!-- end generated -->`` stands the content of
-results/bench/NAME.json as a table; everything else is left as it is. Numbers take their unit from
+None is typed by hand. Between ``<!-- generated: NAME -->`` and ``<!-- end generated -->`` stands
+the content of results/bench/NAME.json as a table; everything else is left as it is. Numbers take their unit from
 the key (``_bytes``, ``_seconds``, ``_ms``, ``_us``, ``_share``, ``_per_second``). A list of records
 becomes a table of its own. `make bench` runs this last.
 """
@@ -112,7 +112,9 @@ def main(document: Path, bench: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--document", type=Path, default=Path("docs/performance.md"))
+    documents = [Path("docs/performance.md"), Path("docs/scaling.md")]
+    parser.add_argument("--document", type=Path, nargs="*", default=documents)
     parser.add_argument("--bench", type=Path, default=Path("results/bench"))
     arguments = parser.parse_args()
-    main(arguments.document, arguments.bench)
+    for document in arguments.document:
+        main(document, arguments.bench)
