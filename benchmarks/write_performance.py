@@ -3,9 +3,9 @@
     python benchmarks/write_performance.py
 
 None is typed by hand. Between ``<!-- generated: NAME -->`` and ``<!-- end generated -->`` stands
-the content of results/bench/NAME.json as a table; everything else is left as it is. Numbers take their unit from
-the key (``_bytes``, ``_seconds``, ``_ms``, ``_us``, ``_share``, ``_per_second``). A list of records
-becomes a table of its own. `make bench` runs this last.
+the content of results/bench/NAME.json as a table; everything else is left as it is. Numbers take
+their unit from the key (``_bytes``, ``_seconds``, ``_ms``, ``_us``, ``_share``, ``_per_second``). A
+list of records becomes a table of its own. `make bench` runs this last.
 """
 
 import argparse

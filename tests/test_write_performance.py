@@ -69,12 +69,12 @@ def test_blocks_are_filled_and_the_rest_is_left_alone(tmp_path):
     assert write_performance.fill(filled, tmp_path) == filled
 
 
-def test_the_real_document_has_a_block_for_every_benchmark():
+def test_the_real_documents_have_a_block_for_every_benchmark():
+    documents = [ROOT / "docs" / name for name in ("performance.md", "scaling.md")]
     names = {
         name
-        for _, name, _ in write_performance.BLOCK.findall(
-            (ROOT / "docs" / "performance.md").read_text()
-        )
+        for document in documents
+        for _, name, _ in write_performance.BLOCK.findall(document.read_text())
     }
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"write_performance"}
     assert scripts <= names
