@@ -321,7 +321,8 @@ def play(name, request, baseline, holdback=16, rate=None, every=1):
             if action == Action.COMMIT and kept == look:
                 return {"token_ids": draft, "alarm_steps": alarms, "rewound_to": [kept]}
             unrecoverable += kept < streamed
-            prefilled += prompt + carried
+            # A check reads the prompt's entries, and needs no entry of a last token.
+            prefilled += carried - ended if carried else prompt
             peak_of_passes.append(full + entry * carried)
             wasted += look - kept
             cuts.append(kept)
@@ -1022,8 +1023,9 @@ def test_simulation_predicts_the_live_guard_request_by_request(
         detection=experiment.detection,
         controller=point,
         random_rate=0.7,
-        check_every_tokens=every,
-        holdback_tokens=4,
+        clock_tokens=12,
+        gate_threshold=0.5,
+        guard=experiment.guard,
         decode=lambda ids: tiny_tokenizer.decode(ids, skip_special_tokens=True),
     )
     live = pl.concat(
@@ -1040,6 +1042,8 @@ def test_simulation_predicts_the_live_guard_request_by_request(
             predictor=EntropyRisk(),
             controller=point,
             alarm_rate=0.7,
+            clock_tokens=12,
+            gate_threshold=0.5,
         )
         for name in names
     )
