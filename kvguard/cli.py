@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -364,29 +365,43 @@ def verify(
     console.print("nothing is wrong")
 
 
+class Format(StrEnum):
+    """How `analyze` prints."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
 @commands.command()
 def analyze(
     results_dir: ResultsDir = Path("results"),
     view: Annotated[
         str | None, typer.Option(help="Another view of the database, e.g. failure_kinds, errors.")
     ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show the first so many rows.")] = None,
+    written: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.table,
 ) -> None:
     """Print what each press and ratio did, with 95 % intervals."""
     from kvguard.database import analyze as condition_table
     from kvguard.database import read_view
 
     database = results_dir / "kvguard.duckdb"
-    if view is not None:
+    title = f"{database}: shares of requests, excess paired with the same prompt uncompressed"
+    if view is None:
+        frame = condition_table(database)
+    else:
         try:
-            frame = read_view(database, view)
+            frame, title = read_view(database, view), view
         except ValueError as error:
             raise ConfigError(f"--view: {error}") from None
-        print_frame(frame, view)
-        return
-    print_frame(
-        condition_table(database),
-        f"{database}: shares of requests, excess paired with the same prompt uncompressed",
-    )
+    frame = frame.head(frame.height if limit is None else limit)
+    if written is Format.csv:
+        typer.echo(frame.write_csv(), nl=False)
+    elif written is Format.json:
+        typer.echo(frame.write_json())
+    else:
+        print_frame(frame, title)
 
 
 @commands.command()
@@ -526,6 +541,7 @@ def eval_controller(
     table = simulate_controller(
         requests,
         points,
+        check_every_tokens=experiment.guard.check_every_tokens,
         bootstrap_samples=experiment.predictor.bootstrap_samples,
         seed=experiment.seed,
     )
@@ -727,13 +743,41 @@ def print_frame(frame: "pl.DataFrame", title: str, columns: Sequence[str] | None
         for name in columns or frame.columns
         if name.removesuffix("_low").removesuffix("_high") == name or f"{name}_low" in frame.columns
     ]
-    table = Table(title=_escape(title), title_justify="left")
-    for name in names:
-        numeric = frame.schema[name].is_numeric()
-        table.add_column(name.replace("_", " "), justify="right" if numeric else "left")
-    for row in frame.iter_rows(named=True):
-        table.add_row(*(_cell(row, name) for name in names))
-    console.print(table)
+    rows = [[_cell(row, name) for name in names] for row in frame.iter_rows(named=True)]
+    widths = [
+        max(len(part) for part in (name.replace("_", " "), *(row[index] for row in rows))) + 3
+        for index, name in enumerate(names)
+    ]
+    for number, chosen in enumerate(_fitting(frame, names, widths)):
+        table = Table(title=_escape(title) if number == 0 else None, title_justify="left")
+        for index in chosen:
+            numeric = frame.schema[names[index]].is_numeric()
+            heading = names[index].replace("_", " ")
+            table.add_column(heading, justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*(row[index] for index in chosen))
+        console.print(table)
+
+
+def _fitting(frame: "pl.DataFrame", names: Sequence[str], widths: Sequence[int]) -> list[list[int]]:
+    """Columns of each of the tables that together show a frame in the terminal's width.
+
+    The leading columns of text say what a row is about, and begin every table.
+    """
+    keys: list[int] = []
+    for index, name in enumerate(names):
+        if frame.schema[name].is_numeric():
+            break
+        keys.append(index)
+    tables, room = [list(keys)], console.width - 1 - sum(widths[index] for index in keys)
+    left = room
+    for index in range(len(keys), len(names)):
+        if widths[index] > left and len(tables[-1]) > len(keys):
+            tables.append(list(keys))
+            left = room
+        tables[-1].append(index)
+        left -= widths[index]
+    return tables
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

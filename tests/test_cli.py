@@ -199,6 +199,27 @@ def test_analyze_prints_shares_with_intervals(results: Path, command: Callable[.
     assert "failure_kinds" in done.stderr
 
 
+def test_analyze_writes_for_machines(results: Path, command: Callable[..., Ended]) -> None:
+    done = command(f"kvguard analyze --results-dir {results} --limit 1 --format json")
+    assert len(json.loads(done.stdout)) == 1
+    done = command(f"kvguard analyze --results-dir {results} --format csv")
+    rows = pl.read_csv(done.stdout.encode())
+    assert {"press", "ratio", "agreement"} <= set(rows.columns)
+
+
+def test_tables_split_where_the_terminal_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    values = {f"a_rather_long_name_{index}": [index + 1000] for index in range(8)}
+    cli.print_frame(pl.DataFrame({"press": ["snapkv"], **values}), "wide")
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert all(f"{index + 1000:,}" in shown for index in range(8))
+    assert shown.count("snapkv") == 3
+    assert "…" not in shown
+
+
 def test_verify_names_what_is_missing_and_fails(
     results: Path, command: Callable[..., Ended]
 ) -> None:
