@@ -63,7 +63,7 @@ bench: $(READY) ## every benchmark; writes results/bench/<claim>.json
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
 
 findings: $(READY) ## docs/findings.md from the tables of finished runs: make findings RUNS="results ..."
-	$(BIN)/kvguard findings $(addprefix --results-dir ,$(RUNS)) --output docs/findings.md
+	$(BIN)/kvguard findings $(addprefix --results-dir ,$(RUNS)) --output docs/findings.md --readme README.md
 
 docs: $(READY) ## API pages from the docstrings: site/index.html
 	$(BIN)/python docs/write_api.py site

@@ -640,12 +640,20 @@ def findings(
         list[Path] | None, typer.Option(help="A finished run; may be repeated.")
     ] = None,
     output: Annotated[Path, typer.Option(help="The Markdown file.")] = Path("docs/findings.md"),
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="A page whose results, between two markers, become the first run's."),
+    ] = None,
 ) -> None:
     """Write in sentences what the tables of finished runs say about the predictor."""
-    from kvguard.findings import write_findings
+    from kvguard.findings import write_findings, write_results
 
-    write_findings(results_dir or [Path("results")], output)
+    folders = results_dir or [Path("results")]
+    write_findings(folders, output)
     console.print(f"wrote {output}")
+    if readme is not None:
+        write_results(folders[0], readme)
+        console.print(f"wrote the results in {readme}")
 
 
 @commands.command()
