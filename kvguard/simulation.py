@@ -311,7 +311,7 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     recovery = recovery_cost(
         memory, prompt_tokens, ending.draft, ending.carried, ending.kept, final
     )
-    # A check over the cold cache runs the draft alone, without the last token of one that has ended.
+    # A check over the cold cache runs the draft alone; of one that has ended not its last token.
     run = ending.carried - (ending.draft == requests.lengths)
     read = np.where(ending.carried > 0, prompt_tokens + run, recovery.tokens_prefilled)
     recovery = recovery._replace(tokens_prefilled=read.astype(np.float64))
