@@ -103,6 +103,8 @@ class KVGuard:
 
     Raises:
         GuardError: the predictor was made for other features, or an argument is not accepted.
+        CertificateError: with ``condition``, the certificate was made on another one, another
+            recovery or another `check_every_tokens`; names what differs.
     """
 
     def __init__(
@@ -163,6 +165,15 @@ class KVGuard:
             from kvguard.drift import DriftMonitor
 
             press_name, ratio = condition or (None, None)
+            if condition is not None and self.certificate.statements:
+                # refuses, by name, what the certificate was not made on
+                self.certificate.statement(
+                    operating_point,
+                    press=press_name,
+                    ratio=ratio,
+                    recovery=recovery,
+                    check_every_tokens=check_every_tokens,
+                )
             self.drift = DriftMonitor(
                 self.certificate, operating_point, press=press_name, ratio=ratio
             )
