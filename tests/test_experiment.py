@@ -43,7 +43,8 @@ def some_prompts(count: int = 5) -> list[Prompt]:
 
 def configured(**generation: object) -> Config:
     settings = {"max_new_tokens": 24, "batch_size": 3} | generation
-    return load_config("config.yaml", overrides={"generation": settings})
+    overrides = {"generation": settings, "tasks": [{"kind": "gsm_symbolic", "num_prompts": 9}]}
+    return load_config("config.yaml", overrides=overrides)
 
 
 def press(name: str = "KnormPress", **kwargs: object) -> Press:

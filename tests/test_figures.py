@@ -521,8 +521,8 @@ def test_figures_draw_what_the_simulation_says():
     }
     experiment = load_config(Path(__file__).parents[1] / "config.yaml", overrides=overrides)
     frames = Frames(run.traces, run.tokens, run.outcomes, predictions)
-    made = simulate_model(frames, run.prompts, experiment, POINTS, lambda ids: str(ids))
-    summary_table = summarize_runs(made["simulation"], run.outcomes, bootstrap_samples=20)
+    runs = simulate_model(frames, run.prompts, experiment, POINTS["balanced"], str)
+    summary_table = summarize_runs(runs, run.outcomes, bootstrap_samples=20)
     compressed = summary_table.filter(pl.col("press") != "none")
     live = compressed.with_columns(source=pl.lit("live"))
     plot_policies.plot_policies(live)

@@ -193,7 +193,7 @@ def test_claims_follow_the_intervals(results: Path, tmp_path: Path) -> None:
     assert "No predictor was trained for `looping`: 0 train prompts" in text
     assert "Transfer between models: m is the only model." in text
     assert "permuted requests | hazard | request | 0.50" in text
-    assert "The unit is the prompt" in text
+    assert "What is certified" in text
 
     shaken = metrics.with_columns(low=pl.lit(0.45), low_pointwise=pl.lit(0.45))
     path = results / "tables" / "predictor_metrics.parquet"

@@ -18,6 +18,8 @@ from kvguard.models import LoadedModel
 from kvguard.prompts import Prompt, make_prompt_id
 from kvguard.tasks import Verdict
 
+TASKS = [{"kind": "gsm_symbolic", "num_prompts": 9}]
+
 TOKENS = 24
 
 
@@ -82,7 +84,7 @@ def _decode(tiny: LoadedModel) -> Callable[[Sequence[int]], str]:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_bisection_finds_what_brute_force_finds(tiny: LoadedModel, sampled: bool) -> None:
     settings = {"max_new_tokens": TOKENS, "batch_size": 4, "do_sample": sampled}
-    config = load_config("config.yaml", overrides={"generation": settings})
+    config = load_config("config.yaml", overrides={"generation": settings, "tasks": TASKS})
     plain = _run(tiny, config, _prompts(12, "ends", [{"end": ""}] * 12), "0.000")
     specs = [{"end": text[-1:]} for text in plain.traces["text"]]
     prompts = _prompts(12, "ends", specs)
@@ -130,7 +132,9 @@ def test_bisection_finds_what_brute_force_finds(tiny: LoadedModel, sampled: bool
 
 
 def test_a_verifier_that_names_the_item_needs_no_model(tiny: LoadedModel) -> None:
-    config = load_config("config.yaml", overrides={"generation": {"max_new_tokens": TOKENS}})
+    config = load_config(
+        "config.yaml", overrides={"generation": {"max_new_tokens": TOKENS}, "tasks": TASKS}
+    )
     plain = _run(tiny, config, _prompts(6, "items", [{"text": ""}] * 6), "0.000")
     prompts = _prompts(6, "items", [{"text": text} for text in plain.traces["text"]])
     pressed = _run(tiny, config, prompts, "0.500")
@@ -161,7 +165,9 @@ def test_a_verifier_that_names_the_item_needs_no_model(tiny: LoadedModel) -> Non
 
 
 def test_what_is_wrong_uncompressed_is_not_searched(tiny: LoadedModel) -> None:
-    config = load_config("config.yaml", overrides={"generation": {"max_new_tokens": TOKENS}})
+    config = load_config(
+        "config.yaml", overrides={"generation": {"max_new_tokens": TOKENS}, "tasks": TASKS}
+    )
     prompts = _prompts(3, "ends", [{"end": "nothing"}] * 3)
     plain, pressed = (_run(tiny, config, prompts, ratio) for ratio in ("0.000", "0.500"))
     assert plain.traces["press"].unique().to_list() == [BASELINE]
