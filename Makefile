@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CORES ?= 2
 RUNS ?= results
+KILLS ?= 5
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -9,7 +10,7 @@ PARALLEL := --numprocesses $(CORES) --dist loadfile
 SNAKEMAKE := $(BIN)/snakemake --resources gpu=1 --cores
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-slurm check fmt fmt-check lint typecheck figures phase2 status bench findings docs schema envs clean
+.PHONY: help demo test test-quick test-kills test-slurm check fmt fmt-check lint typecheck figures phase2 status bench findings docs schema envs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,10 +25,13 @@ demo: $(READY) ## the whole pipeline on config.yaml: figures, tables, results/re
 	@echo "The report is results/report.html, the figures are in results/figures."
 
 test: $(READY) ## the test suite
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-quick: $(READY) ## the tests that need neither the embedded model nor Snakemake, in 3 minutes
 	$(BIN)/python -m pytest $(PARALLEL) -m "unit and not slow"
+
+test-kills: $(READY) ## a run killed again and again, compared with one that was not; KILLS=20 for the full form
+	KVGUARD_TEST_KILLS=$(KILLS) $(BIN)/python -m pytest -m slow tests/test_interruptions.py
 
 test-slurm: $(READY) ## the workflow on a SLURM cluster of one node, installed and started for it
 	$(BIN)/python -m pytest tests/slurm
