@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 from kvguard import config
 from kvguard.controller import OperatingPoints
 from kvguard.metrics import bootstrap_interval, resample_weights
-from kvguard.schema import CONDITION, TRACE_KEYS
-from kvguard.schema import COSTS as ALL_COSTS
-
-COSTS = ("kv_bytes_mean", "kv_bytes_peak", *ALL_COSTS)
+from kvguard.schema import CONDITION, COSTS, TRACE_KEYS
 
 RELATIVE = "relative_byte_steps"
 """Device byte-steps over those of the full KV cache (``always_safe``) on the same prompts."""
@@ -173,11 +170,12 @@ def summarize_runs(
 
 
 def constant_frontier(table: pl.DataFrame, measured: pl.DataFrame | None = None) -> pl.DataFrame:
-    """What a constant ratio of the same press would give at each row's mean KV memory.
+    """What a constant ratio of the same press would give at each row's device byte-steps.
 
-    The measured ratios of a press, ratio 0 included, are points (mean KV bytes, measure) under the
-    policy ``none``. Between two neighbouring points the measure is interpolated linearly, as if
-    requests were dealt out between the two ratios at random; outside the measured range it is null.
+    The measured ratios of a press, ratio 0 included, are points (mean device byte-steps, measure)
+    under the policy ``none``. Between two neighbouring points the measure is interpolated
+    linearly, as if requests were dealt out between the two ratios at random; outside the measured
+    range it is null.
 
     Args:
         table: rows like those of `summarize_runs`.
@@ -186,23 +184,24 @@ def constant_frontier(table: pl.DataFrame, measured: pl.DataFrame | None = None)
             ``none`` rows are the measured traces.
 
     Returns:
-        The table with ``constant_cfr``, ``constant_agreement`` and ``constant_accuracy``.
+        The table with ``constant_harmed``, ``constant_cfr``, ``constant_agreement`` and
+        ``constant_accuracy``, of those measures that it has.
     """
-    measures = ("cfr", "agreement", "accuracy")
+    spent, measures = "device_byte_steps", ("harmed", "cfr", "agreement", "accuracy")
     points = table if measured is None else measured
-    points = points.filter((pl.col("policy") == "none") & pl.col("kv_bytes_mean").is_not_null())
+    points = points.filter((pl.col("policy") == "none") & pl.col(spent).is_not_null())
     frames = []
     for (model, press), part in table.with_row_index("order").group_by("model", "press"):
         own = points.filter(
             (pl.col("model") == model) & pl.col("press").is_in([press, config.BASELINE])
-        ).sort("kv_bytes_mean")
-        bytes_ = part["kv_bytes_mean"].cast(pl.Float64).to_numpy()
+        ).sort(spent)
+        bytes_ = part[spent].cast(pl.Float64).to_numpy()
         columns = {}
-        for name in measures:
+        for name in (name for name in measures if name in own.columns):
             line = own.drop_nulls(name)
             found = np.full(part.height, np.nan)
             if line.height:
-                at, value = line["kv_bytes_mean"].to_numpy(), line[name].to_numpy()
+                at, value = line[spent].to_numpy(), line[name].to_numpy()
                 found = np.interp(bytes_, at, value, left=np.nan, right=np.nan)
             columns[f"constant_{name}"] = pl.Series(found).fill_nan(None)
         frames.append(part.with_columns(**columns))
@@ -219,14 +218,14 @@ def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
         Both, with `constant_frontier`, and ``efficient``: no other row of the same condition is at
-        least as good in excess CFR and in every one of KV bytes (mean), prefilled tokens and decode
-        steps, and better in one of them. Null where any of these is.
+        least as good in excess CFR and in every one of device byte-steps, prefilled tokens and
+        decode steps, and better in one of them. Null where any of these is.
     """
     rows = grid.with_columns(
         policy=pl.lit("guard_promote"), source=pl.lit("simulation"), known=pl.lit(1.0)
     )
     table = constant_frontier(pl.concat([summary, rows], how="diagonal_relaxed"))
-    goals = ("excess_cfr", "kv_bytes_mean", "tokens_prefilled", "decode_steps")  # all: lower
+    goals = ("excess_cfr", "device_byte_steps", "tokens_prefilled", "decode_steps")  # all: lower
     frames = []
     for _, part in table.with_row_index("order").group_by(CONDITION):
         values = part.select(pl.col(goals).cast(pl.Float64)).to_numpy()  # (n, 4)
@@ -275,6 +274,7 @@ def compare_live_simulation(live: pl.DataFrame, simulated: pl.DataFrame) -> pl.D
         )
     )
     same_alarm = pl.col("alarm_step_live").eq_missing(pl.col("alarm_step_simulated"))
+    same_alarm |= pl.col("alarm_steps_simulated").is_null()
     same_tokens = pl.col("token_ids").eq_missing(pl.col("token_ids_simulated"))
     no_alarm = pl.col("alarm_step_live").is_null()
     reason = (
@@ -309,8 +309,8 @@ def compare_live_simulation(live: pl.DataFrame, simulated: pl.DataFrame) -> pl.D
 
 
 REASONS = {
-    "same": "same first alarm, same final tokens",
-    "outcome unknown offline": "same first alarm; no trace holds what came after it",
+    "same": "same first alarm, where a trace proves it, and same final tokens",
+    "outcome unknown offline": "no trace holds what came after the first alarm",
     "alarm step differs": "the hazards differ: another batch, or a draft that differs before",
     "draft differs": "no alarm, yet the compressed answer differs: rounding in another batch",
     "recovery differs": "same alarm, other tokens: a tie within the margin, or rounding",

@@ -1,14 +1,16 @@
 """What a request costs: memory of its cache, tokens prefilled, decode steps, tokens thrown away.
 
-**Memory** is what is allocated for a request's entries, those hidden by a head-wise press included,
-padding not (it belongs to the batch). A request of n tokens takes n - 1 decode steps: the first
-token comes from the prefill, and the step that follows token s leaves s generated tokens in the
-cache, s = 1 .. n - 1. The mean is over all decode steps, those of dropped tokens included. The peak
-is over the decode steps and the fresh caches of recoveries; the prompt's own prefill, before it is
-compressed, is the same for every policy and is left out.
+**Memory** is device byte-steps: what is allocated for a request, summed over the model's passes.
+A request of n tokens takes n - 1 decode steps: the first token comes from the prefill, and the step
+that follows token s leaves s generated tokens in the cache, s = 1 .. n - 1. Steps of dropped tokens
+count, and so does every check and recovery. The prompt's own prefill, before it is compressed, is
+the same for every policy and is left out.
 
-The live guard measures these, the offline simulation computes them from a trace's measurements;
-`recovery_cost` is the arithmetic that both agree on.
+The live guard measures these, the offline simulation computes them from a trace's measurements.
+Tokens prefilled, decode steps and dropped tokens are then those of a live run, token by token. The
+byte-steps of a request that a policy touched are an estimate, and a low one: padding is taken as
+measured in the trace, and what other rows of a live batch add (their checks, during which this row
+waits) and the two layers of a cold cache that a check brings to the device are left out.
 """
 
 from collections import Counter
@@ -98,8 +100,6 @@ class Cost(NamedTuple):
     """Costs of requests, arrays of one shape; NaN where undefined or unknown."""
 
     device_byte_steps: FloatArray  # allocated, padding as measured, recovering passes included
-    kv_bytes_mean: FloatArray
-    kv_bytes_peak: FloatArray
     tokens_prefilled: FloatArray  # a shared prefix counts for every pass that starts with it
     decode_steps: FloatArray
     tokens_wasted: FloatArray  # generated, then dropped
@@ -119,7 +119,6 @@ class Memory(NamedTuple):
     slope: FloatArray  # one generated token's entries under the press
     full: FloatArray  # the prompt's entries uncompressed
     entry: FloatArray  # one token's entries uncompressed
-    measured_mean: FloatArray  # over the trace's own decode steps; NaN without any
     measured_steps: FloatArray  # the trace's device byte-steps; NaN where they were not counted
     padding: FloatArray  # its allocated bytes over those in use
 
@@ -158,7 +157,7 @@ def trace_memory(traces: pl.DataFrame) -> Memory:
     unknown = np.where(linear, 0, np.nan)
     used = measured * (generated - 1)
     padding = np.where(generated > 1, steps / np.where(used > 0, used, np.nan), 1)
-    return Memory(start + unknown, entry + unknown, full, entry, measured, steps, padding)
+    return Memory(start + unknown, entry + unknown, full, entry, steps, padding)
 
 
 def matched_ratio(ratios: ArrayLike, byte_steps: ArrayLike, target: float) -> float:
@@ -198,14 +197,34 @@ def draft_cost(memory: Memory, prompt_tokens: ArrayLike, draft: ArrayLike) -> Co
     """
     draft = np.asarray(draft, np.float64)
     steps = draft - 1
-    some = steps > 0
     return Cost(
         steps * (memory.start + memory.slope * draft / 2) * memory.padding,
-        np.where(some, memory.start + memory.slope * draft / 2, np.nan),
-        np.where(some, memory.start + memory.slope * steps, np.nan),
         np.broadcast_to(np.asarray(prompt_tokens, np.float64), draft.shape),
         steps,
         np.zeros(draft.shape),
+    )
+
+
+def check_cost(
+    memory: Memory,
+    prompt_tokens: ArrayLike,
+    draft: ArrayLike,
+    carried: ArrayLike,
+    *,
+    ended: ArrayLike,
+    cold: bool,
+) -> Cost:
+    """Cost of one check, or of prefilling the prompt again; arguments as of `recovery_cost`."""
+    draft, carried = np.asarray(draft, np.float64), np.asarray(carried, np.float64)
+    alone = (carried > 0) & cold
+    run = carried - (alone & np.asarray(ended))
+    waits = memory.start + memory.slope * (draft - 1)  # the draft's cache stays during the pass
+    nothing = np.zeros(draft.shape)
+    return Cost(
+        waits * memory.padding + np.where(alone, 0, memory.full) + memory.entry * run,
+        run + np.where(alone, 0, np.asarray(prompt_tokens, np.float64)),
+        nothing,
+        nothing,
     )
 
 
@@ -216,6 +235,9 @@ def recovery_cost(
     carried: ArrayLike,
     kept: ArrayLike,
     final: ArrayLike,
+    *,
+    ended: ArrayLike,
+    cold: bool,
 ) -> Cost:
     """Cost of requests that recover once and go on uncompressed.
 
@@ -223,27 +245,24 @@ def recovery_cost(
         memory: of n requests.
         prompt_tokens: (n,).
         draft: (..., n) tokens generated under the press when the alarm comes, at least 1.
-        carried: (..., n) of those, how many the recovering pass processes after the prompt.
+        carried: (..., n) of those, how many are checked; 0: the prompt is prefilled again, alone.
         kept: (..., n) of those, how many stay; the pass also gives the logits of the next token.
         final: (..., n) tokens of the final answer.
+        ended: (..., n) whether the draft has ended; the last token of one that has needs no entry.
+        cold: whether a check runs the draft alone, over a cold cache, or prompt and draft afresh.
     """
+    prompt = np.asarray(prompt_tokens, np.float64)
     draft, carried, kept, final = (np.asarray(x, np.float64) for x in (draft, carried, kept, final))
     draft_steps, safe_steps = draft - 1, np.maximum(final - kept - 1, 0)
     # Draft steps leave 1 .. draft - 1 generated tokens, safe steps kept + 1 .. final - 1.
     held = draft_steps * memory.start + memory.slope * draft_steps * draft / 2
     held = np.where(draft_steps > 0, held, 0)
     held = held + safe_steps * memory.full + memory.entry * safe_steps * (kept + final) / 2
-    steps = draft_steps + safe_steps
-    most = np.maximum(carried, np.where(safe_steps > 0, final - 1, 0))
+    passed = check_cost(memory, prompt, draft, carried, ended=ended, cold=cold)
     return Cost(
-        held * memory.padding + memory.full + memory.entry * carried,
-        np.divide(held, steps, out=np.full(steps.shape, np.nan), where=steps > 0),
-        np.maximum(
-            np.where(draft_steps > 0, memory.start + memory.slope * draft_steps, 0),
-            memory.full + memory.entry * most,
-        ),
-        2 * np.asarray(prompt_tokens, np.float64) + carried,
-        steps,
+        held * memory.padding + passed.device_byte_steps,
+        prompt + passed.tokens_prefilled,
+        draft_steps + safe_steps,
         draft - kept,
     )
 

@@ -93,12 +93,17 @@ def _setting_values(
     kept = np.minimum(requests.first_rejected[rows], draft)
     memory = trace_memory(requests.table).rows(rows)
     prompts = requests.table["prompt_tokens"].to_numpy()[rows]
-    recovery = recovery_cost(memory, prompts, draft, draft, kept, requests.lengths[base])
-    # A check over the cold cache runs the draft alone; of one that has ended not its last token.
-    recovery = recovery._replace(tokens_prefilled=(prompts + draft - (draft == lengths)) * 1.0)
-    own = draft_cost(memory, prompts, lengths)._replace(
-        kv_bytes_mean=memory.measured_mean, device_byte_steps=memory.measured_steps
+    recovery = recovery_cost(
+        memory,
+        prompts,
+        draft,
+        draft,
+        kept,
+        requests.lengths[base],
+        ended=draft == lengths,
+        cold=requests.cold,
     )
+    own = draft_cost(memory, prompts, lengths)._replace(device_byte_steps=memory.measured_steps)
     costs = {name: np.where(alarmed, getattr(recovery, name), getattr(own, name)) for name in COSTS}
 
     def measure(column: str) -> tuple[FloatArray, FloatArray]:

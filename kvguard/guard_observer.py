@@ -554,6 +554,7 @@ class GuardObserver:
         state.completion.tokens_prefilled += len(request.prompt_ids) + kept
         report = self._report(session, row)
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, ready.bytes_after)
+        session.meter.extra_pass({row: ready.bytes_after})
         session.replace_cache(row, kept, ready)
         session.compress_while_decoding(row, press)
         if kept == 0 and state.checked > 0:

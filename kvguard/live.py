@@ -204,8 +204,6 @@ _REPORT = {
         "alarm_steps",
         "rewound_to",
         "unrecoverable",
-        "kv_bytes_mean",
-        "kv_bytes_peak",
     )
 }
 
@@ -219,8 +217,6 @@ def _report_row(completion: Completion, report: RowReport) -> dict[str, object]:
         "alarm_steps": report.alarm_steps,
         "rewound_to": report.rewound_to,
         "unrecoverable": report.unrecoverable,
-        "kv_bytes_mean": report.kv_bytes_mean,
-        "kv_bytes_peak": report.kv_bytes_peak,
     }
 
 

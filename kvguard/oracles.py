@@ -41,6 +41,7 @@ class Ending(NamedTuple):
     carried: NDArray[np.int64]  # tokens that the recovering pass processes
     kept: NDArray[np.int64]  # tokens that stay; -1 unknown
     cuts: BoolArray  # a recovery that asked which tokens stay
+    cold: bool  # checks run the draft alone
 
 
 def is_proven(
@@ -90,6 +91,7 @@ def oracle_ending(name: str, requests: StoredRequests) -> Ending:
         carried=draft,
         kept=kept,
         cuts=promotes,
+        cold=requests.cold,
     )
 
 

@@ -264,8 +264,6 @@ RUNS: dict[str, pl.DataType] = _trace_key_types | {
     "non_termination": pl.Boolean(),
     "amnesia": pl.Boolean(),  # null where the final tokens were not audited
     "catastrophe": pl.Boolean(),
-    "kv_bytes_mean": pl.Float64(),  # allocated for this row, mean over its decode steps
-    "kv_bytes_peak": pl.Int64(),
     **COSTS,
 }
 """One row per (trace, policy): the live experiment and its offline simulation share it."""

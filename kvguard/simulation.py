@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from kvguard import config, schema
 from kvguard.controller import NEVER, Mode, first_alarm, stack_points
-from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
+from kvguard.costs import COSTS, check_cost, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, judge_answers, loop_onsets
 from kvguard.harm import judge_harm
 from kvguard.oracles import ORACLES, Ending, is_proven, oracle_ending
@@ -138,8 +138,8 @@ def simulate_policies(
 
     The baseline's own requests appear under the policy ``none`` alone. ``constant`` is left out: it
     runs at a ratio of its own; see compare_policies.constant_frontier. ``seconds`` is null.
-    ``alarm_steps`` and ``rewound_to`` hold the first alarm and its cut; after one whose outcome is
-    unknown there may be more.
+    ``alarm_steps`` and ``rewound_to`` are null where a policy goes on compressed after its first
+    check: there may be more of them.
 
     Args:
         requests: the traces.
@@ -232,7 +232,7 @@ def _ending(
     return Ending(
         draft,
         is_alarm(action),
-        replayed.released,
+        np.zeros_like(replayed.released) if policy.checks_everything else replayed.released,
         source,
         stopped,
         checks | (commits & ~promotes),
@@ -240,6 +240,7 @@ def _ending(
         np.where(restarts, 0, draft),
         kept,
         verifies | restarts,
+        requests.cold and not policy.fresh_checks,
     )
 
 
@@ -278,11 +279,18 @@ def ending_runs(
     )
     behind = pl.col("cuts") & (pl.col("kept") < pl.col("streamed"))
     empty = pl.lit([], dtype=pl.List(pl.Int32))
+    # After a check that goes on compressed there may be more alarms, which no trace shows.
+    whole = pl.Series(~ending.checks | (ending.source == np.arange(len(known))))
+    sure = pl.Series(~ending.checks | known)
     frame = frame.with_columns(agrees=agreement(frame, table))
     return frame.with_columns(judge_harm(frame, table)).with_columns(
-        alarm_steps=pl.when("alarmed").then(pl.concat_list("draft")).otherwise(empty),
-        rewound_to=pl.when("cuts").then(pl.concat_list("kept")).otherwise(empty),
-        unrecoverable=behind.cast(pl.Int32),
+        alarm_steps=pl.when(whole).then(
+            pl.when("alarmed").then(pl.concat_list("draft")).otherwise(empty)
+        ),
+        rewound_to=pl.when(whole).then(
+            pl.when("cuts").then(pl.concat_list("kept")).otherwise(empty)
+        ),
+        unrecoverable=pl.when(sure).then(behind.cast(pl.Int32)),
     )
 
 
@@ -294,8 +302,10 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     """
     memory = trace_memory(requests.table)
     prompt_tokens = requests.table["prompt_tokens"].to_numpy()
-    # What a check costs that goes on compressed depends on what it goes on with.
-    known = (ending.source >= 0) & ~ending.checks
+    # A check that leaves tokens and cache as they are adds its pass to the trace's costs; what
+    # comes after another that goes on compressed depends on what it goes on with.
+    stays = ending.checks & (ending.source == np.arange(len(requests.lengths)))
+    known = (ending.source >= 0) & (~ending.checks | stays)
     final = np.where(known, requests.lengths[ending.source], 0)
     settled = known | ending.recovers
     drafted = np.where(ending.stopped, ending.draft, requests.lengths)
@@ -303,19 +313,31 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     # A trace that ran to its end was measured; that holds whatever the press did to its cache.
     whole = drafted == requests.lengths
     own = own._replace(
-        kv_bytes_mean=np.where(whole, memory.measured_mean, own.kv_bytes_mean),
-        device_byte_steps=np.where(whole, memory.measured_steps, own.device_byte_steps),
+        device_byte_steps=np.where(whole, memory.measured_steps, own.device_byte_steps)
     )
     # Decoded under another condition from the first token on: that trace's costs.
     own = type(own)(*(field[np.maximum(ending.source, 0)] for field in own))
     recovery = recovery_cost(
-        memory, prompt_tokens, ending.draft, ending.carried, ending.kept, final
+        memory,
+        prompt_tokens,
+        ending.draft,
+        ending.carried,
+        ending.kept,
+        final,
+        ended=ending.draft == requests.lengths,
+        cold=ending.cold,
     )
-    # A check over the cold cache runs the draft alone; of one that has ended not its last token.
-    run = ending.carried - (ending.draft == requests.lengths)
-    read = np.where(ending.carried > 0, prompt_tokens + run, recovery.tokens_prefilled)
-    recovery = recovery._replace(tokens_prefilled=read.astype(np.float64))
-    costs = {}
+    passed = check_cost(
+        memory,
+        prompt_tokens,
+        ending.draft,
+        ending.carried,
+        ended=ending.draft == requests.lengths,
+        cold=ending.cold,
+    )
+    own = type(own)(*(a + np.where(stays, b, 0) for a, b in zip(own, passed, strict=True)))
+    checks = pl.Series(((ending.recovers | stays) & (ending.carried > 0)).astype(np.int64))
+    costs = {"checks": pl.select(pl.when(pl.Series(settled)).then(checks))[checks.name]}
     for name in COSTS:
         value = np.where(ending.recovers, getattr(recovery, name), getattr(own, name))
         sure = settled if name in ("tokens_prefilled", "tokens_wasted") else known

@@ -38,6 +38,7 @@ class StoredRequests(NamedTuple):
     first_difference: IntArray  # (N,) where the tokens leave the uncompressed answer; or NOWHERE;
     # -1 without one
     tolerance: config.Tolerance
+    cold: bool  # checks read a cold cache and run the draft alone
 
 
 def load_requests(
@@ -58,8 +59,8 @@ def load_requests(
         outcomes: OUTCOMES of those traces.
         predictions: PREDICTIONS; None: no hazard, for policies that need none.
         target: the target whose hazard drives the guard.
-        guard: its margin decides what is rejected, its tolerance where a tolerant check cuts; None
-            takes the defaults.
+        guard: its margin decides what is rejected, its tolerance where a tolerant check cuts, its
+            cold cache what a check costs; None takes the defaults.
         prompt_ids: keep these prompts alone, e.g. the test split's; None keeps all.
 
     Raises:
@@ -132,6 +133,7 @@ def load_requests(
         _first_true(_harmful_windows(padded(llr, np.nan), guard.tolerance)),
         np.where(baseline >= 0, differs, NEVER).astype(np.int32),
         guard.tolerance,
+        guard.cold != "none",
     )
 
 

@@ -34,7 +34,8 @@ def one_trace():
     linear = pl.col("cache_bytes_after") + pl.col("cache_bytes_before") / pl.col(
         "prompt_tokens"
     ) * (pl.col("generated_tokens") / 2)
-    return trace.with_columns(kv_kept_bytes_mean=linear)
+    steps = (1.25 * linear * (pl.col("generated_tokens") - 1)).round().cast(pl.Int64)
+    return trace.with_columns(kv_kept_bytes_mean=linear, device_byte_steps=steps)
 
 
 def run_row(trace, policy, **values):
@@ -58,9 +59,14 @@ def test_mean_over_the_steps_is_the_cost_of_the_recovery():
     assert set(steps["policy"]) == {"none", "guard_promote", "always_safe"}
     guarded = steps.filter(pl.col("policy") == "guard_promote")
     memory = trace_memory(trace)
-    cost = recovery_cost(memory, trace["prompt_tokens"].to_numpy(), [12], [12], [5], [30])
+    cost = recovery_cost(
+        memory, trace["prompt_tokens"].to_numpy(), [12], [12], [5], [30], ended=[False], cold=True
+    )
     assert guarded.height == int(cost.decode_steps[0])
-    assert guarded["kv_bytes"].mean() == pytest.approx(float(cost.kv_bytes_mean[0]))
+    decoding = guarded["kv_bytes"].sum() + guarded["kv_bytes"][10]  # the draft waits for its check
+    check = 12 * float(memory.entry[0])
+    found = float(cost.device_byte_steps[0])
+    assert found == pytest.approx(decoding * float(memory.padding[0]) + check)
     assert guarded["step"].to_list() == list(range(1, guarded.height + 1))
     assert guarded["mode"].to_list() == [0] * 11 + [2] * 24
 
