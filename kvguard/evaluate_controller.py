@@ -13,7 +13,7 @@ from kvguard.config import POLICIES
 from kvguard.controller import NEVER, OperatingPoints, first_alarm, grid_points, stack_points
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement
-from kvguard.policies import Policy, look_at
+from kvguard.policies import Policy, next_decision
 from kvguard.rival_settings import RivalSetting
 from kvguard.schema import CONDITION
 from kvguard.simulation import simulate_policies
@@ -42,7 +42,7 @@ def simulate_points(
     Args:
         requests: the traces.
         settings: (G,).
-        check_every_tokens: tokens of a request between two looks, see policies.look_at.
+        check_every_tokens: tokens of a request between two decisions, see `policies.next_decision`.
         bootstrap_samples: resamples of prompts.
         seed: of the resampling.
 
@@ -88,8 +88,8 @@ def _setting_values(
     lengths, base = requests.lengths[rows], requests.baseline[rows]
     alarm = first_alarm(requests.hazard[rows], lengths, settings)  # (G, n)
     alarmed = alarm != NEVER
-    look = look_at(Policy("guard_promote", 0), alarm + 1, check_every_tokens)
-    draft = np.where(alarmed, np.minimum(look, lengths), lengths)
+    length = next_decision(Policy("guard_promote", 0), alarm + 1, check_every_tokens)
+    draft = np.where(alarmed, np.minimum(length, lengths), lengths)
     kept = np.minimum(requests.first_rejected[rows], draft)
     memory = trace_memory(requests.table).rows(rows)
     prompts = requests.table["prompt_tokens"].to_numpy()[rows]

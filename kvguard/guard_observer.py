@@ -29,7 +29,7 @@ from kvguard.signals import SIGNAL_INDEX
 logger = logging.getLogger(__name__)
 
 NEVER_DUE = np.iinfo(np.int64).max
-"""`GuardObserver.due_at` of a row that is not looked at any more."""
+"""`GuardObserver.due_at` of a row that needs no further decision."""
 
 RECOVERABLE = (AssertionError, IndexError, RuntimeError, ValueError)
 """What a recovery or a press may raise, out of memory included, at the cost of its own row only."""
@@ -61,8 +61,9 @@ class GuardObserver:
             it, at prefill and while decoding; `PressError` for a press that has no ratio to set.
         margin_nats: a drafted token this close to the best one counts as a tie, not a rejection.
         tolerance: where a tolerant policy cuts.
-        check_every_tokens: a policy that needs hazards looks at its rows every so many tokens, and
-            at their last one; it then sees all tokens since, one by one. See `policies.look_at`.
+        check_every_tokens: a policy that needs hazards decides every so many tokens of a row, and
+            at its last one; it then judges all tokens since, in order
+            (`policies.next_decision`). Other policies decide at every token.
         holdback_tokens: a token is released once this many have followed it or a check has accepted
             it; in ALERT and SAFE, and by a policy that promises the uncompressed answer, accepted
             ones alone.
@@ -116,8 +117,8 @@ class GuardObserver:
         self.modes: NDArray[np.int8] = np.zeros(rows, np.int8)
         self.seen: NDArray[np.int64] = np.zeros(rows, np.int64)  # tokens that the policy has seen
         self.streamed: NDArray[np.int64] = np.zeros(rows, np.int64)
-        self.due_at: NDArray[np.int64] = np.zeros(rows, np.int64)  # tokens at the next look
-        self._idle_steps = 0  # how many steps no row is due in, unless it ends
+        self.due_at: NDArray[np.int64] = np.zeros(rows, np.int64)  # length at the next decision
+        self._idle_steps = 0  # steps in which no row is due unless it ends
 
     # --- the engine's calls ---
 
@@ -150,7 +151,7 @@ class GuardObserver:
         self.streamed[target] = self.streamed[source]
 
     def observe(self, session: Session, step: Step) -> None:
-        """Let the policy look at the rows whose turn it is and carry out what it decides."""
+        """Let the policy decide for the rows that are due, and carry its actions out."""
         if self._idle_steps and not any(row.ended for row in session.rows):
             self._idle_steps -= 1
         else:
@@ -172,7 +173,7 @@ class GuardObserver:
         due = (lengths >= due_at) | (ended & (due_at != NEVER_DUE))
         due[broken] = False
         rows = np.flatnonzero(due)
-        actions = self._look(session, rows) if len(rows) else []
+        actions = self._decide(session, rows) if len(rows) else []
         share = (time.perf_counter() - started) / session.active
         for state in session.rows:
             state.completion.decode_seconds += share
@@ -209,7 +210,7 @@ class GuardObserver:
 
     # --- between the policy and the engine ---
 
-    def _look(self, session: Session, rows: NDArray[np.intp]) -> list[tuple[int, Action, int]]:
+    def _decide(self, session: Session, rows: NDArray[np.intp]) -> list[tuple[int, Action, int]]:
         """Show the policy every token of these rows that it has not seen, until it acts.
 
         Returns:

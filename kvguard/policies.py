@@ -2,13 +2,14 @@
 
 A policy watches the tokens that a batch has just produced and says, per row, what to do next. It
 knows nothing of models and caches: the live guard carries the actions out, the offline simulation
-works out what they would have cost. Rows are slots of the batch.
+computes what they would have cost. Rows are slots of the batch.
 
-The calling order, live and offline alike (`look_at` says when): ``reset`` when a request enters a
-slot, ``move`` when it changes its slot; ``step`` with every token it generates, the last one too;
-``finish`` for a request that has ended (by an end token or by length) and for which ``step`` has
-just answered CONTINUE. Rows that ``rests`` names need no ``step`` for those tokens. A request that
-has ended may go on after REWIND, CHECK, COMMIT or RESTART; every other action is ignored then.
+The calling order, live and offline alike (`next_decision` says when): ``reset`` when a request
+enters a slot, ``move`` when it changes its slot; ``step`` with every token it generates, the last
+one too; ``finish`` for a request that has ended (by an end token or by length) and for which
+``step`` has just returned CONTINUE. ``rests`` may advance rows over several tokens at once instead.
+A request that has ended may go on after REWIND, CHECK, COMMIT or RESTART; every other action is
+ignored then.
 
 The rivals are in `kvguard.rivals`; `kvguard.policy_factory` builds a policy from its name.
 """
@@ -125,8 +126,8 @@ class Policy:
     """`Observation.hazard` must be given."""
     needs_history: bool = False
     """`Observation.history` must be given."""
-    looks_first: bool = False
-    """The first token is looked at as soon as it is there, see `look_at`."""
+    decides_first_token: bool = False
+    """The policy decides at the first token without waiting, see `next_decision`."""
     recovery_cut: Literal["exact", "tolerant"] = "exact"
     """Where REWIND cuts: the first rejected token, or the first sign of harm."""
     safe_after: Literal["stay", "resume"] = "stay"
@@ -164,28 +165,33 @@ class Policy:
     def due(
         self, rows: NDArray[np.intp], tokens: NDArray[np.int64], every: int
     ) -> NDArray[np.int64]:
-        """How many tokens each of some rows has when the policy sees its next one.
+        """Length of each row when the policy sees its next token.
 
         Args:
             rows: (n,).
             tokens: (n,) that they have now.
-            every: as in `look_at`.
+            every: as in `next_decision`.
         """
-        return look_at(self, tokens + 1, every)
+        return next_decision(self, tokens + 1, every)
 
     def step(self, observation: Observation) -> Decision:
-        """Look at one new token per row and decide."""
+        """Decide for one new token per row."""
         return self._decide(observation, Action.CONTINUE)
 
     def finish(self, observation: Observation) -> Decision:
-        """Look at rows that have ended, at their last token, and decide."""
+        """Decide for rows that have ended, at their last token."""
         return self._decide(observation, Action.CONTINUE)
 
     def rests(self, rows: NDArray[np.intp], hazard: FloatArray) -> BoolArray:
-        """Which rows (n,) have taken their next tokens' hazards (n, t) without acting.
+        """Fast path for several tokens at once: mask (n,) of rows already advanced.
 
-        NaN stands behind a row's last token. Those rows are as `step` would have left them; the
-        others have taken nothing, and are to be shown each token.
+        Args:
+            rows: (n,).
+            hazard: (n, t) of the rows' next tokens, padded with NaN at the end.
+
+        Returns:
+            True: none of the tokens calls for an action, and the row's state is what `step` for
+            each of them gives. False: the state is unchanged; call `step` per token.
         """
         return np.zeros(len(rows), np.bool_)
 
@@ -206,23 +212,23 @@ class Policy:
         return Decision(actions, amount, self.modes[rows])
 
 
-def look_at(policy: Policy, tokens: ArrayLike, every: int) -> NDArray[np.int64]:
-    """When a policy sees a token: how many tokens the row has by then, if it goes on.
+def next_decision(policy: Policy, tokens: ArrayLike, every: int) -> NDArray[np.int64]:
+    """Length of the row when the policy sees a token, unless the row ends earlier.
 
-    Rows are looked at when the number of their tokens is a multiple of ``every``, and when they
-    end. What a policy does about a token happens at that look.
+    A policy decides when a row's number of tokens is a multiple of ``every``, and when the row
+    ends. It then judges all tokens since its last decision, and acts at that length.
 
     Args:
-        policy: one with `looks_first` is shown the first token at once.
+        policy: one with `decides_first_token` is shown the first token at once.
         tokens: any shape; the token's number, counted from 1.
-        every: tokens between two looks, at least 1.
+        every: tokens between two decisions, at least 1.
 
-    >>> look_at(Policy("none", 1), [1, 8, 9], every=8)
+    >>> next_decision(Policy("none", 1), [1, 8, 9], every=8)
     array([ 8,  8, 16])
     """
     tokens = np.asarray(tokens, np.int64)
-    look = -(-tokens // every) * every
-    return np.where((tokens <= 1) & policy.looks_first, tokens, look)
+    multiple = -(-tokens // every) * every
+    return np.where((tokens <= 1) & policy.decides_first_token, tokens, multiple)
 
 
 class Guard(Policy):

@@ -38,7 +38,7 @@ from kvguard.costs import COSTS, check_cost, draft_cost, recovery_cost, trace_me
 from kvguard.detectors import agreement, judge_answers, loop_onsets
 from kvguard.harm import judge_harm
 from kvguard.oracles import ORACLES, Ending, is_proven, oracle_ending
-from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, look_at
+from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, next_decision
 from kvguard.policy_factory import make_policy
 from kvguard.schema import CATASTROPHES, CONDITION, TRACE_KEYS
 from kvguard.stored_requests import NOWHERE, StoredRequests
@@ -57,7 +57,7 @@ class Replay(NamedTuple):
     position: IntArray  # (N,) 0-based token that it is about; NEVER where there is none
     action: NDArray[np.int8]  # (N,) Action; CONTINUE where there is none
     draft: IntArray  # (N,) tokens there when it is carried out; all of them where there is none
-    released: IntArray  # (N,) tokens there when a look last found the mode NORMAL
+    released: IntArray  # (N,) length at the last decision that found the mode NORMAL
 
 
 def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1) -> Replay:
@@ -68,8 +68,8 @@ def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1
     Args:
         policy: built for as many rows as there are requests.
         requests: the traces.
-        check_every_tokens: of a policy that needs hazards, see policies.look_at; others look at
-            every token.
+        check_every_tokens: of a policy that needs hazards, see `policies.next_decision`; others
+            decide at every token.
     """
     count, steps = requests.token_ids.shape
     every = check_every_tokens if policy.needs_hazard else 1
@@ -82,12 +82,12 @@ def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1
     for at in range(steps):
         going = np.arange(np.count_nonzero(requests.lengths > at))  # longest first
         decision = policy.step(_observe(requests, policy, going, at))
-        look = np.minimum(look_at(policy, at + 1, every), requests.lengths[going])
-        ended = requests.lengths[going] == look  # by the time that the action is carried out
+        length = np.minimum(next_decision(policy, at + 1, every), requests.lengths[going])
+        ended = requests.lengths[going] == length  # by the time that the action is carried out
         actions = np.where(ended & ~np.isin(decision.actions, AFTER_END), 0, decision.actions)
         new = (actions != Action.CONTINUE) & (position[going] == NEVER)
-        position[going[new]], action[going[new]], draft[going[new]] = at, actions[new], look[new]
-        normal = (decision.modes == Mode.NORMAL) & (position[going] == NEVER) & (look == at + 1)
+        position[going[new]], action[going[new]], draft[going[new]] = at, actions[new], length[new]
+        normal = (decision.modes == Mode.NORMAL) & (position[going] == NEVER) & (length == at + 1)
         released[going[normal]] = at + 1
         quiet = going[(requests.lengths[going] == at + 1) & (position[going] == NEVER)]
         actions = policy.finish(_observe(requests, policy, quiet, at)).actions
