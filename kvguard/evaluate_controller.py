@@ -14,6 +14,7 @@ from kvguard.controller import NEVER, OperatingPoints, first_alarm, grid_points,
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement
 from kvguard.policies import Policy, next_decision
+from kvguard.predictor import Predictor
 from kvguard.rival_settings import RivalSetting
 from kvguard.schema import CONDITION
 from kvguard.simulation import simulate_policies
@@ -207,6 +208,7 @@ def simulate_model(
     controller: config.OperatingPoint,
     decode: Callable[[Sequence[int]], str],
     rivals: Mapping[tuple[str, str, str], RivalSetting] | None = None,
+    gate: Predictor | None = None,
 ) -> pl.DataFrame:
     """Every policy and every oracle on one model's stored requests.
 
@@ -217,6 +219,7 @@ def simulate_model(
         controller: drives the guard.
         decode: token ids to text, of that model's tokenizer.
         rivals: what ``clock_or_loop`` and ``gate`` learned, by condition; None leaves them out.
+        gate: what ``gate`` asks; None: it goes by the first token's entropy.
 
     Returns:
         `schema.RUNS`.
@@ -235,6 +238,7 @@ def simulate_model(
         decode=decode,
         clock_tokens=clocks,
         gate_threshold=gates,
+        gate=gate,
     )
 
 

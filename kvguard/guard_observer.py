@@ -38,6 +38,10 @@ Stopping = Callable[[str, list[int], torch.Tensor], bool]
 """Key, generated tokens, raw logits of the last one; True ends the request."""
 
 
+ProbeScore = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""(n, probes) of prefills in the order of schema.PROBE_NAMES to (n,) scores, higher is riskier."""
+
+
 class HazardModel(Protocol):
     """What the guard asks of a predictor."""
 
@@ -73,6 +77,7 @@ class GuardObserver:
             counts.
         stopping: called after every token with a request's key, its generated tokens and the raw
             logits (1, vocabulary) that the token came from; True ends the request.
+        probe_score: gives `Observation.probe`, in a session that measures probes; None: nothing.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class GuardObserver:
         released: Callable[[str, list[int]], None] | None = None,
         final: bool = True,
         stopping: Stopping | None = None,
+        probe_score: ProbeScore | None = None,
     ) -> None:
         if holdback_tokens < 0:
             raise GuardError(f"holdback_tokens is at least 0, got {holdback_tokens}")
@@ -117,6 +123,8 @@ class GuardObserver:
         self.modes: NDArray[np.int8] = np.zeros(rows, np.int8)
         self.seen: NDArray[np.int64] = np.zeros(rows, np.int64)  # tokens that the policy has seen
         self.streamed: NDArray[np.int64] = np.zeros(rows, np.int64)
+        self.probe_score = probe_score
+        self.probe: NDArray[np.float32] = np.full(rows, np.nan, np.float32)
         self.due_at: NDArray[np.int64] = np.zeros(rows, np.int64)  # length at the next decision
         self._idle_steps = 0  # steps in which no row is due unless it ends
 
@@ -132,6 +140,9 @@ class GuardObserver:
             self.features.reset(row, self.ratio, limit, completion.probes)
         self.modes[row] = self.policy.modes[row]
         self.seen[row] = self.streamed[row] = 0
+        self.probe[row] = np.nan
+        if self.probe_score is not None and completion.probes is not None:
+            self.probe[row] = self.probe_score(np.asarray(completion.probes)[None])[0]
         report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])
         report.notes += session.rows[row].completion.notes
         self.reports[request.key] = report
@@ -149,6 +160,7 @@ class GuardObserver:
         self.seen[target] = self.seen[source]
         self.due_at[target] = self.due_at[source]
         self.streamed[target] = self.streamed[source]
+        self.probe[target] = self.probe[source]
 
     def observe(self, session: Session, step: Step) -> None:
         """Let the policy decide for the rows that are due, and carry its actions out."""
@@ -257,6 +269,7 @@ class GuardObserver:
             signals=session.signals[rows, positions],
             hazard=None,
             history=session.history[rows] if self.policy.needs_history else None,
+            probe=None if self.probe_score is None else self.probe[rows],
         )
 
     def _hazard(

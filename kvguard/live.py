@@ -1,6 +1,7 @@
 """The live experiment: policies on the same prompts, through the engine, with what they cost."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import polars as pl
@@ -23,9 +24,11 @@ from kvguard.harm import judge_harm
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
 from kvguard.policy_factory import make_policy
+from kvguard.predictor import Predictor
 from kvguard.presses import build_press
 from kvguard.probes import marked_tokens, reads_probes
 from kvguard.prompts import Example, Prompt, prompts_frame
+from kvguard.rival_settings import NO_GATE, gate_scores
 from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
 
 
@@ -46,6 +49,7 @@ def run_policy_shard(
     constant_ratio: str | None = None,
     clock_tokens: int | None = None,
     gate_threshold: float | None = None,
+    gate: Predictor | None = None,
 ) -> pl.DataFrame:
     """Run one policy over one condition's prompts.
 
@@ -65,6 +69,7 @@ def run_policy_shard(
         constant_ratio: the ratio of ``constant``.
         clock_tokens: when ``clock_or_loop`` alarms.
         gate_threshold: of the score of ``gate``.
+        gate: scores the probes of a prefill for it; None: it goes by the first token's entropy.
 
     Returns:
         RUNS, source "live", one row a prompt in the prompts' order. What a request failed with is
@@ -86,7 +91,10 @@ def run_policy_shard(
     )
     detection, guard = experiment.detection, experiment.guard
     compressor = build_press(press, rule.press_ratio or ratio)
-    probes = rule.needs_hazard and reads_probes(predictor)
+    scores = None
+    if policy == "gate" and gate is not None:
+        scores = partial(gate_scores, gate)
+    probes = (rule.needs_hazard and reads_probes(predictor)) or scores is not None
     session = Session(
         model.model,
         ready.decoding,
@@ -101,6 +109,7 @@ def run_policy_shard(
         session,
         rule,
         predictor=predictor,
+        probe_score=scores,
         ratio=float(rule.press_ratio or ratio),
         safe_ratio=float(guard.safe_ratio),
         margin_nats=guard.margin_nats,
@@ -115,6 +124,8 @@ def run_policy_shard(
     traces, tokens, reports = [], [], []
     with progress(len(prompts), f"{press.name} {ratio} {policy} shard {shard:02d}") as advance:
         for completion, report in guarded(session, ready.requests, observer):
+            if policy == "gate" and gate is None:
+                report.notes.append(NO_GATE)
             traces.append(trace_row(completion, model, ready.decoding) | keys | place)
             reports.append(_report_row(completion, report))
             if completion.error is None:

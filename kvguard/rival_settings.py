@@ -17,7 +17,11 @@ from pydantic import BaseModel, ConfigDict
 
 from kvguard import schema
 from kvguard.config import BASELINE
-from kvguard.schema import CONDITION, TRACE_KEYS
+from kvguard.predictor import Predictor, parse_predictor
+from kvguard.schema import CONDITION, PROBE_NAMES, TRACE_KEYS
+
+NO_GATE = "no gate was trained on probes: its score is the entropy of the first token"
+"""Note of a run of ``gate`` that does without them."""
 
 
 class RivalSetting(BaseModel):
@@ -26,7 +30,7 @@ class RivalSetting(BaseModel):
     Attributes:
         model, press, ratio: the condition.
         clock_tokens: `clock_or_loop` alarms at so many tokens.
-        gate_threshold: `gate` promotes above this score of the first token.
+        gate_threshold: `gate` promotes above this score.
         train_harmed, calibration_harmed: harmed requests that the choice saw; without any a clock
             never alarms by itself and a gate promotes nothing.
     """
@@ -69,9 +73,39 @@ def best_cutoff(scores: NDArray[np.float64], harmed: NDArray[np.bool_]) -> Cutof
     return Cutoff(float(cutoffs[best]), float(youden[best])) if youden[best] > 0 else None
 
 
+def load_gate(path: str | Path) -> Predictor | None:
+    """The trained gate out of baselines.json, that of harm; None where there is none."""
+    gates = json.loads(Path(path).read_text()).get("gate", {})
+    return parse_predictor(gates["harm"], str(path)) if "harm" in gates else None
+
+
+def gate_scores(gate: Predictor, probes: NDArray[np.floating]) -> NDArray[np.float32]:
+    """What a gate says of requests, live and of stored traces alike.
+
+    Args:
+        gate: from `load_gate`.
+        probes: (n, probes) in the order of schema.PROBE_NAMES; NaN: undefined.
+
+    Returns:
+        (n,) the probability of harm, rounded so that it does not depend on the batch; NaN where
+        nothing was measured.
+    """
+    probes = np.where(np.isfinite(probes), probes, np.nan)
+    features = np.full((len(probes), len(schema.FEATURE_NAMES)), np.nan, np.float32)
+    features[:, [schema.FEATURE_NAMES.index(name) for name in PROBE_NAMES]] = probes
+    scores = np.round(gate.predict(features), 5)
+    return np.where(np.isnan(probes).all(axis=1), np.nan, scores).astype(np.float32)
+
+
+def trace_probes(traces: pl.DataFrame) -> NDArray[np.float32]:
+    """(n, probes) of TRACES rows; NaN: undefined or not measured."""
+    columns = traces.select(pl.col(list(PROBE_NAMES)).cast(pl.Float32).fill_null(np.nan))
+    return columns.to_numpy()
+
+
 def fit_rivals(
     traces: pl.DataFrame,
-    first_entropy: pl.DataFrame,
+    scores: pl.DataFrame,
     outcomes: pl.DataFrame,
     splits: pl.DataFrame,
 ) -> list[RivalSetting]:
@@ -79,7 +113,8 @@ def fit_rivals(
 
     Args:
         traces: TRACES; their lengths are what a clock sees.
-        first_entropy: `TRACE_KEYS` and ``entropy``, that of each request's first token.
+        scores: `TRACE_KEYS` and ``score``, what the gate goes by: `gate_scores`, or the entropy of
+            each request's first token where no gate was trained.
         outcomes: OUTCOMES; ``harmed`` is what both want to catch.
         splits: SPLITS.
     """
@@ -87,7 +122,7 @@ def fit_rivals(
         traces.filter((pl.col("status") == "ok") & (pl.col("press") != BASELINE))
         .select(*TRACE_KEYS, "generated_tokens", "max_new_tokens")
         .join(outcomes.select(*TRACE_KEYS, "harmed"), on=TRACE_KEYS, how="inner")
-        .join(first_entropy.select(*TRACE_KEYS, "entropy"), on=TRACE_KEYS, how="left")
+        .join(scores.select(*TRACE_KEYS, "score"), on=TRACE_KEYS, how="left")
         .join(splits.select("prompt_id", "split"), on="prompt_id", how="inner")
         .filter(pl.col("harmed").is_not_null())
     )
@@ -99,8 +134,8 @@ def fit_rivals(
         clock = best_cutoff(
             train["generated_tokens"].cast(pl.Float64).to_numpy(), train["harmed"].to_numpy()
         )
-        scores = held_out["entropy"].cast(pl.Float64).fill_null(np.nan).to_numpy()
-        gate = best_cutoff(scores, held_out["harmed"].to_numpy())
+        known = held_out["score"].cast(pl.Float64).fill_null(np.nan).to_numpy()
+        gate = best_cutoff(known, held_out["harmed"].to_numpy())
         longest = int(part["max_new_tokens"].to_numpy().max())
         settings.append(
             RivalSetting(

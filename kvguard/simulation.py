@@ -40,6 +40,8 @@ from kvguard.harm import judge_harm
 from kvguard.oracles import ORACLES, Ending, is_proven, oracle_ending
 from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, next_decision
 from kvguard.policy_factory import make_policy
+from kvguard.predictor import Predictor
+from kvguard.rival_settings import gate_scores, trace_probes
 from kvguard.schema import CATASTROPHES, CONDITION, TRACE_KEYS
 from kvguard.stored_requests import NOWHERE, StoredRequests
 
@@ -60,7 +62,12 @@ class Replay(NamedTuple):
     released: IntArray  # (N,) length at the last decision that found the mode NORMAL
 
 
-def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1) -> Replay:
+def replay(
+    policy: Policy,
+    requests: StoredRequests,
+    check_every_tokens: int = 1,
+    probe: NDArray[np.float32] | None = None,
+) -> Replay:
     """Run a policy over traces, token by token, until it first intervenes in each.
 
     What it does afterwards is not recorded: the trace no longer says what it would see.
@@ -70,6 +77,7 @@ def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1
         requests: the traces.
         check_every_tokens: of a policy that needs hazards, see `policies.next_decision`; others
             decide at every token.
+        probe: (N,) `Observation.probe` of each request; None: nothing.
     """
     count, steps = requests.token_ids.shape
     every = check_every_tokens if policy.needs_hazard else 1
@@ -81,7 +89,7 @@ def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1
         policy.reset(row, seed)
     for at in range(steps):
         going = np.arange(np.count_nonzero(requests.lengths > at))  # longest first
-        decision = policy.step(_observe(requests, policy, going, at))
+        decision = policy.step(_observe(requests, policy, going, at, probe))
         length = np.minimum(next_decision(policy, at + 1, every), requests.lengths[going])
         ended = requests.lengths[going] == length  # by the time that the action is carried out
         actions = np.where(ended & ~np.isin(decision.actions, AFTER_END), 0, decision.actions)
@@ -90,7 +98,7 @@ def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1
         normal = (decision.modes == Mode.NORMAL) & (position[going] == NEVER) & (length == at + 1)
         released[going[normal]] = at + 1
         quiet = going[(requests.lengths[going] == at + 1) & (position[going] == NEVER)]
-        actions = policy.finish(_observe(requests, policy, quiet, at)).actions
+        actions = policy.finish(_observe(requests, policy, quiet, at, probe)).actions
         new = np.isin(actions, AFTER_END)
         position[quiet[new]], action[quiet[new]] = at, actions[new]
         released[quiet[new]] = np.minimum(released[quiet[new]], at)
@@ -98,7 +106,11 @@ def replay(policy: Policy, requests: StoredRequests, check_every_tokens: int = 1
 
 
 def _observe(
-    requests: StoredRequests, policy: Policy, rows: NDArray[np.intp], at: int
+    requests: StoredRequests,
+    policy: Policy,
+    rows: NDArray[np.intp],
+    at: int,
+    probe: NDArray[np.float32] | None,
 ) -> Observation:
     """What a policy sees of some requests at one position; ``rows`` are in order."""
     first = len(rows) == 0 or rows[-1] == len(rows) - 1
@@ -110,6 +122,7 @@ def _observe(
         requests.signals[requests.offsets[rows] + at],
         requests.hazard[rows, at] if policy.needs_hazard else None,
         history[:, : at + 1] if policy.needs_history else None,
+        None if probe is None else probe[rows],
     )
 
 
@@ -131,6 +144,7 @@ def simulate_policies(
     random_rate: float | None = None,
     clock_tokens: IntArray | int | None = None,
     gate_threshold: FloatArray | float | None = None,
+    gate: Predictor | None = None,
     guard: config.GuardSettings | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> pl.DataFrame:
@@ -151,6 +165,7 @@ def simulate_policies(
         random_rate: the rate of ``random``; None takes the controller's own rate in each condition.
         clock_tokens: of ``clock_or_loop``, one for all or one per request.
         gate_threshold: of ``gate``, one for all or one per request.
+        gate: scores the probes of traces for it; None: it goes by the first token's entropy.
         guard: how the guard works; None takes the defaults. Above a safe ratio of "0.000" what
             follows a recovery is unknown.
         decode: token ids to text, for requests that a policy stopped; None: their answer is null.
@@ -181,7 +196,10 @@ def simulate_policies(
             gate_threshold=gate_threshold,
         )
         exact = guard.safe_ratio == config.BASELINE_RATIO
-        replayed = replay(policy, requests, guard.check_every_tokens)
+        scores = None
+        if name == "gate" and gate is not None:
+            scores = gate_scores(gate, trace_probes(requests.table))
+        replayed = replay(policy, requests, guard.check_every_tokens, scores)
         ending = _ending(policy, requests, replayed, exact)
         runs = ending_runs(name, requests, ending, guard.holdback_tokens)
         runs = _judge_stopped(runs, requests, prompts, detection, decode)

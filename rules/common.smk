@@ -165,6 +165,8 @@ def policy_files(wildcards):
         files["simulation"] = "<results>/simulation.parquet"
     if wildcards.policy in ("clock_or_loop", "gate"):
         files["rivals"] = "<results>/models/rivals.json"
+    if wildcards.policy == "gate":
+        files["baselines"] = "<results>/models/baselines.json"
     return files
 
 

@@ -58,6 +58,7 @@ rule fit_rivals:
         tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
         outcomes="<results>/outcomes.parquet",
         splits="<results>/splits.parquet",
+        baselines="<results>/models/baselines.json",
     output:
         rivals="<results>/models/rivals.json",
     log:
@@ -86,6 +87,7 @@ rule simulate_controller:
         splits="<results>/splits.parquet",
         certificate="<results>/models/certificate.json",
         rivals="<results>/models/rivals.json",
+        baselines="<results>/models/baselines.json",
     output:
         simulation="<results>/simulation.parquet",
     log:

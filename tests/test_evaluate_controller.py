@@ -32,8 +32,9 @@ from kvguard.models import LoadedModel
 from kvguard.oracles import ORACLES, harmless_ratio
 from kvguard.policies import AFTER_END, ENTROPY, Action, Observation
 from kvguard.policy_factory import make_policy
+from kvguard.predictor import Predictor
 from kvguard.prompts import Prompt, prompts_frame
-from kvguard.rival_settings import fit_rivals
+from kvguard.rival_settings import fit_rivals, gate_scores, trace_probes
 from kvguard.simulation import OUTCOME_COLUMNS, alarm_rates, simulate_policies
 from kvguard.stored_requests import load_requests, tied_requests
 
@@ -858,7 +859,7 @@ def test_rivals_learn_from_train_and_calibration_alone():
         rows.append(
             keys
             | {"status": "ok", "generated_tokens": 50 if late else 20, "max_new_tokens": 90}
-            | {"harmed": harmed, "entropy": 2.0 if late else 1.0, "split": split}
+            | {"harmed": harmed, "score": 2.0 if late else 1.0, "split": split}
         )
     table = pl.DataFrame(rows)
     (chosen,) = fit_rivals(table, table, table, table)
@@ -953,6 +954,25 @@ def test_tables_that_do_not_belong_together_are_refused():
         )
 
 
+def planted_gate():
+    """A gate that goes by one probe."""
+    weights = [float(name == "evicted_mass_mean") for name in schema.PROBE_NAMES]
+    return Predictor(
+        kind="gate",
+        target="harm",
+        horizon_tokens=16,
+        feature_names=schema.PROBE_NAMES,
+        feature_version=schema.FEATURE_VERSION,
+        model={
+            "means": [0.0] * len(weights),
+            "scales": [1.0] * len(weights),
+            "coefficients": weights,
+            "intercept": 0.0,
+        },
+        provenance={},
+    )
+
+
 class EntropyRisk:
     """A predictor that a test can foresee: the riskier, the higher the entropy."""
 
@@ -1019,7 +1039,11 @@ def test_simulation_predicts_the_live_guard_request_by_request(
     )
     requests = load_requests(traces, tokens, outcomes, predictions)
     assert tied_requests(requests).height == 0
-    names = [name for name in EXACT if name != "guard"]
+    gate = planted_gate() if every > 1 else None  # else: by the entropy of the first token
+    scores = None if gate is None else gate_scores(gate, trace_probes(requests.table))
+    compressed = (requests.table["press"] != "none").to_numpy()
+    gate_threshold = 0.5 if scores is None else float(np.median(scores[compressed]))
+    names = EXACT
     simulated = simulate_policies(
         requests,
         names,
@@ -1029,7 +1053,8 @@ def test_simulation_predicts_the_live_guard_request_by_request(
         controller=point,
         random_rate=0.7,
         clock_tokens=12,
-        gate_threshold=0.5,
+        gate_threshold=gate_threshold,
+        gate=gate,
         guard=experiment.guard,
         decode=lambda ids: tiny_tokenizer.decode(ids, skip_special_tokens=True),
     )
@@ -1048,12 +1073,13 @@ def test_simulation_predicts_the_live_guard_request_by_request(
             controller=point,
             alarm_rate=0.7,
             clock_tokens=12,
-            gate_threshold=0.5,
+            gate_threshold=gate_threshold,
+            gate=gate,
         )
         for name in names
     )
     found = compare_live_simulation(live, simulated)
-    unknown = {"guard_recompute", "guard_tolerant"}
+    unknown = {"guard", "guard_recompute", "guard_tolerant"}
     unknown |= {"guard_relax_only"} if phase == "both" else set()
     for policy, part in found.group_by("policy"):
         allowed = {"same", "outcome unknown offline"} if policy[0] in unknown else {"same"}
@@ -1065,6 +1091,9 @@ def test_simulation_predicts_the_live_guard_request_by_request(
     claims += ["decode_steps", "tokens_wasted", "checks", "catastrophe", *OUTCOME_COLUMNS]
     one, other = (table.sort(keys) for table in (live, simulated.filter(pl.col("press") != "none")))
     assert_frame_equal(one.select(keys), other.select(keys))
+    gated = one.filter(pl.col("policy") == "gate")["alarmed"]
+    assert gated.any()
+    assert gate is None or not gated.all()
     for column in claims:  # whatever the simulation says of a request, the live run did
         wrong = other[column].is_not_null() & one[column].ne_missing(other[column])
         assert not wrong.any(), (column, one.filter(wrong)["policy"].to_list())

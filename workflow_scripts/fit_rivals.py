@@ -1,31 +1,52 @@
 """Choose the rivals' numbers: clocks on train prompts, gates on calibration prompts."""
 
+import logging
 from pathlib import Path
 
 import polars as pl
 
 from kvguard import joblog
-from kvguard.rival_settings import fit_rivals, save_rivals
+from kvguard.rival_settings import (
+    NO_GATE,
+    fit_rivals,
+    gate_scores,
+    load_gate,
+    save_rivals,
+    trace_probes,
+)
 from kvguard.schema import OUTCOMES, TRACE_KEYS, read_table
 from kvguard.splits import read_splits
 
+logger = logging.getLogger(__name__)
+
 
 def main(
-    traces: list[Path], tokens: list[Path], outcomes: Path, splits: Path, target: Path
+    traces: list[Path],
+    tokens: list[Path],
+    outcomes: Path,
+    splits: Path,
+    baselines: Path,
+    target: Path,
 ) -> None:
     """Write the settings of every condition."""
     known = read_splits(splits)
     chosen = pl.col("prompt_id").is_in(
         known.filter(pl.col("split") != "test")["prompt_id"].to_list()
     )
-    first = (
-        pl.scan_parquet(tokens, hive_partitioning=False)
-        .filter(chosen & (pl.col("position") == 0))
-        .select(*TRACE_KEYS, "entropy")
-        .collect()
-    )
     rows = pl.scan_parquet(traces, hive_partitioning=False).filter(chosen).collect()
-    save_rivals(fit_rivals(rows, first, read_table(outcomes, OUTCOMES), known), target)
+    gate = load_gate(baselines)
+    if gate is None:
+        logger.warning(NO_GATE)
+        scores = (
+            pl.scan_parquet(tokens, hive_partitioning=False)
+            .filter(chosen & (pl.col("position") == 0))
+            .select(*TRACE_KEYS, score="entropy")
+            .collect()
+        )
+    else:
+        found = gate_scores(gate, trace_probes(rows))
+        scores = rows.select(TRACE_KEYS).with_columns(score=pl.Series(found))
+    save_rivals(fit_rivals(rows, scores, read_table(outcomes, OUTCOMES), known), target)
 
 
 if __name__ == "__main__":
@@ -36,5 +57,6 @@ if __name__ == "__main__":
         [Path(path) for path in source.tokens],
         Path(source.outcomes),
         Path(source.splits),
+        Path(source.baselines),
         Path(snakemake.output.rivals),
     )

@@ -10,7 +10,7 @@ from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import load_model
 from kvguard.predictor import load_predictor
 from kvguard.prompts import read_examples, read_prompts
-from kvguard.rival_settings import load_rivals
+from kvguard.rival_settings import load_gate, load_rivals
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
 from kvguard.splits import prompts_of, read_splits
 
@@ -42,6 +42,8 @@ def main(
     if "rivals" in inputs:
         learned = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
         needs |= learned.model_dump(include={"clock_tokens", "gate_threshold"})
+    if "baselines" in inputs:
+        needs["gate"] = load_gate(inputs["baselines"])
     runs = run_policy_shard(
         load_model(inputs["checkpoint"], **model),
         prompts,
