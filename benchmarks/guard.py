@@ -4,14 +4,15 @@
 
 SmolLM2 in float32, snapkv at 0.500, 2 threads. A step's guard work is everything beyond the model's
 pass and the argmax: signals, features, predictor, controller, bookkeeping. It is timed in the same
-loop as the pass, step by step. The guard works at its looks, every ``check_every_tokens`` tokens,
-so a step's cost is the mean over the steps from one look to the next; percentiles are over these.
+loop as the pass, step by step. The guard decides every ``check_every_tokens`` tokens, so a step's
+cost is the mean over the steps from one decision to the next; percentiles are over these.
 Writes results/bench/guard.json:
 
 - ``overhead``: per batch size with the default ``check_every_tokens``, microseconds of guard work a
   step (``p50_us``, ``p99_us``), the unguarded step (``step_us``), ``share_p50`` and ``share_p99``
-  of it, goals 0.01 and 0.03, and the longest single step's work (``look_us``, median over looks);
-- ``overhead_every_token``: the same where the guard looks at every token;
+  of it, goals 0.01 and 0.03, and the longest single step's work (``longest_step_us``, median over
+  decisions);
+- ``overhead_every_token``: the same where the guard decides at every token;
 - ``parts``: per batch size, mean microseconds a step of signals (at batch 32 with the choice of the
   token, beyond the argmax alone), features, predictor, controller, choosing beyond the argmax
   (history, end tokens) and the rest of watching, in a session of its own with a clock around each.
@@ -46,7 +47,7 @@ NEVER = OperatingPoint(tau_low=0.999998, tau_high=0.999999, k=1000, j=1)
 STEPS = 168
 WARM_UP = 8
 SESSIONS = {1: 5, 32: 3}
-"""Sessions timed per batch size: the 99th percentile wants more looks than one has."""
+"""Sessions timed per batch size: the 99th percentile needs more decisions than one session has."""
 
 
 def start(
@@ -104,14 +105,14 @@ def overhead(
     spent, bare = [], []
     for _ in range(SESSIONS[rows]):
         timing = time_steps(*start(model, ready, rows, predictor, every))
-        spent.append(np.array(timing.guard[WARM_UP:]).reshape(-1, every))  # a row per look
+        spent.append(np.array(timing.guard[WARM_UP:]).reshape(-1, every))  # a row per decision
         bare += timing.bare[WARM_UP:]
     step_seconds = statistics.median(bare)
-    looks = np.concatenate(spent)
-    p50, p99 = np.percentile(looks.mean(axis=1), [50, 99])
+    intervals = np.concatenate(spent)
+    p50, p99 = np.percentile(intervals.mean(axis=1), [50, 99])
     return {
         "check_every_tokens": every,
-        "look_us": float(np.median(looks.max(axis=1))) * 1e6,
+        "longest_step_us": float(np.median(intervals.max(axis=1))) * 1e6,
         "p50_us": p50 * 1e6,
         "p99_us": p99 * 1e6,
         "step_us": step_seconds * 1e6,
@@ -156,7 +157,7 @@ def parts(
     clock, plugged = Clock(), Plugged(predictor)
     clock.around(plugged, "predict", "predictor_us")
     extract = extract_signals
-    deferred = rows * 2 <= engine.DEFERRED_ROWS  # signals of several steps at once, when looked at
+    deferred = rows * 2 <= engine.DEFERRED_ROWS  # signals of several steps in one call
     try:
         session, observer = start(model, ready, rows, plugged, every)
         if deferred:

@@ -128,6 +128,7 @@ def make_requests(
         differs,
         differs,
         Tolerance(),
+        cold=True,
     )
 
 

@@ -61,8 +61,12 @@ def flatten(value: dict[str, Any], prefix: str = "", inherited: str = "") -> lis
         if isinstance(entry, dict):
             rows += flatten(entry, name, unit_key if _has_unit(unit_key) else inherited)
         elif not _is_table(entry):
-            rows.append((name.replace("_", " "), format_value(unit_key, entry)))
+            rows.append((_label(name), format_value(unit_key, entry)))
     return rows
+
+
+def _label(name: str) -> str:
+    return name.replace("always_safe", "full KV cache").replace("_", " ")
 
 
 def _has_unit(key: str) -> bool:

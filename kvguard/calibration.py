@@ -18,10 +18,10 @@ of the grid is paid, and every point that was certified holds, so the most usefu
 is the share of its requests that went wrong, a number in [0, 1]. The p-value is that of Hoeffding
 and Bentkus, and the exact binomial tail where every unit has a single request.
 
-**Repaired.** A request that alarms and is promoted (or restarted) ends as the uncompressed one,
-whenever the alarm came: that is proven, and harm left is harm without an alarm. A recovery that
-goes on compressed may be harmed after its last check, and no trace says whether: every request at
-risk that alarms then counts as harmed. The statement says so (``conservative``).
+**Repaired.** A request that alarms and is promoted (or restarted) provably returns the uncompressed
+answer, whenever the alarm came; the harm left is that of requests which never alarm. After a
+recovery that goes on compressed, harm may follow the last check and no trace records it, so every
+request at risk that alarms counts as harmed. Such a statement is marked ``conservative``.
 
 **Thresholds from a price.** A check is due when the harm that is expected exceeds what the check
 costs, the tokens that it wastes included. With c the cost of a check in harmed requests and the
@@ -32,8 +32,8 @@ grid and the point that the rule itself gives (`controller.price_point`).
 
 **What it needs.** A predictor fixed before it saw the prompts that certify (they are disjoint from
 train and from those that fitted the probabilities), and later requests that resemble theirs. Each
-use's sequence holds on its own with probability 1 - delta; a second certificate on the same prompts
-is a second look, which the certificate counts (`calibration_ledger`).
+use's sequence holds on its own with probability 1 - delta. Further certificates from the same
+prompts lower the probability that all hold; the certificate counts them (`calibration_ledger`).
 """
 
 import logging
@@ -264,11 +264,11 @@ class Calibration(NamedTuple):
     tables: dict[str, pl.DataFrame]  # certificate, certificate_grid, leakage_check_calibration
 
 
-class Look(NamedTuple):
-    """What the ledger says of this certificate, see `calibration_ledger`."""
+class PriorUse(NamedTuple):
+    """What the ledger says of a certificate's prompts and plan, see `calibration_ledger`."""
 
     frozen: str = ""
-    looks: int = 1
+    certificates: int = 1
     frozen_before_prompts: bool = False
 
 
@@ -287,13 +287,13 @@ def calibrate(
     controller: config.Controller,
     certificate: config.CertificateSettings,
     uses: Sequence[Use] | None = None,
-    look: Look | None = None,
+    prior_use: PriorUse | None = None,
 ) -> Calibration:
     """Choose the operating points on calibration prompts, and certify what can be certified.
 
     The library side of `kvguard calibrate`: after a retrain, call it with the new predictor's
     predictions and save what it returns beside the predictor. The uncompressed baseline is left out
-    throughout: a guard is only ever put around a press.
+    throughout: a guard only ever wraps a press.
 
     Args:
         predictor: the one that made ``predictions``; its probabilities were fitted on other
@@ -305,7 +305,7 @@ def calibrate(
         certificate: the levels, delta and the recoveries.
         uses: what statements are bound to; those that no request belongs to are passed over. None:
             every (model, press, ratio, task) of the requests, the rest unrecorded.
-        look: what the ledger of looks at these prompts says.
+        prior_use: earlier certificates from these prompts, and whether the plan came first.
 
     Returns:
         The certificate and the tables ``certificate`` (one row per use, operating point and risk),
@@ -356,14 +356,14 @@ def calibrate(
         for use, sequence in tested
         for name, point in chosen.items()
     ]
-    look = look or Look()
+    prior_use = prior_use or PriorUse()
     made = Certificate(
         predictor_digest=predictor.digest,
         target=predictor.target,
         delta=certificate.delta,
-        looks=look.looks,
-        frozen=look.frozen,
-        frozen_before_prompts=look.frozen_before_prompts,
+        looks=prior_use.certificates,
+        frozen=prior_use.frozen,
+        frozen_before_prompts=prior_use.frozen_before_prompts,
         points={
             name: CertifiedPoint(
                 name=name,

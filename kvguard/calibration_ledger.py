@@ -1,11 +1,11 @@
-"""How often calibration prompts were looked at, and whether the plan came before them.
+"""How many certificates used the same calibration prompts, and whether the plan preceded them.
 
 The ledger is a file of JSON lines beside the results that no rule deletes. `record_plan` writes the
 digest of everything that a certificate depends on but the prompts (sections of the configuration,
 seed, code of training and calibration) when a run starts, before any prompt is generated. The
 predictor is a function of that plan and of train prompts, so freezing the plan freezes it.
 `record_certificate` writes every certificate with the prompts behind it, and says how many there
-have been: each was tested with error delta, so with probability 1 - looks x delta all hold.
+have been: each was tested with error delta, so with probability 1 - n x delta all n hold.
 """
 
 import json
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvguard.calibration import Look
+from kvguard.calibration import PriorUse
 
 LEDGER = "calibration_ledger.jsonl"
 """Name of the ledger in the results folder."""
@@ -38,10 +38,12 @@ def record_plan(path: str | Path, plan: str, prompts_exist: bool) -> None:
         _append(path, {"event": "plan", "plan": plan, "prompts_exist": prompts_exist})
 
 
-def record_certificate(path: str | Path, plan: str, predictor: str, prompts: Sequence[str]) -> Look:
+def record_certificate(
+    path: str | Path, plan: str, predictor: str, prompts: Sequence[str]
+) -> PriorUse:
     """Note a certificate and say what the ledger knows of its prompts.
 
-    The same plan and predictor on the same prompts is the same certificate, not another look.
+    The same plan and predictor on the same prompts is the same certificate and is counted once.
 
     Args:
         path: of the ledger.
@@ -52,17 +54,17 @@ def record_certificate(path: str | Path, plan: str, predictor: str, prompts: Seq
     entries = read_ledger(path)
     made = {"event": "certificate", "plan": plan, "predictor": predictor}
     mine = set(prompts)
-    looks = {
+    used = {
         (entry["plan"], entry["predictor"])
         for entry in entries
         if entry["event"] == "certificate" and mine & set(entry["prompts"])
     }
-    if (plan, predictor) not in looks:
+    if (plan, predictor) not in used:
         _append(path, made | {"prompts": sorted(mine)})
     frozen = [entry for entry in entries if entry["event"] == "plan" and entry["plan"] == plan]
-    return Look(
+    return PriorUse(
         frozen=plan,
-        looks=len(looks | {(plan, predictor)}),
+        certificates=len(used | {(plan, predictor)}),
         frozen_before_prompts=bool(frozen) and not frozen[0]["prompts_exist"],
     )
 

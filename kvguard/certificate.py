@@ -75,7 +75,7 @@ class Bound(_Part):
         risk: what goes wrong: ``harm_left``, ``alarm``, ``false_alarm`` or ``missed_harm``.
         alpha: what the risk is to stay under.
         delta: the chance, over the draw of the calibration prompts, that any statement of the
-            sequence is made although it is false; looks at the same prompts add up.
+            sequence is made although it is false; certificates from the same prompts add up.
         unit: what is independent: prompts, or templates where prompts are drawn from templates.
         units: calibration units with at least one request that counts.
         requests: those requests.
@@ -216,7 +216,7 @@ class Certificate(_Part):
     Attributes:
         predictor_digest: of the predictor that the thresholds belong to.
         target: what the predictor was trained for.
-        delta: of each use's sequence of tests, in one look at the prompts.
+        delta: of each use's sequence of tests, in one certificate.
         looks: certificates made from these calibration prompts so far, this one included; all of
             them hold together with probability 1 - looks x delta.
         frozen: digest of everything that the certificate depends on but the prompts.
@@ -307,7 +307,7 @@ class Certificate(_Part):
     def text(self) -> str:
         """The whole certificate in words."""
         made = [statement for statement in self.statements if statement.certified]
-        looked = (
+        reuse = (
             f"These prompts were used for {self.looks} certificates; all of them hold together "
             f"with probability at least {self.confidence:.0%}."
             if self.looks > 1
@@ -324,7 +324,7 @@ class Certificate(_Part):
             f"its secondary ones at {1 - self.delta:.0%}, over the draw of the calibration "
             f"prompts, for requests that resemble theirs. Of the run's {self.prompts_total} "
             f"prompts {self.prompts_certifying} certify; for more of these, enlarge the run or the "
-            f"calibration split. {looked} {frozen}",
+            f"calibration split. {reuse} {frozen}",
             *(self.points[name].text for name in POINT_NAMES if name in self.points),
             *(statement.primary_text for statement in self.statements),
         ]

@@ -1,4 +1,4 @@
-"""The command line: look at one press, run a whole experiment, read and check what it left.
+"""The command line: run one press, run a whole experiment, read and check what it left.
 
 Libraries that are slow to import are imported where a command needs them, so that ``--help`` is
 quick. A wrong value ends a command with one message and the exit status 2.
@@ -346,11 +346,11 @@ def verify(
     checks = verify_results(experiment, results_dir)
     table = Table(title=f"integrity of {results_dir}", title_justify="left")
     table.add_column("check")
-    for name in ("looked at", "wrong"):
+    for name in ("examined", "wrong"):
         table.add_column(name, justify="right")
     for check in checks:
-        style = "red" if check.problems else "green" if check.looked_at else None
-        table.add_row(check.name, str(check.looked_at), str(len(check.problems)), style=style)
+        style = "red" if check.problems else "green" if check.examined else None
+        table.add_row(check.name, str(check.examined), str(len(check.problems)), style=style)
     console.print(table)
     for check in checks:
         for problem in check.problems[:LISTED]:

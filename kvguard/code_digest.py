@@ -1,10 +1,10 @@
 """Which code of the library decides a result, and a digest of it.
 
-Snakemake compares a rule's script and its ``params``; it does not look into the library that the
-script calls. `code_digest` closes that gap. It starts at the script, follows names from definition
-to definition through the modules of the library, and sums up exactly the functions, classes and
-constants that it reaches. So a rule reruns when code that it runs has changed, whichever module
-that code stands in, and not because another function beside it has.
+Snakemake compares a rule's script and its ``params``; it does not follow the script's calls into
+the library. `code_digest` closes that gap: it starts at the script, follows names from definition
+to definition through the modules of the library, and digests exactly the functions, classes and
+constants that it reaches. A rule therefore reruns when code that it runs has changed, in whichever
+module, and not when another function of the same module has.
 
 What changes no stored value does not count: comments, docstrings, formatting, annotations of
 functions, the wording of errors, log lines.

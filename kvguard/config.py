@@ -124,7 +124,7 @@ class Generation(Section):
 
 
 class Detection(Section):
-    """Definitions of the catastrophes (DESIGN: contracts)."""
+    """When an answer counts as looping, not terminating, amnesic or diverged (`detectors`)."""
 
     loop_window_tokens: Count = 20
     loop_repeats: int = Field(default=3, ge=2)

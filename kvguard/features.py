@@ -337,7 +337,7 @@ def _repeated(
     """
     repeated = np.asarray(same.any(axis=1))
     rows = np.flatnonzero(repeated)
-    if len(rows):  # few candidates are left: look at the rest only there
+    if len(rows):  # few candidates are left: compare the rest only there
         whole = same[rows] & (earlier_heads[rows] == heads[rows, None])
         whole &= earlier_tails[rows] == tails[rows, None]
         whole &= np.arange(_LAGS, 0, -1) <= reach[rows, None]
@@ -521,7 +521,7 @@ class FeatureState:
         self._largest[row] = np.where(defined[0] > 0, units[0], -_FIXED_LIMIT).max()
         lanes = _rolling_lanes(signals[-_PAST:, _ROLLED_COLUMNS])
         self._lanes[_PAST - len(lanes) :, row] = lanes
-        # The last 31 flags look back 127 tokens each; what lies further back is forgotten anyway.
+        # The last 31 flags depend on 127 earlier tokens each; anything further back has no effect.
         kept = np.asarray(token_ids, dtype=np.int64)[-(REPETITION_TOKENS + NGRAM_WINDOW_TOKENS) :]
         position = np.arange(len(kept))
         pairs, tails, heads = _ngrams(kept, position)

@@ -2,8 +2,8 @@
 
 The workflow reads it: a figure is drawn anew when its tables, its caption, its function or anything
 that the function calls changes. Plot functions live in `plot_failures`, `plot_harm`,
-`plot_predictor` and `plot_policies`, their common look in `plot_style`. This module imports none of
-them until a figure is drawn.
+`plot_predictor` and `plot_policies`, their common style in `plot_style`. This module imports none
+of them until a figure is drawn.
 """
 
 from collections.abc import Mapping

@@ -44,10 +44,10 @@ LISTED = 5
 
 
 class Check(NamedTuple):
-    """One check: how many things it looked at, and what is wrong with them."""
+    """One check: how many items it examined, and what is wrong with them."""
 
     name: str
-    looked_at: int
+    examined: int
     problems: list[str]
 
 

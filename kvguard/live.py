@@ -250,8 +250,8 @@ def _audited_tokens(
     if rejected is not None:
         verified = min(verified, rejected)
     frame = tokens_frame(completion, keys | {"prompt_id": completion.request.key}, audit, own=False)
-    settled = pl.col("position") < pl.lit(verified, pl.Int32)
+    accepted = pl.col("position") < pl.lit(verified, pl.Int32)
     return frame.with_columns(
-        chosen_logprob=pl.when(settled).then("audit_logprob").otherwise("chosen_logprob"),
-        llr=pl.when(settled).then(pl.lit(0.0, pl.Float32)).otherwise("llr"),
+        chosen_logprob=pl.when(accepted).then("audit_logprob").otherwise("chosen_logprob"),
+        llr=pl.when(accepted).then(pl.lit(0.0, pl.Float32)).otherwise("llr"),
     )

@@ -1,4 +1,4 @@
-"""The look of every figure: the plot style, colours and markers, labels that do not overlap."""
+"""The style of every figure: rcParams, colours and markers, labels that do not overlap."""
 
 import functools
 import itertools
@@ -65,7 +65,7 @@ class MissingData(ValueError):
 
 
 class PressStyle(NamedTuple):
-    """How one press looks in every figure."""
+    """Colour and marker of one press in every figure."""
 
     label: str
     colour: str
@@ -92,7 +92,7 @@ def press_styles(presses: Iterable[str]) -> dict[str, PressStyle]:
 
 
 class PolicyStyle(NamedTuple):
-    """How one policy looks in every figure."""
+    """Colour and marker of one policy in every figure."""
 
     label: str
     colour: str

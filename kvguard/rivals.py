@@ -165,10 +165,10 @@ class Ergo(OneAlarm):
 
 
 class PeriodicRefresh(Policy):
-    """RefreshKV (2411.05787): look at the full context every n tokens.
+    """RefreshKV (2411.05787): attend to the full context every n tokens.
 
     The original keeps the full cache and alternates attention over all of it with attention over a
-    small part, which each full step selects anew. A press evicts for good, so the full look is
+    small part, which each full step selects anew. A press evicts for good, so the full step is
     REFRESH here: prompt and answer so far are prefilled again under the press, which attends to
     everything while it prefills and then selects anew. Memory is the press's, time is not.
     """

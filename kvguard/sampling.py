@@ -25,7 +25,7 @@ _CHUNK_ON_HOST = 1 << 16
 _CHUNK_ELSEWHERE = 1 << 24
 
 _NUCLEUS_TOKENS = 64
-"""How many tokens `nucleus` looks at first."""
+"""How many of the most likely tokens `nucleus` sorts first."""
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ TIMELINE: dict[str, pl.DataType] = _token_key_types | {
 
 RUNS: dict[str, pl.DataType] = _trace_key_types | {
     "task": pl.String(),
-    "policy": pl.String(),  # a name of policies.POLICIES
+    "policy": pl.String(),  # a name of config_policies.POLICIES
     "source": pl.String(),  # "live" or "simulation"
     "shard": pl.Int32(),
     "status": pl.String(),

@@ -5,7 +5,7 @@ does up to its first intervention follows from the trace. What comes after is *k
 
 1. The policy never intervenes: the trace itself is the result.
 2. The answer is generated afresh at a safe ratio of 0 (``guard_restart``, ``ergo``,
-   ``always_safe``): the result is the uncompressed trace of the same prompt.
+   the full KV cache): the result is the uncompressed trace of the same prompt.
 3. The draft is verified by the uncompressed model and cut at the first token that it would not have
    chosen (``guard_promote``, ``gate``, ``random``, ``entropy``, ``verify_all``). Everything
    kept is the uncompressed answer's prefix and the rest is generated uncompressed, so the result is
@@ -325,7 +325,7 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     stays = ending.checks & (ending.source == np.arange(len(requests.lengths)))
     known = (ending.source >= 0) & (~ending.checks | stays)
     final = np.where(known, requests.lengths[ending.source], 0)
-    settled = known | ending.recovers
+    determined = known | ending.recovers
     drafted = np.where(ending.stopped, ending.draft, requests.lengths)
     own = draft_cost(memory, prompt_tokens, drafted)
     # A trace that ran to its end was measured; that holds whatever the press did to its cache.
@@ -355,10 +355,10 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     )
     own = type(own)(*(a + np.where(stays, b, 0) for a, b in zip(own, passed, strict=True)))
     checks = pl.Series(((ending.recovers | stays) & (ending.carried > 0)).astype(np.int64))
-    costs = {"checks": pl.select(pl.when(pl.Series(settled)).then(checks))[checks.name]}
+    costs = {"checks": pl.select(pl.when(pl.Series(determined)).then(checks))[checks.name]}
     for name in COSTS:
         value = np.where(ending.recovers, getattr(recovery, name), getattr(own, name))
-        sure = settled if name in ("tokens_prefilled", "tokens_wasted") else known
+        sure = determined if name in ("tokens_prefilled", "tokens_wasted") else known
         column = pl.Series(np.where(sure, value, np.nan)).fill_nan(None)
         costs[name] = column.round() if schema.RUNS[name].is_integer() else column
     return costs

@@ -1,4 +1,4 @@
-# What people look at: figures, tables as CSV, the viewer, the report; and the manifest of the run.
+# Outputs for readers: figures, tables as CSV, the viewer, the report; and the manifest of the run.
 
 
 rule draw_figure:

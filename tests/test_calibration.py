@@ -364,12 +364,12 @@ def test_the_ledger_counts_looks_and_knows_what_came_first(tmp_path: Path) -> No
     ledger = tmp_path / "ledger.jsonl"
     record_plan(ledger, "plan a", prompts_exist=False)
     first = record_certificate(ledger, "plan a", "predictor", ["p", "q"])
-    assert (first.looks, first.frozen_before_prompts) == (1, True)
+    assert (first.certificates, first.frozen_before_prompts) == (1, True)
     assert record_certificate(ledger, "plan a", "predictor", ["p", "q"]) == first  # a rerun
     record_plan(ledger, "plan b", prompts_exist=True)
     second = record_certificate(ledger, "plan b", "predictor", ["q", "r"])
-    assert (second.looks, second.frozen_before_prompts) == (2, False)
-    assert record_certificate(ledger, "plan b", "predictor", ["s"]).looks == 1
+    assert (second.certificates, second.frozen_before_prompts) == (2, False)
+    assert record_certificate(ledger, "plan b", "predictor", ["s"]).certificates == 1
     record_plan(ledger, "plan a", prompts_exist=True)
     assert record_certificate(ledger, "plan a", "other", ["p"]).frozen_before_prompts
 

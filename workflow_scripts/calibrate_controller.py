@@ -35,7 +35,7 @@ def main(
         controller=controller,
         certificate=certificate,
         uses=[Use(**use, model_digest=digests[use["model"]]) for use in uses],
-        look=record_certificate(results / LEDGER, plan, predictor.digest, prompts),
+        prior_use=record_certificate(results / LEDGER, plan, predictor.digest, prompts),
     )
     for name, table in calibration.tables.items():
         write_table(table, targets["certificate"].parents[1] / "tables" / f"{name}.parquet")
