@@ -1,7 +1,8 @@
 """Decode many requests together, each from its own compressed cache.
 
-Every prompt is prefilled alone (`prefill`). The compressed caches then sit in `Slots` and decode as
-one batch; finished rows leave and waiting requests take their place.
+Every prompt is prefilled alone (`prefill`). The compressed caches are then stored in `Slots` and
+decode as one batch (continuous batching): finished rows leave and waiting requests take their
+places.
 """
 
 import time

@@ -1,21 +1,22 @@
-"""What the predictors know before the onset, on the test prompts.
+"""Metrics of the predictors on the test prompts.
 
-The headline is ``harm_metrics`` (`kvguard.harm_metrics`), which position cannot win. What follows
-describes the further metrics.
+The headline is the table ``harm_metrics`` (`kvguard.harm_metrics`), whose main metrics compare
+requests after equal numbers of tokens, so that position alone scores 0.5. The further metrics, in
+``predictor_metrics``, are described here.
 
 **What is counted.** Tokens before the onset only, of compressed requests only. A token is positive
 when the onset lies within the horizon. ``auroc_within`` compares tokens of the same model, press
-and ratio only, so that knowing which condition is hard earns nothing. Position earns much in every
-metric over tokens.
+and ratio only, so that knowing which condition is hard does not raise it. Position alone scores
+high in every metric over tokens.
 
 **A request's score** is the worst run of the request: the largest mean hazard over `RUN_TOKENS`
 successive tokens. For a forecast (``recall``) runs must end before the onset; a request whose onset
 comes sooner cannot be forecast and counts as missed. For verifying and rewinding
-(``recall_any_time``) every run counts, because a late alarm repairs the request too and only wastes
-tokens. ``request_auroc`` compares requests over the same number of tokens, so that being long earns
-nothing (`metrics.matched_auroc`); ``request_auroc_early`` does so within the first `EARLY_TOKENS`
-tokens. Alarm thresholds keep the configured false-alarm rate on calibration prompts; the rate that
-they have on test prompts is reported beside the recall.
+(``recall_any_time``) every run counts, because a late alarm recovers the request too, at the price
+of more wasted tokens. ``request_auroc`` compares requests over the same number of tokens, so that
+length does not raise it (`metrics.matched_auroc`); ``request_auroc_early`` does so within the first
+`EARLY_TOKENS` tokens. Alarm thresholds keep the configured false-alarm rate on calibration prompts;
+the rate that they have on test prompts is reported beside the recall.
 
 **Intervals** resample prompts (`kvguard.metrics.bootstrap_interval`). ``low`` and ``high`` hold
 for all rows of a metric at once with 95 %: half of the error goes to the headline (the predictor of

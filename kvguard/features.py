@@ -1,13 +1,13 @@
 """Features of a token: its signals, their last few values, repetition, position and ratio.
 
-One set of kernels serves both uses, and their results agree bit for bit. `compute_features` and
-`feature_files.build_features` lay whole traces end to end; `FeatureState` carries what a kernel
-needs of the past and takes the next token of each row of a batch. Sums are float64, added in one
-fixed order, and cast to float32 at the end.
+The same kernels serve tables and streaming, and the results agree bit for bit. `compute_features`
+and `feature_files.build_features` process concatenated traces; `FeatureState` stores what a kernel
+needs of earlier tokens and processes the next tokens of each row of a batch. Sums are float64,
+added in one fixed order, and cast to float32 at the end.
 
-- ``repeated_ngram`` is 1 where the 4 tokens that end here also stand, as a whole, somewhere earlier
-  within the last 128 generated tokens; the two may overlap. ``repetition_sum`` adds it up over the
-  last 32 tokens.
+- ``repeated_ngram`` is 1 where the 4-gram that ends here also occurs earlier within the last 128
+  generated tokens; the two occurrences may overlap. ``repetition_sum`` is its sum over the last 32
+  tokens.
 - ``entropy_mean``, ``entropy_max``, ``top1_probability_mean`` and ``runner_up_probability_mean``
   (top-5 minus top-1) are over all tokens of the request so far. They are summed in units of 2^-32,
   so that the order of summation makes no difference.

@@ -1,4 +1,4 @@
-"""docs/findings.md: what compression breaks and what the guard is worth, made from tables.
+"""docs/findings.md from tables: how compression fails, and what the guard prevents and costs.
 
 Every number comes from a table of a run, and every claim ("above chance", "interval includes
 chance") from the interval beside it, so the text changes with the run.

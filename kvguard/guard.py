@@ -1,4 +1,4 @@
-"""KVGuard: a guard around a press, for ``model.generate``. Watch the decoding, check, recover."""
+"""KVGuard: a guard around a press, for ``model.generate``. Predict hazards, check, recover."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The guard as an observer of the engine's decoding loop: it watches, checks, recovers.
+"""The guard as an observer of the engine's decoding loop: hazards, checks, recoveries.
 
 `GuardObserver` runs any policy over a session; `KVGuard` and the live experiment run theirs through
 it.
@@ -32,7 +32,7 @@ NEVER_DUE = np.iinfo(np.int64).max
 """`GuardObserver.due_at` of a row that needs no further decision."""
 
 RECOVERABLE = (AssertionError, IndexError, RuntimeError, ValueError)
-"""What a recovery or a press may raise, out of memory included, at the cost of its own row only."""
+"""Errors of a recovery or a press (out of memory too) that end their own row and no other."""
 
 Stopping = Callable[[str, list[int], torch.Tensor], bool]
 """Key, generated tokens, raw logits of the last one; True ends the request."""

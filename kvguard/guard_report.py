@@ -1,4 +1,4 @@
-"""What the guard says of its work, and what it refuses."""
+"""The guard's report per request, and its error."""
 
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,8 @@ class RowReport(BaseModel):
         checks: passes of the uncompressed model over what had not been checked.
         kv_bytes_mean: bytes that the row's entries take, hidden ones too, mean over its decode
             steps; None without a step. Padding belongs to the batch and is left out.
-        kv_bytes_peak: the largest of them, and of the caches that verifying passes held.
-        kv_padding_bytes_mean: what the batch held empty for the row, so that its rows are equally
+        kv_bytes_peak: the largest of them, and of the caches that checks needed.
+        kv_padding_bytes_mean: memory allocated but empty for the row, so that its rows are equally
             long: a long row, such as a rewound one, makes padding in the others.
         seconds: of this request's prefill, recoveries and share of the decoding and watching.
         stop_reason: "eos", "length" or "stopped"; None on error.

@@ -1,4 +1,4 @@
-"""The pages of one layer: memory that rows of different lengths share."""
+"""The page pool of one layer: memory that rows of different lengths share."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ import torch
 from numpy.typing import NDArray
 
 PAGE_ENTRIES = 16
-"""Entries of a page: on average half a page a row and layer is empty."""
+"""Entries per page; on average half of each row's last page is empty, in each layer."""
 
 SLACK = 50
-"""A pool grows by one page in so many beyond what is needed, so that it grows seldom."""
+"""A pool that grows adds 1 / SLACK of its pages as free ones, so that it seldom grows again."""
 
 TAIL_SHARE = 4
-"""A pool grows in a second, smaller block until that is a quarter of the first; then they join.
-Growing copies the smaller block only."""
+"""A pool grows in a second block, merged into the first at 1 / TAIL_SHARE of its size.
+Until then growing copies the second block only."""
 
 
 class Pool:
@@ -114,7 +114,7 @@ class Pool:
         return found
 
     def release(self, pages: Sequence[int]) -> None:
-        """Take pages back; what they held is wiped."""
+        """Return pages to the free list and zero their contents."""
         if not pages:
             return
         sources = self.by_block(np.asarray(pages, dtype=np.int64))

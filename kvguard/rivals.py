@@ -1,7 +1,7 @@
-"""The guard's rivals: policies that watch something simpler than a predicted hazard.
+"""The guard's rivals: policies triggered by something simpler than a predicted hazard.
 
-Sources are cited by arXiv number. A rival is here to be measured under the guard's conditions (any
-press, single requests, token by token), so each docstring says what of the original is left out.
+Sources are cited by arXiv number. Rivals run under the guard's conditions (any press, single
+requests, token by token); each docstring says what of the original is left out.
 """
 
 from abc import ABC, abstractmethod

@@ -1,10 +1,10 @@
 """The key-value caches of the rows that decode together, in pages.
 
 Each layer has a pool of pages of 16 entries, and each row a list of the pages that hold its
-entries, in order. Rotary positions are part of the keys, so the place of an entry does not matter.
-Rewinding a row lowers a length, a row that leaves gives its pages back, a step writes one entry a
-row, and a long row makes no padding in the others: what is allocated beyond the entries is the end
-of each row's last page and a few free pages. Layers may hold different lengths (PyramidKV,
+entries, in order. Keys are stored after rotation, so the physical place of an entry does not
+matter. Rewinding a row lowers its length, a row that leaves frees its pages, a step writes one
+entry per row, and a long row causes no padding in the others: the allocation beyond the entries is
+the end of each row's last page and a few free pages. Layers may hold different lengths (PyramidKV,
 SimLayerKV), heads may hide entries (AdaKV).
 
 Attention needs no kernel of its own: one batched product of every page of the pool with the query
