@@ -26,7 +26,7 @@ NOT_RESULTS = frozenset({"files", "joblog"})
 """Modules whose code changes no stored value."""
 
 _SPEAKERS = frozenset({"logger", "logging", "warnings"})
-"""Names on which a call that stands alone only tells somebody something."""
+"""Objects whose methods, called as a statement, only report (logging, consoles)."""
 
 _WHOLE = "*"
 """In place of a definition's name: every definition of the module."""

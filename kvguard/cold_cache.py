@@ -281,7 +281,7 @@ class Draft(NamedTuple):
     """Tokens to run over a row's cold cache.
 
     Attributes:
-        row: the cold cache; the tokens stand behind everything parked.
+        row: the cold cache; the tokens follow everything parked.
         token_ids: at least one.
     """
 
@@ -368,7 +368,7 @@ class _Pass:
 def _attend_row(query: torch.Tensor, parts: list[torch.Tensor], scale: float) -> torch.Tensor:
     """Causal attention of one row's last tokens over its parts, of which the last is their own.
 
-    The query heads that share a key head stand behind each other on the query axis, so grouped keys
+    The query heads that share a key head are concatenated on the query axis, so grouped keys
     and values are read once and never repeated.
 
     Args:

@@ -163,7 +163,7 @@ class GuardSettings(Section):
         default="continue", description="what an alarm does; the policies guard, guard_*"
     )
     cold: Literal["host", "disk", "none"] = Field(
-        default="host", description="where evicted entries wait for a check; none: recomputed"
+        default="host", description="where evicted entries are stored for checks; none: recomputed"
     )
     safe_ratio: Ratio = Field(
         default=BASELINE_RATIO, description="fraction removed once a request is promoted"

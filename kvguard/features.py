@@ -291,7 +291,7 @@ def _ngrams(
 
 
 def _repeated_in(token_ids: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(n,) whether the n-gram that ends here stands earlier in its trace, within the window."""
+    """(n,) whether the n-gram that ends here occurs earlier in its trace, within the window."""
     _, tails, heads = _ngrams(token_ids, position)
     mixed = tails * _HASH_TAIL + heads * _HASH_HEAD
     # Sorted by hash and row, an n-gram comes right after its last occurrence.
@@ -373,7 +373,7 @@ class FeatureState:
         self._totals = np.zeros((rows, 3), dtype=np.int64)
         self._counts = np.zeros((rows, 3), dtype=np.int64)
         self._largest = np.full(rows, -_FIXED_LIMIT)
-        # What came before, newest last; `_ABSENT` and 0 stand for tokens that there are not.
+        # The tokens so far, newest last; `_ABSENT` and 0 pad before the first token.
         self._lanes = np.zeros((_PAST, rows, _LANES))
         self._last = np.full(rows, _ABSENT)  # token
         self._pairs = np.full((rows, 2), _ABSENT)
@@ -450,7 +450,7 @@ class FeatureState:
         tails: NDArray[np.int64],
         heads: NDArray[np.int64],
     ) -> NDArray[np.bool_]:
-        """(n, t) whether the n-grams that end at new tokens stand earlier; they are remembered."""
+        """(n, t) whether the n-grams that end at new tokens occur earlier; they are then stored."""
         tails = np.concatenate([self._tails[rows], tails], axis=1)  # (n, 124 + t)
         heads = np.concatenate([self._heads[rows], heads], axis=1)
         new = slice(_LAGS, None)

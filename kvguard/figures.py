@@ -50,7 +50,7 @@ FIGURES = {
         "harm by task and press",
         "Harmed requests by task, press and ratio: the uncompressed model answers rightly and the "
         "compressed one wrongly (filled), and the part of these that ended by themselves and do "
-        "not loop, so that nothing in the finished text gives them away (open). For a task "
+        "not loop, so that the finished text does not show the failure (open). For a task "
         "without right answers harm is a failure, or another final answer, where the uncompressed "
         "run did not fail. Shares of all requests with 95 % intervals; each title says how many "
         "the uncompressed model answers rightly.",

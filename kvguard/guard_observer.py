@@ -281,8 +281,7 @@ class GuardObserver:
     ) -> NDArray[np.float32] | None:
         """(rows, most tokens) hazards; None if the policy needs none.
 
-        NaN, which neither alarms nor calms, stands where there is no such token and where the
-        predictor fails.
+        NaN (no evidence for the controller) where there is no such token or the predictor fails.
         """
         if self.features is None:
             return None

@@ -4,7 +4,7 @@ A request is *harmed* where the uncompressed model's answer is right and this on
 task without right answers it is harmed where the uncompressed run did not fail and this one failed
 or gave another final answer. *Rescued* is the reverse: the uncompressed answer is wrong (without
 right answers: its run failed) and this one is right (did not fail). Harm is *silent* where the
-request ended by itself and does not loop: nothing in the finished text gives it away.
+request ended by itself and does not loop: the finished text does not show the failure.
 
 What goes wrong without compression is not harm, and teaches a predictor nothing about it: a request
 whose uncompressed run is wrong or failed is not at risk.

@@ -12,7 +12,7 @@ harmed one of a pair scores higher; ties count half.
   have before the harmed one's onset. ``request_any_time``: by as many as both have at all, as for a
   check after the fact. ``request_worst_run``: as ``request``, by the worst run of 8 tokens.
 - ``within_prompt``, ``within_prompt_any_time``: the same of pairs that share their prompt: harmed
-  under one press and ratio, not under another. What a prompt is like earns nothing; knowing which
+  under one press and ratio, not under another. The prompt's difficulty does not help; knowing which
   of the two presses or ratios harms more does, in every score alike.
 
 Each is also given as a paired difference from two scores that anyone has: ``clock_repetition``

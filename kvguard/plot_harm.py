@@ -35,7 +35,7 @@ HARM_COLUMNS = tuple(
 
 @styled
 def plot_harm(harm: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figure:
-    """Harmed requests of each condition, by task: all of them, and those that nobody sees.
+    """Harmed requests of each condition, by task: all of them, and silent ones.
 
     Harmed: the uncompressed answer is right and the compressed one wrong. Silent: harmed, ended by
     itself, no loop. Both are shares of requests; lower is better.

@@ -81,7 +81,7 @@ class _Removed(NamedTuple):
 
 
 class CacheProbe:
-    """Measures one prompt's prefill; its hooks stand before and after the press's own.
+    """Measures one prompt's prefill; its hooks run before and after the press's hooks.
 
     Args:
         model: in eval mode.
