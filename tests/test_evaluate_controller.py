@@ -737,6 +737,25 @@ def test_constant_ratio_of_equal_memory_is_interpolated_within_the_measured_rang
     assert constant_frontier(live, table)["constant_cfr"][0] == pytest.approx(0.25)
 
 
+def test_every_policy_has_a_constant_ratio_of_equal_byte_steps_beside_it():
+    run = make_run(15, num_prompts=30)
+    simulated = summarize_runs(
+        simulate(run, ["none", "guard_promote"]), run.outcomes, bootstrap_samples=20
+    )
+    live = simulated.with_columns(source=pl.lit("live"))
+    table = constant_frontier(pl.concat([live, simulated]), measured=simulated)
+    assert table.drop(*(f"constant_{name}" for name in MEASURES)).equals(
+        pl.concat([live, simulated])
+    )
+    none = table.filter(pl.col("policy") == "none")
+    assert none["constant_harmed"].to_list() == pytest.approx(none["harmed"].to_list())
+    halves = table.select("constant_harmed", "source").partition_by("source", include_key=False)
+    assert halves[0].equals(halves[1])
+
+
+MEASURES = ("harmed", "cfr", "agreement", "accuracy")
+
+
 def test_pareto_marks_what_nothing_else_beats():
     run = make_run(15, num_prompts=30)
     requests = requests_of(run)

@@ -5,7 +5,12 @@ from pathlib import Path
 import polars as pl
 
 from kvguard import joblog
-from kvguard.compare_policies import compare_live_simulation, summarize_differences, summarize_runs
+from kvguard.compare_policies import (
+    compare_live_simulation,
+    constant_frontier,
+    summarize_differences,
+    summarize_runs,
+)
 from kvguard.costs import memory_of_rewind
 from kvguard.policy_tests import compare_pairs
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
@@ -34,7 +39,9 @@ def main(
         pairs.append(compare_pairs(runs, samples=bootstrap_samples, seed=seed))
     differences = compare_live_simulation(live, simulated)
     traces = pl.read_parquet(trace_paths, hive_partitioning=False)
-    write_table(pl.concat(policies), targets["policies"])
+    # beside each policy what a constant ratio would give at equal device byte-steps
+    beside = constant_frontier(pl.concat(policies), measured=policies[1])
+    write_table(beside, targets["policies"])
     write_table(pl.concat(pairs), targets["tests"])
     write_table(memory_of_rewind(traces, live), targets["memory"])
     write_table(differences, targets["differences"])
