@@ -147,14 +147,6 @@ def build_panel(rows: Rows, target: str, splits: pl.DataFrame, samples: int, see
     )
 
 
-class _Pairs(NamedTuple):
-    """Concordant and all pairs of one condition by (unit of the harmed, unit of the other)."""
-
-    concordant: Floats
-    pairs: Floats
-    units: tuple[frozenset[int], frozenset[int]]
-
-
 Comparison = Callable[[int, Ints], tuple[Floats, Floats]]
 """(harmed request, other requests) -> concordant and all comparisons with each of them."""
 

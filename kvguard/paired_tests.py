@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
 
 from kvguard.metrics import bootstrap_interval, resample_weights
 
@@ -21,50 +20,6 @@ class Estimate(NamedTuple):
     value: float | None
     low: float | None
     high: float | None
-
-
-def newcombe_paired_interval(
-    first: ArrayLike, second: ArrayLike, confidence: float = 0.95
-) -> Estimate:
-    """Difference of two shares on the same prompts, ``second`` minus ``first``.
-
-    Args:
-        first, second: (n,) yes or no, one pair per prompt.
-        confidence: of the interval.
-
-    Returns:
-        The difference in [-1, 1]; undefined without pairs.
-
-    Raises:
-        ValueError: lengths differ.
-
-    Source: Newcombe (1998), Statistics in Medicine 17, method 10: Wilson intervals of the two
-    shares, squared and added, with their correlation (continuity-corrected).
-    """
-    first, second = _paired(first, second, np.bool_)
-    n = len(first)
-    if n == 0:
-        return Estimate(None, None, None)
-    both, neither = int((first & second).sum()), int((~first & ~second).sum())
-    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
-    p1, p2 = (both + only_first) / n, (both + only_second) / n
-    (low1, high1), (low2, high2) = (
-        proportion_confint(count, n, alpha=1 - confidence, method="wilson")
-        for count in (both + only_first, both + only_second)
-    )
-    margins = (
-        (both + only_first)
-        * (only_second + neither)
-        * (both + only_second)
-        * (only_first + neither)
-    )
-    covariance = float(both * neither - only_first * only_second)
-    if covariance > 0:
-        covariance = max(covariance - n / 2, 0.0)
-    phi = covariance / np.sqrt(margins) if margins else 0.0
-    below = _root(p2 - float(low2), float(high1) - p1, phi)
-    above = _root(float(high2) - p2, p1 - float(low1), phi)
-    return Estimate(p2 - p1, max(p2 - p1 - below, -1.0), min(p2 - p1 + above, 1.0))
 
 
 def mcnemar_exact(first: ArrayLike, second: ArrayLike) -> float | None:
@@ -177,7 +132,3 @@ def _paired(first: ArrayLike, second: ArrayLike, kind: Any) -> tuple[NDArray[Any
     if one.ndim != 1 or one.shape != two.shape:
         raise ValueError(f"paired values have one length, got shapes {one.shape} and {two.shape}")
     return one, two
-
-
-def _root(one: float, two: float, phi: float) -> float:
-    return float(np.sqrt(max(one**2 - 2 * phi * one * two + two**2, 0.0)))

@@ -4,37 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import confint_proportions_2indep
 
 from kvguard.paired_tests import (
     cluster_bootstrap_mean,
     holm,
     mcnemar_exact,
-    newcombe_paired_interval,
     paired_bootstrap,
 )
-
-
-def test_newcombe_reproduces_the_published_example() -> None:
-    """Newcombe (1998), the example of 36, 12, 2 and 0 pairs, method 10."""
-    counts = [36, 12, 2, 0]
-    got = newcombe_paired_interval(np.repeat([1, 0, 1, 0], counts), np.repeat([1, 1, 0, 0], counts))
-    assert got == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
-
-
-def test_newcombe_without_correlation_is_the_unpaired_interval() -> None:
-    counts = [6, 6, 4, 4]  # 6 * 4 == 6 * 4: the two shares are uncorrelated
-    got = newcombe_paired_interval(np.repeat([1, 1, 0, 0], counts), np.repeat([1, 0, 1, 0], counts))
-    expected = confint_proportions_2indep(10, 20, 12, 20, method="newcomb", compare="diff")
-    assert got[1:] == pytest.approx(expected)
-
-
-def test_newcombe_is_antisymmetric_and_undefined_without_pairs() -> None:
-    rng = np.random.default_rng(0)
-    first, second = rng.random((2, 30)) < 0.4
-    forth, back = newcombe_paired_interval(first, second), newcombe_paired_interval(second, first)
-    assert (forth.low, forth.high) == pytest.approx((-back.high, -back.low))
-    assert newcombe_paired_interval([], []) == (None, None, None)
 
 
 def test_mcnemar_is_a_fair_coin_on_the_disagreements() -> None:
