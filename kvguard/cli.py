@@ -11,22 +11,28 @@ import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from kvguard import __version__, joblog
+from kvguard import __version__, cli_tables, cli_train, joblog
+from kvguard.cli_options import Configs, Cores, DryRun, NumPrompts, ResultsDir, TaskName
+from kvguard.cli_tables import (
+    SHOWN_POLICIES,
+    print_answers,
+    print_frame,
+)
+from kvguard.cli_train import predictor_and_points
 from kvguard.config import (
     BASELINE,
     BASELINE_RATIO,
     Config,
     ConfigError,
-    OperatingPoint,
     Press,
-    digest,
     load_config,
     overlay,
     parse_config,
@@ -38,15 +44,13 @@ from kvguard.workflow import (
     recorded_config,
     run_status,
     snakemake_command,
+    stale_lock,
     sweep_overlay,
     workflow_profile,
 )
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from kvguard.models import LoadedModel
-    from kvguard.predictor import Predictor
 
 commands = typer.Typer(
     no_args_is_help=True,
@@ -54,49 +58,6 @@ commands = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
-
-SHOWN_METRICS = ("auroc", "pr_auc", "brier", "recall_on_roc", "request_auroc")
-"""What `train` prints of the evaluation; the pipeline's tables hold the rest."""
-
-SHOWN_SETTINGS = (
-    "operating_point",
-    "model",
-    "press",
-    "ratio",
-    "requests",
-    "false_alarm_rate",
-    "detection_rate",
-    "lead_tokens",
-    "excess_cfr",
-    "tokens_prefilled",
-    "tokens_wasted",
-)
-SHOWN_POLICIES = (
-    "policy",
-    "requests",
-    "alarmed",
-    "cfr",
-    "agreement",
-    "excess_cfr",
-    "excess_error",
-    "tokens_prefilled",
-    "tokens_wasted",
-    "decode_steps",
-)
-"""What `eval-controller` and `live` print of their tables."""
-
-Configs = Annotated[
-    list[Path] | None,
-    typer.Option("--config", "-c", help="Configuration laid over config.yaml; may be repeated."),
-]
-ResultsDir = Annotated[Path, typer.Option(help="Folder that holds the results of a run.")]
-NumPrompts = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
-TaskName = Annotated[
-    str | None, typer.Option("--task", help="A task of the config; default: its first.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Show the jobs, run none.")]
-Cores = Annotated[int, typer.Option(min=1, help="CPU cores that Snakemake may use.")]
 
 
 def app() -> None:
@@ -113,7 +74,7 @@ def app() -> None:
                 raise
             kind = type(error).__name__
             message = f"{kind}: {error}\nKVGUARD_TRACEBACK=1 kvguard ... shows where it happened"
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
         sys.exit(2)
 
 
@@ -190,52 +151,7 @@ def run(
         how="left",
         maintain_order="left",
     )
-    _print_answers(rows, f"{entry}, {chosen.name if chosen else BASELINE} {ratio}")
-
-
-def _print_answers(rows: "pl.DataFrame", title: str) -> None:
-    import polars as pl
-
-    from kvguard.schema import CATASTROPHES
-
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for name in ("prompt", "reference", "answer"):
-        table.add_column(name)
-    for name in ("tokens", "first rejected", "KiB before", "KiB after"):
-        table.add_column(name, justify="right")
-    for name in ("stop", "failures"):
-        table.add_column(name)
-    for row in rows.iter_rows(named=True):
-        kinds = [kind for kind in CATASTROPHES if row[kind]]
-        failed = row["status"] != "ok"
-        table.add_row(
-            row["prompt_id"],
-            "-" if row["reference"] is None else row["reference"],
-            "-" if row["answer"] is None else row["answer"],
-            _whole(row["generated_tokens"]),
-            _whole(row["first_rejected"]),
-            _kibibytes(row["cache_bytes_before"]),
-            _kibibytes(row["cache_bytes_after"]),
-            row["stop_reason"] or "-",
-            f"[red]{_escape(row['error'])}[/]" if failed else ", ".join(kinds) or "none",
-        )
-    ok = rows.filter(pl.col("status") == "ok")
-    before, after = int(ok["cache_bytes_before"].sum()), int(ok["cache_bytes_after"].sum())
-    table.caption = (
-        f"{ok.height} of {rows.height} prompts ran, {int(ok['right'].sum())} right, "
-        f"{int(ok['catastrophe'].sum())} with a catastrophe; cache after the press: "
-        f"{after / before:.1%} of {before / 2**20:.1f} MiB; "
-        f"{int(ok['generated_tokens'].sum())} tokens in {ok['decode_seconds'].sum():.1f} s"
-    )
-    console.print(table)
-
-
-def _whole(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _kibibytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1024:,.0f}"
+    print_answers(rows, f"{entry}, {chosen.name if chosen else BASELINE} {ratio}")
 
 
 # --- a whole experiment --------------------------------------------------------------------------
@@ -271,7 +187,7 @@ def sweep(
     arguments = [target, "--cores", str(cores), "--resources", "gpu=1"]
     arguments += ["--workflow-profile", str(workflow_profile(profile))] if profile else []
     arguments += ["--dry-run"] if dry_run else []
-    console.print(
+    cli_tables.console.print(
         f"{len(experiment.models)} model(s), {experiment.num_prompts} prompts, "
         f"{len(experiment.conditions)} conditions; results in {results}"
     )
@@ -308,6 +224,9 @@ def status(
     """What is done and what is left, per stage."""
     layers = config_layers(config)
     load_config(*layers)
+    locked = stale_lock(layers, [f"results_dir={results_dir}"] if results_dir else [])
+    if locked is not None:
+        cli_tables.console.print(escape(locked), soft_wrap=True, highlight=False)
     stages = run_status(
         layers,
         [f"results_dir={results_dir}"] if results_dir else [],
@@ -322,7 +241,7 @@ def status(
     table.add_section()
     done, left = sum(stage.done for stage in stages), sum(stage.left for stage in stages)
     table.add_row("all", str(done), str(left))
-    console.print(table)
+    cli_tables.console.print(table)
 
 
 # --- what a run left -----------------------------------------------------------------------------
@@ -342,7 +261,7 @@ def verify(
     experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
     if discard:
         for path in discard_damaged(experiment, results_dir):
-            console.print(f"removed {path}", soft_wrap=True)
+            cli_tables.console.print(f"removed {path}", soft_wrap=True)
     checks = verify_results(experiment, results_dir)
     table = Table(title=f"integrity of {results_dir}", title_justify="left")
     table.add_column("check")
@@ -351,18 +270,20 @@ def verify(
     for check in checks:
         style = "red" if check.problems else "green" if check.examined else None
         table.add_row(check.name, str(check.examined), str(len(check.problems)), style=style)
-    console.print(table)
+    cli_tables.console.print(table)
     for check in checks:
         for problem in check.problems[:LISTED]:
-            console.print(f"[red]{check.name}[/]: {_escape(problem)}", soft_wrap=True)
+            cli_tables.console.print(f"[red]{check.name}[/]: {escape(problem)}", soft_wrap=True)
         if len(check.problems) > LISTED:
-            console.print(f"[red]{check.name}[/]: and {len(check.problems) - LISTED} more")
+            cli_tables.console.print(
+                f"[red]{check.name}[/]: and {len(check.problems) - LISTED} more"
+            )
     if any(check.problems for check in checks):
-        console.print(
+        cli_tables.console.print(
             "`kvguard verify --discard` removes what is damaged; the next run makes it anew"
         )
         raise typer.Exit(1)
-    console.print("nothing is wrong")
+    cli_tables.console.print("nothing is wrong")
 
 
 class Format(StrEnum):
@@ -404,148 +325,9 @@ def analyze(
         print_frame(frame, title)
 
 
-@commands.command()
-def train(
-    results_dir: ResultsDir = Path("results"),
-    num_prompts: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many prompts; default: all.")
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Default: models of the results, or a folder beside it.")
-    ] = None,
-    config: Configs = None,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
-) -> None:
-    """Train the hazard predictors on what a run generated, and say what they are worth."""
-    import polars as pl
-
-    from kvguard.evaluate_predictor import evaluate_predictors
-    from kvguard.prompts import read_prompts
-    from kvguard.schema import SPLITS, read_table
-    from kvguard.train import save_models, train_predictors
-    from kvguard.trainer import make_trainer
-
-    experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
-    joblog.configure_logging()
-    prompts = read_prompts(results_dir / "prompts/prompts.parquet")
-    splits = read_table(results_dir / "splits.parquet", SPLITS)
-    wanted = num_prompts or len(prompts)
-    if wanted > len(prompts):
-        raise ConfigError(
-            f"--num-prompts: {results_dir} holds {len(prompts)} prompts, got {wanted}; "
-            "`kvguard sweep --num-prompts` generates more"
-        )
-    kept = splits.filter(pl.col("prompt_id").is_in([p.prompt_id for p in prompts[:wanted]]))
-    tables = {name: results_dir / f"{name}.parquet" for name in ("features", "labels", "outcomes")}
-    settings, labels, seed = experiment.predictor, experiment.labels, experiment.seed
-    trainer = make_trainer(
-        kept, settings, horizon_tokens=labels.horizon_tokens, seed=seed, threads=threads
-    )
-    parts = [settings.model_dump(mode="json"), labels.model_dump(mode="json"), seed]
-    models = train_predictors(tables["features"], tables["labels"], trainer, digest(parts))
-    whole = wanted == len(prompts)
-    target = output_dir or results_dir / ("models" if whole else f"models_{wanted}_prompts")
-    with tempfile.TemporaryDirectory() as scratch:
-        save_models(models, scratch)
-        changed = _replace_changed(Path(scratch), target)
-    metrics = evaluate_predictors(
-        models,
-        tables["features"],
-        tables["labels"],
-        kept,
-        tables["outcomes"],
-        settings,
-        seed=seed,
-    )["predictor_metrics"]
-    trained = ("target", "predictor", "status", "train_prompts", "harmed_prompts", "reason")
-    print_frame(models.tables["training"], "training", trained)
-    print_frame(
-        spread_metrics(metrics.filter(pl.col("group_by") == "all"), SHOWN_METRICS),
-        "test prompts, tokens before the onset; higher is better but for brier",
-    )
-    console.print(f"{target}: {len(changed)} of the models' files are new or changed")
-
-
-def spread_metrics(metrics: "pl.DataFrame", names: Sequence[str]) -> "pl.DataFrame":
-    """From one row per metric to one row per predictor, with the metrics' intervals."""
-    import polars as pl
-
-    keys = ["target", "predictor"]
-    wide = metrics.select(keys).unique(maintain_order=True)
-    for name in names:
-        own = metrics.filter(pl.col("metric") == name).select(
-            *keys,
-            pl.col("value").alias(name),
-            pl.col("low").alias(f"{name}_low"),
-            pl.col("high").alias(f"{name}_high"),
-        )
-        wide = wide.join(own, on=keys, how="left", maintain_order="left")
-    return wide
-
-
-def _replace_changed(source: Path, target: Path) -> list[str]:
-    """Move files whose content differs; what is the same keeps its time, so nothing reruns."""
-    from kvguard.schema import atomic_path
-
-    changed = []
-    for path in sorted(source.iterdir()):
-        old = target / path.name
-        if not old.is_file() or old.read_bytes() != path.read_bytes():
-            with atomic_path(old) as temporary:
-                temporary.write_bytes(path.read_bytes())
-            changed.append(path.name)
-    return changed
-
-
-@commands.command()
-def eval_controller(
-    results_dir: ResultsDir = Path("results"),
-    model_path: Annotated[
-        Path | None, typer.Option(help="A predictor; default: the one in the results.")
-    ] = None,
-    config: Configs = None,
-) -> None:
-    """Replay the controller's operating points on the test prompts of a run."""
-    import polars as pl
-
-    from kvguard.evaluate_controller import simulate_controller
-    from kvguard.integrity import expected_shards
-    from kvguard.splits import prompts_of, read_splits
-    from kvguard.stored_requests import load_requests
-    from kvguard.train import predict_tokens
-
-    experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
-    path = model_path or results_dir / "models/hazard_predictor.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no predictor at {path}; `snakemake` or `kvguard train` makes one")
-    predictor, points = _predictor_and_points(path)
-    splits = read_splits(results_dir / "splits.parquet")
-    test = pl.col("prompt_id").is_in(prompts_of(splits, "test"))
-
-    def rows(*paths: Path) -> pl.DataFrame:
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"no table at {missing[0]}; `snakemake` makes it")
-        return pl.scan_parquet(list(paths), hive_partitioning=False).filter(test).collect()
-
-    shards = expected_shards(experiment)
-    features = rows(results_dir / "features.parquet")
-    requests = load_requests(
-        rows(*(shard.path(results_dir, "traces") for shard in shards)),
-        rows(*(shard.path(results_dir, "tokens") for shard in shards)),
-        rows(results_dir / "outcomes.parquet"),
-        predict_tokens({predictor.target: predictor}, features, splits),
-        target=predictor.target,
-        guard=experiment.guard,
-    )
-    table = simulate_controller(
-        requests,
-        points,
-        check_every_tokens=experiment.guard.check_every_tokens,
-        bootstrap_samples=experiment.predictor.bootstrap_samples,
-        seed=experiment.seed,
-    )
-    print_frame(table, f"guard_promote with {path}, simulated on the test prompts", SHOWN_SETTINGS)
+commands.command()(cli_train.train)
+commands.command()(cli_train.calibrate)
+commands.command()(cli_train.eval_controller)
 
 
 @commands.command()
@@ -565,16 +347,20 @@ def live(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A model of the config.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
     config: Configs = None,
     results_dir: Annotated[
         Path | None, typer.Option(help="Where the model and the predictor are.")
     ] = None,
 ) -> None:
-    """Run policies live on a few prompts, and show what each does and costs."""
+    """Run policies live on a few prompts, and show what each does and costs.
+
+    Where the results hold a run with these prompts, test prompts alone are taken.
+    """
     import polars as pl
 
     experiment = press_experiment(
-        config_layers(config), press, compression_ratio, num_prompts, task, max_new_tokens
+        config_layers(config), press, compression_ratio, num_prompts, task, max_new_tokens, seed
     )
     policies = policy or experiment.live.policies
     values = experiment.model_dump(mode="json", by_alias=True)
@@ -589,12 +375,29 @@ def live(
     from kvguard.experiment import run_shard
     from kvguard.live import run_policy_shard
     from kvguard.prompts import load_task, prompts_frame
+    from kvguard.splits import prompts_of, read_splits
 
-    prompts, examples = load_task(experiment.tasks[0], experiment.seed)
+    split_file = (results_dir or Path(experiment.results_dir)) / "splits.parquet"
+    asked = experiment.tasks[0]
+    if split_file.is_file() and seed is None:
+        splits = read_splits(split_file)
+        stored = max(splits.filter(pl.col("task") == asked.name).height, num_prompts)
+        drawn, examples = load_task(
+            asked.model_copy(update={"num_prompts": stored}), experiment.seed
+        )
+        test = set(prompts_of(splits, "test"))
+        prompts = [prompt for prompt in drawn if prompt.prompt_id in test][:num_prompts]
+    else:
+        prompts, examples = load_task(asked, experiment.seed)
+    if len(prompts) < num_prompts:
+        raise ConfigError(
+            f"--num-prompts: {split_file} has {len(prompts)} test prompts of task {asked.name}, "
+            f"got {num_prompts}; give fewer, or --seed for prompts of your own"
+        )
     loaded = _prepared_model(experiment, entry, results_dir, experiment.presses[0])
     folder = results_dir or Path(experiment.results_dir)
     trained = folder / "models/hazard_predictor.json"
-    predictor, points = _predictor_and_points(trained if trained.is_file() else None)
+    predictor, points = predictor_and_points(trained if trained.is_file() else None)
     baseline = run_shard(
         loaded,
         prompts,
@@ -650,10 +453,10 @@ def findings(
 
     folders = results_dir or [Path("results")]
     write_findings(folders, output)
-    console.print(f"wrote {output}")
+    cli_tables.console.print(f"wrote {output}")
     if readme is not None:
         write_results(folders[0], readme)
-        console.print(f"wrote the results in {readme}")
+        cli_tables.console.print(f"wrote the results in {readme}")
 
 
 @commands.command()
@@ -691,117 +494,18 @@ def _prepared_model(
     if (folder / RECORD).is_file():
         check_source(spec, folder)
     else:
-        console.print(f"preparing {name} in {folder} (once)")
+        cli_tables.console.print(f"preparing {name} in {folder} (once)")
         prepare_model(spec, folder)
     attention = (press and press.attention) or spec.attention
     return load_model(folder, dtype=spec.dtype, device=spec.device, attention=attention)
 
 
-def _predictor_and_points(path: Path | None) -> "tuple[Predictor, dict[str, OperatingPoint]]":
-    """A predictor and its operating points: the certificate's where one belongs to it.
-
-    Without a path it is the rule-based risk; without a certificate the built-in thresholds.
-    """
-    from kvguard.certificate import CertificateError, load_certificate
-    from kvguard.guard import RULES_POINTS
-    from kvguard.predictor import load_predictor, rules_predictor
-
-    if path is None:
-        return rules_predictor(), dict(RULES_POINTS)
-    predictor = load_predictor(path)
-    beside = path.with_name("certificate.json")
-    if beside.is_file():
-        certificate = load_certificate(beside)
-        try:
-            certificate.check_predictor(predictor)
-        except CertificateError as error:
-            console.print(f"[yellow]{_escape(str(error))}; until then built-in thresholds[/]")
-        else:
-            console.print(_escape(certificate.text), soft_wrap=True, highlight=False)
-            return predictor, {
-                str(name): p.operating_point for name, p in certificate.points.items()
-            }
-    return predictor, dict(RULES_POINTS)
-
-
 def _snakemake(files: Sequence[Path], *arguments: str, overrides: Sequence[str] = ()) -> None:
     """Run Snakemake in the foreground and end with its exit status."""
+    locked = None if "--dry-run" in arguments else stale_lock(files, overrides)
+    if locked is not None:
+        raise ConfigError(locked)
     command = snakemake_command(files, *arguments, overrides=overrides)
     done = subprocess.run(command)
     if done.returncode != 0:
         raise typer.Exit(done.returncode)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def print_frame(frame: "pl.DataFrame", title: str, columns: Sequence[str] | None = None) -> None:
-    """Print a table; a value with its interval becomes one cell, an undefined one a dash.
-
-    Args:
-        frame: any table; ``x_low`` and ``x_high`` are shown inside the cell of ``x``.
-        title: above the table.
-        columns: those to show; None shows all.
-    """
-    names = [
-        name
-        for name in columns or frame.columns
-        if name.removesuffix("_low").removesuffix("_high") == name or f"{name}_low" in frame.columns
-    ]
-    rows = [[_cell(row, name) for name in names] for row in frame.iter_rows(named=True)]
-    widths = [
-        max(len(part) for part in (name.replace("_", " "), *(row[index] for row in rows))) + 3
-        for index, name in enumerate(names)
-    ]
-    for number, chosen in enumerate(_fitting(frame, names, widths)):
-        table = Table(title=_escape(title) if number == 0 else None, title_justify="left")
-        for index in chosen:
-            numeric = frame.schema[names[index]].is_numeric()
-            heading = names[index].replace("_", " ")
-            table.add_column(heading, justify="right" if numeric else "left")
-        for row in rows:
-            table.add_row(*(row[index] for index in chosen))
-        console.print(table)
-
-
-def _fitting(frame: "pl.DataFrame", names: Sequence[str], widths: Sequence[int]) -> list[list[int]]:
-    """Columns of each of the tables that together show a frame in the terminal's width.
-
-    The leading columns of text say what a row is about, and begin every table.
-    """
-    keys: list[int] = []
-    for index, name in enumerate(names):
-        if frame.schema[name].is_numeric():
-            break
-        keys.append(index)
-    tables, room = [list(keys)], console.width - 1 - sum(widths[index] for index in keys)
-    left = room
-    for index in range(len(keys), len(names)):
-        if widths[index] > left and len(tables[-1]) > len(keys):
-            tables.append(list(keys))
-            left = room
-        tables[-1].append(index)
-        left -= widths[index]
-    return tables
-
-
-def _cell(row: dict[str, Any], name: str) -> str:
-    value = row[name]
-    if value is None:
-        return "-"
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    if isinstance(value, float):
-        text = _number(value)
-        return text if low is None or high is None else f"{text} [{_number(low)}, {_number(high)}]"
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else _escape(str(value))
-    )
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"

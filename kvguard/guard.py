@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from kvguard import guard_files
 from kvguard.cold_cache import ColdKind
 from kvguard.config import POINT_NAMES, OperatingPoint, Tolerance
 from kvguard.engine import Completion, Request, Session, batch_size_for
@@ -177,6 +178,17 @@ class KVGuard:
             self.drift = DriftMonitor(
                 self.certificate, operating_point, press=press_name, ratio=ratio
             )
+        self._saved: dict[str, Any] = {
+            "policy": policy,
+            "operating_point": operating_point
+            if isinstance(operating_point, str)
+            else None
+            if self.operating_point is None
+            else self.operating_point.model_dump(),
+            "recovery": recovery,
+            "rules": isinstance(predictor, str) and predictor == "rules",
+            "condition": condition,
+        }
         self._prompts_seen: set[int] = set()
         names = {"continue": "guard"}
         self.policy_name = (
@@ -376,10 +388,72 @@ class KVGuard:
                 self._warned.add(warning)
                 logger.warning("%s: its hazards may mean little here", warning)
 
+    def save(self, path: str | Path) -> None:
+        """Write the guard into a folder: settings as JSON, predictor and certificate beside it.
+
+        A streamer, a folder of the cold cache and what earlier calls left are not saved.
+
+        Raises:
+            GuardError: the press or the predictor cannot be written as JSON.
+        """
+        from kvguard.certificate import save_certificate
+        from kvguard.predictor import Predictor, save_predictor
+
+        settings = self._saved | {
+            "press": None if self.press is None else guard_files.press_to_json(self.press),
+            "tolerance": None if self.tolerance is None else self.tolerance.model_dump(),
+            **{name: getattr(self, name) for name in _SAVED},
+        }
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.predictor is not None and not settings["rules"]:
+            if not isinstance(self.predictor, Predictor):
+                kind = type(self.predictor).__name__
+                raise GuardError(f"predictor: a {kind} is not saved, a trained Predictor is")
+            save_predictor(self.predictor, folder / guard_files.PREDICTOR)
+        if self.certificate is None:
+            (folder / guard_files.CERTIFICATE).unlink(missing_ok=True)
+        else:
+            save_certificate(self.certificate, folder / guard_files.CERTIFICATE)
+        guard_files.write_settings(folder, settings)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "KVGuard":
+        """The guard that `save` wrote.
+
+        Raises:
+            GuardError: there is none, or it names what this version does not have.
+        """
+        settings = guard_files.read_settings(path)
+        press, tolerance = settings.pop("press"), settings.pop("tolerance")
+        if settings.pop("rules"):
+            settings["predictor"] = "rules"
+        else:
+            settings["predictor"] = Path(path) / guard_files.PREDICTOR
+        if settings["operating_point"] is None:
+            del settings["operating_point"]
+        if settings["condition"] is not None:
+            settings["condition"] = tuple(settings["condition"])
+        try:
+            return cls(
+                None if press is None else guard_files.press_from_json(press),
+                tolerance=None if tolerance is None else Tolerance.model_validate(tolerance),
+                **settings,
+            )
+        except TypeError as error:
+            raise GuardError(f"{path}: {error}") from None
+
     def __getstate__(self) -> dict[str, Any]:
         """Settings travel, a streamer and what the last call left do not."""
         left: dict[str, Any] = {"streamer": None, "report": GuardReport(), "completions": []}
         return self.__dict__ | left
+
+
+_SAVED = (
+    *("cold", "safe_ratio", "margin_nats", "check_every_tokens", "holdback_tokens"),
+    *("batch_size", "seed"),
+)
+"""Settings that are attributes of the same name."""
 
 
 def _plain(name: str) -> str:

@@ -6,11 +6,14 @@ twice, once as if nothing existed and once for what is missing or out of date.
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from kvguard.config import (
     BASELINE_RATIO,
@@ -253,6 +256,28 @@ def model_entry(base: Config, model: str, revision: str | None = None) -> dict[s
     }
 
 
+def certificate_uses(experiment: Config) -> list[dict[str, Any]]:
+    """What the certificate's statements are bound to, without the models' digests."""
+    return [
+        {
+            "model": model.name,
+            "press": press.name,
+            "press_class": press.press_class,
+            "phase": press.phase,
+            "ratio": ratio,
+            "task": task.name,
+            "max_new_tokens": experiment.max_new_tokens(task.name),
+            "check_every_tokens": experiment.guard.check_every_tokens,
+            "recovery": recovery,
+        }
+        for model in experiment.models
+        for press in experiment.presses
+        for ratio in press.ratios
+        for task in experiment.tasks
+        for recovery in experiment.certificate.recoveries
+    ]
+
+
 class StageStatus(NamedTuple):
     """Jobs of one rule."""
 
@@ -280,6 +305,36 @@ def snakemake_command(
     command = [sys.executable, "-m", "snakemake", *arguments, "--snakefile", snakefile]
     command += ["--configfile", *map(str, configs)] if configs else []
     return command + (["--config", *overrides] if overrides else [])
+
+
+def stale_lock(
+    configs: Sequence[str | Path], overrides: Sequence[str] = (), folder: str | Path = "."
+) -> str | None:
+    """What to tell a user whose folder is locked by a Snakemake that no longer runs.
+
+    Args:
+        configs: configuration files, as `snakemake_command` takes them.
+        overrides: ``key=value`` pairs, laid over all files.
+        folder: in which Snakemake runs.
+
+    Returns:
+        The message with the command that clears the lock; None where there is no lock, or a
+        Snakemake runs in the folder.
+    """
+    folder = Path(folder).resolve()
+    if not any((folder / ".snakemake/locks").glob("*.lock")):
+        return None
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == folder and any("snakemake" in w for w in process.cmdline()):
+                return None
+        except (psutil.Error, OSError):
+            continue  # ended meanwhile, or another user's
+    command = shlex.join(snakemake_command(configs, "--unlock", overrides=overrides))
+    return (
+        f"{folder} is locked by a Snakemake that no longer runs on this machine. If none runs "
+        f"there from another machine either, clear the lock with\n{command}"
+    )
 
 
 def run_status(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[StageStatus]:

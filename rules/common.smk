@@ -8,6 +8,7 @@ from kvguard.code_digest import code_digest, data_digest, definition_digest
 from kvguard.config import BASELINE, POLICIES, ConfigError, digest, parse_config
 from kvguard.figures import FIGURES
 from kvguard.splits import check_split_sizes
+from kvguard.workflow import certificate_uses
 
 
 def read_config(values):
@@ -179,28 +180,6 @@ def certificate_plan():
     rules = ("train_predictor", "build_features", "detect_outcomes", "calibrate_controller")
     plan = {name: section(name) for name in sections}
     return digest(plan | {"code": [library(rule) for rule in rules]})
-
-
-def certificate_uses():
-    """What the certificate's statements are bound to, without the models' digests."""
-    return [
-        {
-            "model": model.name,
-            "press": press.name,
-            "press_class": press.press_class,
-            "phase": press.phase,
-            "ratio": ratio,
-            "task": task.name,
-            "max_new_tokens": experiment.max_new_tokens(task.name),
-            "check_every_tokens": experiment.guard.check_every_tokens,
-            "recovery": recovery,
-        }
-        for model in experiment.models
-        for press in experiment.presses
-        for ratio in press.ratios
-        for task in experiment.tasks
-        for recovery in experiment.certificate.recoveries
-    ]
 
 
 def live_settings():

@@ -44,7 +44,7 @@ rule calibrate_controller:
     params:
         controller=section("controller"),
         certificate=section("certificate"),
-        uses=certificate_uses(),
+        uses=certificate_uses(experiment),
         plan=certificate_plan(),
         results=experiment.results_dir,
         library=library("calibrate_controller"),

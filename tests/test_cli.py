@@ -16,13 +16,15 @@ import pytest
 from rich.console import Console
 from synthetic import make_run, write_run
 
-from kvguard import __version__, cli, schema
+from kvguard import __version__, cli, cli_tables, schema
+from kvguard.certificate import load_certificate
 from kvguard.config import ConfigError, load_config
 from kvguard.database import build_database
 from kvguard.feature_files import build_features
 from kvguard.labeling import build_labels
+from kvguard.predictor import rules_predictor, save_predictor
 from kvguard.splits import split_prompts
-from kvguard.workflow import press_entry, press_experiment, short_name, snake_name
+from kvguard.workflow import press_entry, press_experiment, short_name, snake_name, stale_lock
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -52,7 +54,7 @@ def command(
 
     def run(line: str, cwd: Path = CHECKOUT) -> Ended:
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(cli, "console", Console(width=200))
+        monkeypatch.setattr(cli_tables, "console", Console(width=200))
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         with pytest.raises(SystemExit) as ended:
             cli.app()
@@ -97,6 +99,7 @@ COMMANDS = (
     "analyze",
     "verify",
     "train",
+    "calibrate",
     "eval-controller",
     "live",
     "figures",
@@ -177,6 +180,27 @@ def test_train_then_eval_controller(results: Path, tmp_path: Path) -> None:
         assert point in done.stdout
 
 
+def test_calibrate_certifies_a_new_predictor(
+    results: Path, tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder)
+    predictor = folder / "other/hazard_predictor.json"
+    predictor.parent.mkdir()
+    save_predictor(rules_predictor(), predictor)
+    line = f"kvguard calibrate --results-dir {folder} --model-path {predictor}"
+    done = command(line)
+    assert done.returncode == 0, done.stderr
+    certificate = load_certificate(predictor.with_name("certificate.json"))
+    certificate.check_predictor(rules_predictor())
+    assert certificate.looks == 1
+    assert not certificate.frozen_before_prompts
+    assert "primary statements are certified" in done.stdout
+    missing = command(f"kvguard calibrate --results-dir {tmp_path}  --config config.yaml")
+    assert missing.returncode == 2
+    assert "hazard_predictor.json" in missing.stderr
+
+
 def test_training_on_fewer_prompts_leaves_the_runs_own_models(results: Path) -> None:
     done = kvguard(f"kvguard train --results-dir {results} --num-prompts 20")
     assert done.returncode == 0, done.stderr
@@ -184,6 +208,52 @@ def test_training_on_fewer_prompts_leaves_the_runs_own_models(results: Path) -> 
     done = kvguard(f"kvguard train --results-dir {results} --num-prompts 25")
     assert done.returncode == 2
     assert "holds 24 prompts, got 25" in done.stderr
+
+
+def test_training_on_too_few_prompts_is_refused(
+    results: Path, command: Callable[..., Ended]
+) -> None:
+    done = command(f"kvguard train --results-dir {results} --num-prompts 2")
+    assert done.returncode == 2
+    assert re.search(r"--num-prompts: the first 2 prompts .* give at least \d+", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("analyze", "kvguard.duckdb"),
+        ("eval-controller", "features.parquet"),
+        ("eval-controller", "traces/tiny/snapkv/0.500/00.parquet"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_cure(
+    results: Path, tmp_path: Path, command: Callable[..., Ended], line: str, name: str
+) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(results, folder)
+    damaged = folder / name
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    save_predictor(rules_predictor(), folder / "models/hazard_predictor.json")
+    done = command(f"kvguard {line} --results-dir {folder}")
+    assert done.returncode == 2
+    assert f"{name} is damaged" in done.stderr
+    assert f"rm {damaged}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_stale_lock_is_named_with_the_command_that_clears_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [CHECKOUT / "config.yaml"]
+    assert stale_lock(layers, folder=tmp_path) is None
+    (tmp_path / ".snakemake/locks").mkdir(parents=True)
+    (tmp_path / ".snakemake/locks/0.output.lock").write_text("results/x")
+    message = stale_lock(layers, ["results_dir=elsewhere"], folder=tmp_path)
+    assert message is not None
+    command = shlex.split(message.splitlines()[-1])
+    assert "--unlock" in command
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    assert stale_lock(layers, folder=tmp_path) is None
 
 
 def test_analyze_prints_shares_with_intervals(results: Path, command: Callable[..., Ended]) -> None:
@@ -210,9 +280,9 @@ def test_analyze_writes_for_machines(results: Path, command: Callable[..., Ended
 def test_tables_split_where_the_terminal_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "console", Console(width=80))
+    monkeypatch.setattr(cli_tables, "console", Console(width=80))
     values = {f"a_rather_long_name_{index}": [index + 1000] for index in range(8)}
-    cli.print_frame(pl.DataFrame({"press": ["snapkv"], **values}), "wide")
+    cli_tables.print_frame(pl.DataFrame({"press": ["snapkv"], **values}), "wide")
     shown = capsys.readouterr().out
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert all(f"{index + 1000:,}" in shown for index in range(8))

@@ -759,6 +759,44 @@ def test_a_guard_pickles_and_its_report_adds_up(tiny_llama: PreTrainedModel) -> 
     assert repr(guard.report) == f"<GuardReport: 3 rows, {total['alarmed']:.0f} alarmed, 0 failed>"
 
 
+def test_a_guard_is_saved_and_loaded(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=3)]
+    presses = (
+        kvpress.SnapKVPress(0.5, window_size=4),
+        kvpress.AdaKVPress(kvpress.KnormPress(0.4)),
+        None,
+    )
+    for press in presses:
+        guard = KVGuard(press, operating_point="conservative", recovery="promote", seed=3)
+        guard.save(tmp_path / "guard")
+        again = KVGuard.load(tmp_path / "guard")
+        assert again.press == press
+        assert again.operating_point == guard.operating_point
+        assert again.policy_name == "guard_promote"
+    guard = KVGuard(presses[0], policy="lossless", tolerance=None)
+    guard.save(tmp_path / "guard")
+    again = KVGuard.load(tmp_path / "guard")
+    answers = [[c.token_ids for c in g.run(tiny_llama, requests, GREEDY)] for g in (guard, again)]
+    assert answers[0] == answers[1]
+    assert {file.suffix for file in (tmp_path / "guard").iterdir()} <= {".json", ".sha256"}
+    with pytest.raises(GuardError, match="no guard at"):
+        KVGuard.load(tmp_path)
+
+
+def test_a_saved_guard_keeps_its_predictor(tmp_path: Path) -> None:
+    point = {"tau_low": 0.2, "tau_high": 0.4, "k": 1, "j": 16}
+    guard = KVGuard(kvpress.KnormPress(0.6), predictor=rules_predictor(), operating_point=point)
+    guard.save(tmp_path)
+    again = KVGuard.load(tmp_path)
+    assert again.operating_point == OperatingPoint(**point)
+    assert again.predictor is not None
+    assert again.predictor.digest == rules_predictor().digest  # type: ignore[attr-defined]
+    settings = (tmp_path / "guard.json").read_text()
+    (tmp_path / "guard.json").write_text(settings.replace("KnormPress", "os"))
+    with pytest.raises(GuardError, match="no press of kvpress"):
+        KVGuard.load(tmp_path)
+
+
 def test_a_predictor_out_of_its_place_warns(
     tiny_llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,179 @@
+"""What the commands print: tables that fit the terminal, answers with their text."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import polars as pl
+
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+
+SHOWN_METRICS = ("auroc", "pr_auc", "brier", "recall_on_roc", "request_auroc")
+"""What `train` prints of the evaluation; the pipeline's tables hold the rest."""
+
+SHOWN_SETTINGS = (
+    "operating_point",
+    "model",
+    "press",
+    "ratio",
+    "requests",
+    "false_alarm_rate",
+    "detection_rate",
+    "lead_tokens",
+    "excess_cfr",
+    "tokens_prefilled",
+    "tokens_wasted",
+)
+SHOWN_POLICIES = (
+    "policy",
+    "requests",
+    "alarmed",
+    "cfr",
+    "agreement",
+    "excess_cfr",
+    "excess_error",
+    "tokens_prefilled",
+    "tokens_wasted",
+    "decode_steps",
+)
+"""What `eval-controller` and `live` print of their tables."""
+
+
+def print_answers(rows: "pl.DataFrame", title: str) -> None:
+    """Print one row per request, then the text of each answer."""
+    import polars as pl
+
+    from kvguard.schema import CATASTROPHES
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for name in ("prompt", "reference", "answer"):
+        table.add_column(name)
+    for name in ("tokens", "first rejected", "KiB before", "KiB after"):
+        table.add_column(name, justify="right")
+    for name in ("stop", "failures"):
+        table.add_column(name)
+    for row in rows.iter_rows(named=True):
+        kinds = [kind for kind in CATASTROPHES if row[kind]]
+        failed = row["status"] != "ok"
+        table.add_row(
+            row["prompt_id"],
+            "-" if row["reference"] is None else row["reference"],
+            "-" if row["answer"] is None else row["answer"],
+            _whole(row["generated_tokens"]),
+            _whole(row["first_rejected"]),
+            _kibibytes(row["cache_bytes_before"]),
+            _kibibytes(row["cache_bytes_after"]),
+            row["stop_reason"] or "-",
+            f"[red]{escape(row['error'])}[/]" if failed else ", ".join(kinds) or "none",
+        )
+    ok = rows.filter(pl.col("status") == "ok")
+    before, after = int(ok["cache_bytes_before"].sum()), int(ok["cache_bytes_after"].sum())
+    table.caption = (
+        f"{ok.height} of {rows.height} prompts ran, {int(ok['right'].sum())} right, "
+        f"{int(ok['catastrophe'].sum())} with a catastrophe; cache after the press: "
+        f"{after / before:.1%} of {before / 2**20:.1f} MiB; "
+        f"{int(ok['generated_tokens'].sum())} tokens in {ok['decode_seconds'].sum():.1f} s"
+    )
+    console.print(table)
+    for row in rows.filter(pl.col("status") == "ok").iter_rows(named=True):
+        console.print(f"[bold]{row['prompt_id']}[/]: {escape(row['text'])}", soft_wrap=True)
+
+
+def _whole(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _kibibytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1024:,.0f}"
+
+
+def spread_metrics(metrics: "pl.DataFrame", names: Sequence[str]) -> "pl.DataFrame":
+    """From one row per metric to one row per predictor, with the metrics' intervals."""
+    import polars as pl
+
+    keys = ["target", "predictor"]
+    wide = metrics.select(keys).unique(maintain_order=True)
+    for name in names:
+        own = metrics.filter(pl.col("metric") == name).select(
+            *keys,
+            pl.col("value").alias(name),
+            pl.col("low").alias(f"{name}_low"),
+            pl.col("high").alias(f"{name}_high"),
+        )
+        wide = wide.join(own, on=keys, how="left", maintain_order="left")
+    return wide
+
+
+def print_frame(frame: "pl.DataFrame", title: str, columns: Sequence[str] | None = None) -> None:
+    """Print a table; a value with its interval becomes one cell, an undefined one a dash.
+
+    Args:
+        frame: any table; ``x_low`` and ``x_high`` are shown inside the cell of ``x``.
+        title: above the table.
+        columns: those to show; None shows all.
+    """
+    names = [
+        name
+        for name in columns or frame.columns
+        if name.removesuffix("_low").removesuffix("_high") == name or f"{name}_low" in frame.columns
+    ]
+    rows = [[_cell(row, name) for name in names] for row in frame.iter_rows(named=True)]
+    widths = [
+        max(len(part) for part in (name.replace("_", " "), *(row[index] for row in rows))) + 3
+        for index, name in enumerate(names)
+    ]
+    for number, chosen in enumerate(_fitting(frame, names, widths)):
+        table = Table(title=escape(title) if number == 0 else None, title_justify="left")
+        for index in chosen:
+            numeric = frame.schema[names[index]].is_numeric()
+            heading = names[index].replace("_", " ")
+            table.add_column(heading, justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*(row[index] for index in chosen))
+        console.print(table)
+
+
+def _fitting(frame: "pl.DataFrame", names: Sequence[str], widths: Sequence[int]) -> list[list[int]]:
+    """Columns of each of the tables that together show a frame in the terminal's width.
+
+    The leading columns of text say what a row is about, and begin every table.
+    """
+    keys: list[int] = []
+    for index, name in enumerate(names):
+        if frame.schema[name].is_numeric():
+            break
+        keys.append(index)
+    tables, room = [list(keys)], console.width - 1 - sum(widths[index] for index in keys)
+    left = room
+    for index in range(len(keys), len(names)):
+        if widths[index] > left and len(tables[-1]) > len(keys):
+            tables.append(list(keys))
+            left = room
+        tables[-1].append(index)
+        left -= widths[index]
+    return tables
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    if value is None:
+        return "-"
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if isinstance(value, float):
+        text = _number(value)
+        return text if low is None or high is None else f"{text} [{_number(low)}, {_number(high)}]"
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else escape(str(value))
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"

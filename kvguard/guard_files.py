@@ -1,0 +1,97 @@
+"""A guard on disk: settings as JSON, the predictor and its certificate beside them.
+
+Nothing is pickled. A press is stored by its kvpress class and its arguments, so a file from
+elsewhere can build presses of the catalogue and nothing else.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import kvpress
+from kvpress import BasePress
+
+from kvguard import press_catalogue
+from kvguard.guard_report import GuardError
+from kvguard.schema import atomic_path
+
+SETTINGS = "guard.json"
+PREDICTOR = "hazard_predictor.json"
+CERTIFICATE = "certificate.json"
+FORMAT = 1
+
+
+def press_to_json(press: BasePress) -> dict[str, Any]:
+    """A press by class and arguments; the presses inside it likewise.
+
+    Raises:
+        GuardError: an argument that JSON cannot hold, or a class that is not kvpress's.
+    """
+    name = type(press).__name__
+    if getattr(kvpress, name, None) is not type(press):
+        raise GuardError(f"press: {name} is no class of kvpress, so a file cannot name it")
+
+    def value(given: Any, field: str) -> Any:
+        if isinstance(given, BasePress):
+            return press_to_json(given)
+        if isinstance(given, list | tuple):
+            return [value(entry, field) for entry in given]
+        if given is None or isinstance(given, bool | int | float | str):
+            return given
+        raise GuardError(f"press: {name}.{field} is a {type(given).__name__}, which is not saved")
+
+    fields = [field.name for field in dataclasses.fields(press) if field.init]  # type: ignore[arg-type]
+    return {
+        "class": name,
+        "kwargs": {field: value(getattr(press, field), field) for field in fields},
+    }
+
+
+def press_from_json(content: Mapping[str, Any]) -> BasePress:
+    """Build what `press_to_json` wrote.
+
+    Raises:
+        GuardError: no class of the catalogue, or arguments that it does not accept.
+    """
+    name = content.get("class")
+    decoding = ("DecodingPress", "CompressionRatioDecodingPress", "PrefillDecodingPress")
+    if name not in (*press_catalogue.press_classes(), *decoding):
+        raise GuardError(f"press: {name!r} is no press of kvpress")
+
+    def value(given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return press_from_json(given)
+        return [value(entry) for entry in given] if isinstance(given, list) else given
+
+    try:
+        arguments = {key: value(given) for key, given in content["kwargs"].items()}
+        press: BasePress = getattr(kvpress, name)(**arguments)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise GuardError(f"press: {name} does not accept what the file says: {error}") from None
+    return press
+
+
+def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write a guard's settings, all or nothing."""
+    with atomic_path(Path(path) / SETTINGS) as temporary:
+        temporary.write_text(json.dumps({"format": FORMAT} | dict(settings), indent=1))
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `write_settings` wrote.
+
+    Raises:
+        GuardError: there are none, or they are of another format.
+    """
+    file = Path(path) / SETTINGS
+    if not file.is_file():
+        raise GuardError(f"no guard at {path}: there is no {file}; `KVGuard.save` makes it")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise GuardError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise GuardError(f"{file} is not a guard of format {FORMAT}")
+    return content
