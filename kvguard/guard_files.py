@@ -42,7 +42,7 @@ def press_to_json(press: BasePress) -> dict[str, Any]:
             return given
         raise GuardError(f"press: {name}.{field} is a {type(given).__name__}, which is not saved")
 
-    fields = [field.name for field in dataclasses.fields(press) if field.init]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(press) if field.init]
     return {
         "class": name,
         "kwargs": {field: value(getattr(press, field), field) for field in fields},

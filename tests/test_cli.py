@@ -75,6 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "models": [
                 {"name": "tiny", "source": "hub", "repository": "a/tiny", "revision": "0" * 40}
             ],
+            "tasks": [{"kind": "gsm_symbolic", "num_prompts": 24}],
             "presses": [{"name": "snapkv", "class": "SnapKVPress", "ratios": [0.5, 0.75]}],
             "generation": {"shard_size": 24, "max_new_tokens": 64},
             "live": {"conditions": []},
