@@ -113,7 +113,7 @@ def calibrate(
 ) -> None:
     """Choose a predictor's operating points on calibration prompts; needed after a retrain.
 
-    The certificate is written beside the predictor. It counts as another look at the prompts.
+    The certificate is written beside the predictor. It counts as another use of these prompts.
     """
     from kvguard import calibration
     from kvguard.calibration_ledger import LEDGER, record_certificate
@@ -149,7 +149,7 @@ def calibrate(
         uses=[
             Use(**use, model_digest=digests[use["model"]]) for use in certificate_uses(experiment)
         ],
-        look=record_certificate(results_dir / LEDGER, plan, predictor.digest, prompts),
+        prior_use=record_certificate(results_dir / LEDGER, plan, predictor.digest, prompts),
     )
     beside = path.with_name("certificate.json")
     save_certificate(made.certificate, beside)
