@@ -75,9 +75,9 @@ _NEVER = -1.0  # score of a request without a run, below every hazard
 class Requests(NamedTuple):
     """Requests, in the order of `schema.TRACE_KEYS`, and their worst run so far.
 
-    ``table``: `schema.TRACE_KEYS`, ``onset``, ``harmed``, ``generated_tokens``, and the worst run
-    ``forecast`` (before the onset) and ``any_time``; -1 where there is none. ``running`` (n, T)
-    float32: the worst run up to each token.
+    ``table``: `schema.TRACE_KEYS`, ``task``, ``onset``, ``harmed``, ``generated_tokens``, and the
+    worst run ``forecast`` (before the onset) and ``any_time``; -1 where there is none. ``running``
+    (n, T) float32: the worst run up to each token.
     """
 
     table: pl.DataFrame
@@ -94,6 +94,7 @@ def score_requests(rows: Rows, hazard: NDArray[np.floating[Any]], target: str) -
     """
     tokens = rows.keys.select(
         *schema.TOKEN_KEYS,
+        "task",
         onset=pl.col(f"steps_to_{target}") + pl.col("position"),
         judged=pl.col(f"hazard_{target}").is_not_null(),
     )
@@ -101,6 +102,7 @@ def score_requests(rows: Rows, hazard: NDArray[np.floating[Any]], target: str) -
     tokens = tokens.with_columns(pl.Series("hazard", hazard, dtype=pl.Float64))
     tokens = tokens.with_columns(run=mean).filter("judged")
     table = tokens.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
+        task=pl.col("task").first(),
         onset=pl.col("onset").first(),
         harmed=pl.col("onset").first().is_not_null(),
         generated_tokens=pl.len().cast(pl.Int32),
@@ -187,7 +189,7 @@ def measure(
 
     Args:
         scored: hazards of test tokens, with their requests.
-        where: a predicate on `schema.TRACE_KEYS`.
+        where: a predicate on `schema.TRACE_KEYS` and ``task``.
         false_alarm_rate: for ``recall_on_roc``.
         threshold: of alarms, from calibration prompts; None leaves out what depends on it.
     """

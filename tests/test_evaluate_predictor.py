@@ -209,7 +209,10 @@ def _rows(lengths: dict[str, tuple[int, int | None]]) -> Rows:
             )
         )
     keys = schema.conform(pl.concat(frames), schema.LABELS)
-    return Rows(keys, np.zeros((len(keys), len(schema.FEATURE_NAMES)), np.float32))
+    return Rows(
+        keys.with_columns(task=pl.lit("synthetic")),
+        np.zeros((len(keys), len(schema.FEATURE_NAMES)), np.float32),
+    )
 
 
 def test_the_worst_run_of_a_request() -> None:
@@ -406,6 +409,20 @@ def test_leaving_out_presses_ratios_and_models(run: planted.Planted, splits: pl.
     own = transfer.filter(pl.col("trained_on") == pl.col("tested_on"))
     assert own["difference"].null_count() == 2
     assert transfer["difference"].null_count() == 2
+
+
+def test_leaving_out_each_of_several_tasks(run: planted.Planted, splits: pl.DataFrame) -> None:
+    second = pl.int_range(pl.len()).over("split") % 2 == 1
+    tasks = splits.with_columns(task=pl.when(second).then(pl.lit("b")).otherwise(pl.lit("a")))
+    made = leave_one_out(run.features, run.labels, _trainer(tasks))["leave_one_out"]
+    left = made.filter(metric="auroc", left_out="task")
+    assert left.select("value_left_out", "trained_on").rows() == [
+        ("a", "others"),
+        ("a", "itself"),
+        ("b", "others"),
+        ("b", "itself"),
+    ]
+    assert (left["value"] > 0.7).all(), "the planted hazard is the same in both"
 
 
 def test_what_tests_on_a_press_was_not_trained_on_it(
