@@ -256,8 +256,9 @@ def policy_table(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         relative = row["relative_byte_steps"]
-        over = relative is not None and relative > 1 and row["policy"] != "always_safe"
-        byte_steps = measured(row, "relative_byte_steps")
+        reference = row["policy"] == "always_safe"
+        over = relative is not None and relative > 1 and not reference
+        byte_steps = "1 (reference)" if reference else measured(row, "relative_byte_steps")
         lines.append(
             [
                 _condition(row),

@@ -294,9 +294,12 @@ def plot_trace(
     entropy.set_ylim(bottom=0)
 
     hazard.plot(position, floats(tokens["hazard"]), color=colour, lw=1)
-    for threshold, name, ls in zip(thresholds, ("low", "high"), (":", "--"), strict=True):
+    close = abs(thresholds[1] - thresholds[0]) < 0.08  # two labels would overlap
+    names = (None, "low, high") if close else ("low", "high")
+    for threshold, name, ls in zip(thresholds, names, (":", "--"), strict=True):
         hazard.axhline(threshold, color=GREY, lw=0.8, ls=ls)
-        beside(hazard, threshold, rf"$\tau_{{\rm {name}}}$", GREY)
+        if name is not None:
+            beside(hazard, threshold, rf"$\tau_{{\rm {name}}}$", GREY)
     hazard.set_ylim(-0.03, 1.03)
     hazard.set_ylabel("hazard")
 

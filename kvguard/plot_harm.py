@@ -146,6 +146,8 @@ def plot_harm_metrics(metrics: pl.DataFrame, *, presses: Sequence[str] = ()) -> 
                 horizontal_interval(axes, entry, "difference", place + shift, style, filled)
         axes.axvline(0, color=GREY, lw=0.9)
         axes.grid(axis="x")
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, -1), min(right, 1))  # no difference of two AUROCs lies beyond
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(HARM_METRICS[metric], fontsize=7.5)
     labels = ["all conditions" if key is None else styles[key].label for key in keys]

@@ -15,7 +15,6 @@ rule freeze_plan:
         **job("small"),
     params:
         plan=certificate_plan(),
-        results=experiment.results_dir,
     script:
         "../workflow_scripts/freeze_plan.py"
 
@@ -46,7 +45,6 @@ rule calibrate_controller:
         certificate=section("certificate"),
         uses=certificate_uses(experiment),
         plan=certificate_plan(),
-        results=experiment.results_dir,
         library=library("calibrate_controller"),
     script:
         "../workflow_scripts/calibrate_controller.py"

@@ -55,6 +55,6 @@ if __name__ == "__main__":
         params.uses,
         {record["name"]: record["digest"] for record in models},
         params.plan,
-        Path(params.results),
+        Path(snakemake.output.certificate).parents[1],
         {name: Path(path) for name, path in snakemake.output.items()},
     )

@@ -19,6 +19,6 @@ if __name__ == "__main__":
     snakemake = joblog.start_job()
     main(
         snakemake.params.plan,
-        Path(snakemake.params.results),
+        Path(snakemake.output.plan).parents[1],
         Path(snakemake.output.plan),
     )
