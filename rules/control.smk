@@ -1,6 +1,9 @@
 # The controller: thresholds with a certificate, and what they would have done to stored requests.
 
 
+# Recorded before any prompt is generated: it needs nothing, and goes before all that could start
+# with it. No rule of generation depends on it, since Snakemake evaluates no other trigger behind an
+# `ancient` input that is made again. The ledger says whether answers were there already.
 rule freeze_plan:
     output:
         plan="<results>/models/plan.txt",
@@ -8,6 +11,7 @@ rule freeze_plan:
         "<results>/logs/freeze_plan.log",
     benchmark:
         "<results>/benchmarks/freeze_plan.tsv"
+    priority: 100
     conda:
         "../envs/kvguard.yaml"
     threads: experiment.jobs.small.threads
@@ -15,6 +19,7 @@ rule freeze_plan:
         **job("small"),
     params:
         plan=certificate_plan(),
+        library=library("freeze_plan"),
     script:
         "../workflow_scripts/freeze_plan.py"
 
@@ -26,6 +31,7 @@ rule calibrate_controller:
         predictions="<results>/predictions.parquet",
         outcomes="<results>/outcomes.parquet",
         splits="<results>/splits.parquet",
+        plan="<results>/models/plan.txt",
     output:
         certificate="<results>/models/certificate.json",
         summary="<results>/tables/certificate.parquet",

@@ -6,7 +6,6 @@ rule generate:
         checkpoint="<results>/checkpoints/{model}",
         prompts="<results>/prompts/prompts.parquet",
         examples="<results>/prompts/few_shot.json",
-        plan=ancient("<results>/models/plan.txt"),  # recorded first; a new one reruns nothing
     output:
         traces="<results>/traces/{model}/{press}/{ratio}/{shard}.parquet",
         tokens="<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet",

@@ -442,5 +442,6 @@ def test_sweep_writes_its_overlay_into_its_own_folder(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     made = tmp_path / "results/sweeps/smollm2-135m-5"
-    assert pl.read_parquet(made / "splits.parquet").height == 5
+    tasks = pl.read_parquet(made / "splits.parquet")["task"].value_counts()
+    assert set(tasks["count"]) == {5}, "so many prompts of each task"
     assert "num_prompts: 5" in (made / "sweep.yaml").read_text()

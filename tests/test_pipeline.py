@@ -129,7 +129,8 @@ def test_an_edited_figure_redraws_itself_alone(edited: Callable[..., Path]) -> N
     folder = edited(
         "kvguard/plot_failures.py", '"excess_cfr": "catastrophes"', '"excess_cfr": "failures"'
     )
-    assert planned(folder, "all", "figures") == {"draw_figure": 1, "render_report": 1}
+    jobs = planned(folder, "all", "figures")
+    assert jobs == {"draw_figure": 1, "render_report": 1, "write_manifest": 1}
     assert planned(folder, "results/figures/excess.png") == {"draw_figure": 1}
 
 
@@ -138,7 +139,7 @@ def test_a_new_look_redraws_every_figure_and_nothing_upstream(
 ) -> None:
     folder = edited("kvguard/data/kvguard.mplstyle", "font.size: 8", "font.size: 9")
     jobs = planned(folder, "all", "figures")
-    assert jobs == {"draw_figure": len(FIGURES), "render_report": 1}
+    assert jobs == {"draw_figure": len(FIGURES), "render_report": 1, "write_manifest": 1}
 
 
 PUBLISHED = {"export_tables", "write_findings", "write_manifest", "render_report", "draw_figure"}

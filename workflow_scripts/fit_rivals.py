@@ -17,8 +17,6 @@ from kvguard.rival_settings import (
 from kvguard.schema import OUTCOMES, TRACE_KEYS, read_table
 from kvguard.splits import read_splits
 
-logger = logging.getLogger(__name__)
-
 
 def main(
     traces: list[Path],
@@ -30,13 +28,12 @@ def main(
 ) -> None:
     """Write the settings of every condition."""
     known = read_splits(splits)
-    chosen = pl.col("prompt_id").is_in(
-        known.filter(pl.col("split") != "test")["prompt_id"].to_list()
-    )
+    unread = known.filter(pl.col("split") == "test")["prompt_id"].to_list()
+    chosen = ~pl.col("prompt_id").is_in(unread)
     rows = pl.scan_parquet(traces, hive_partitioning=False).filter(chosen).collect()
     gate = load_gate(baselines)
     if gate is None:
-        logger.warning(NO_GATE)
+        logging.warning(NO_GATE)
         scores = (
             pl.scan_parquet(tokens, hive_partitioning=False)
             .filter(chosen & (pl.col("position") == 0))
@@ -44,8 +41,8 @@ def main(
             .collect()
         )
     else:
-        found = gate_scores(gate, trace_probes(rows))
-        scores = rows.select(TRACE_KEYS).with_columns(score=pl.Series(found))
+        score = pl.Series(gate_scores(gate, trace_probes(rows)))
+        scores = rows.select(TRACE_KEYS).with_columns(score=score)
     save_rivals(fit_rivals(rows, scores, read_table(outcomes, OUTCOMES), known), target)
 
 

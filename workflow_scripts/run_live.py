@@ -19,34 +19,27 @@ def main(
     experiment: Config, params: dict[str, Any], inputs: dict[str, Path], target: Path, job: Any
 ) -> None:
     """Run the shard; params and inputs go by the rule's names, ``job`` are its wildcards."""
-    press, model = Press.model_validate(params["press"]), dict(params["model"])
-    if press.attention is not None:
-        model["attention"] = press.attention
+    press = Press.model_validate(params["press"])
+    attention = {} if press.attention is None else {"attention": press.attention}
     task, part, parts = params["places"]
     test = set(prompts_of(read_splits(inputs["splits"]), "test"))
-    prompts = [
-        prompt
-        for prompt in read_prompts(inputs["prompts"])
-        if prompt.task == task and prompt.prompt_id in test
-    ][part::parts]
+    prompts = [p for p in read_prompts(inputs["prompts"]) if p.task == task and p.prompt_id in test]
     needs: dict[str, Any] = {}
     if "predictor" in inputs:
         certificate = load_certificate(inputs["certificate"])
         needs["predictor"] = load_predictor(inputs["predictor"])
         needs["controller"] = certificate.operating_point(experiment.live.operating_point)
     if "simulation" in inputs:
-        simulated = read_table(inputs["simulation"], RUNS)
-        needs |= match_guard(
-            simulated, job.policy, model=job.model, press=job.press, ratio=job.ratio
-        )
+        runs = read_table(inputs["simulation"], RUNS)
+        needs |= match_guard(runs, job.policy, model=job.model, press=job.press, ratio=job.ratio)
     if "rivals" in inputs:
-        learned = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
-        needs |= learned.model_dump(include={"clock_tokens", "gate_threshold"})
+        fitted = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
+        needs |= fitted.model_dump(include={"clock_tokens", "gate_threshold"})
     if "baselines" in inputs:
         needs["gate"] = load_gate(inputs["baselines"])
     runs = run_policy_shard(
-        load_model(inputs["checkpoint"], **model),
-        prompts,
+        load_model(inputs["checkpoint"], **params["model"] | attention),
+        prompts[part::parts],
         read_examples(inputs["examples"])[task],
         press=press,
         ratio=job.ratio,

@@ -27,7 +27,8 @@ def main(
     """Write the targets ``policies`` (both sources), ``memory``, ``differences``, ``reasons``,
     ``tests`` (policies in pairs).
 
-    ``tables`` are simulation and outcomes.
+    ``tables`` are simulation and outcomes. Beside each policy stands what a constant ratio gives at
+    equal device byte-steps.
     """
     live = pl.read_parquet(live_paths, hive_partitioning=False)
     simulated = read_table(tables["simulation"], RUNS)
@@ -39,9 +40,7 @@ def main(
         pairs.append(compare_pairs(runs, samples=bootstrap_samples, seed=seed))
     differences = compare_live_simulation(live, simulated)
     traces = pl.read_parquet(trace_paths, hive_partitioning=False)
-    # beside each policy what a constant ratio would give at equal device byte-steps
-    beside = constant_frontier(pl.concat(policies), measured=policies[1])
-    write_table(beside, targets["policies"])
+    write_table(constant_frontier(pl.concat(policies), measured=policies[1]), targets["policies"])
     write_table(pl.concat(pairs), targets["tests"])
     write_table(memory_of_rewind(traces, live), targets["memory"])
     write_table(differences, targets["differences"])
