@@ -25,6 +25,7 @@ from kvguard.cli_tables import (
     SHOWN_POLICIES,
     print_answers,
     print_frame,
+    read_policies,
 )
 from kvguard.cli_train import predictor_and_points
 from kvguard.config import (
@@ -298,12 +299,13 @@ class Format(StrEnum):
 def analyze(
     results_dir: ResultsDir = Path("results"),
     view: Annotated[
-        str | None, typer.Option(help="Another view of the database, e.g. failure_kinds, errors.")
+        str | None,
+        typer.Option(help="`policies`, or a view of the database, e.g. failure_kinds, errors."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Show the first so many rows.")] = None,
     written: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.table,
 ) -> None:
-    """Print what each press and ratio did, with 95 % intervals."""
+    """Print what each press and ratio did, with 95 % intervals, or what each policy did."""
     from kvguard.database import analyze as condition_table
     from kvguard.database import read_view
 
@@ -311,6 +313,8 @@ def analyze(
     title = f"{database}: shares of requests, excess paired with the same prompt uncompressed"
     if view is None:
         frame = condition_table(database)
+    elif view == "policies":
+        frame, title = read_policies(results_dir), "policies on test prompts, costs per request"
     else:
         try:
             frame, title = read_view(database, view), view

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     import polars as pl
+
+from kvguard.config_types import ConfigError
 
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
@@ -177,3 +180,46 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def read_policies(results_dir: Path) -> "pl.DataFrame":
+    """What each live policy left and cost per request, the least harm first within a condition.
+
+    Args:
+        results_dir: of a finished run.
+
+    Returns:
+        Harm left as shares of requests with 95 % intervals; byte-steps as a multiple of those of
+        the full KV cache on the same prompts; peak in MiB; tokens, checks and seconds per request.
+
+    Raises:
+        ConfigError: no policy was run.
+    """
+    import polars as pl
+
+    from kvguard.config_policies import POLICIES
+    from kvguard.schema import read_table
+
+    path = results_dir / "tables" / "policies.parquet"
+    if not path.is_file():
+        raise ConfigError(
+            f"--view policies: no table at {path}; run the live experiment first (`kvguard sweep`)"
+        )
+    shares = ("harmed", "silent_harm", "rescued")
+    return (
+        read_table(path)
+        .filter(pl.col("source") == "live")
+        .sort("model", "press", "ratio", "harmed", "relative_byte_steps", nulls_last=True)
+        .select(
+            "press",
+            "ratio",
+            pl.col("policy").replace({name: entry.label for name, entry in POLICIES.items()}),
+            "requests",
+            *(f"{name}{end}" for name in shares for end in ("", "_low", "_high")),
+            byte_steps="relative_byte_steps",
+            peak_mib=pl.col("device_bytes_peak") / 2**20,
+            prefilled="tokens_prefilled",
+            checks="checks",
+            seconds="seconds",
+        )
+    )

@@ -278,6 +278,39 @@ def test_analyze_writes_for_machines(results: Path, command: Callable[..., Ended
     assert {"press", "ratio", "agreement"} <= set(rows.columns)
 
 
+def test_analyze_shows_what_policies_left_and_cost(
+    tmp_path: Path, command: Callable[..., Ended]
+) -> None:
+    done = command(f"kvguard analyze --results-dir {tmp_path} --view policies")
+    assert done.returncode == 2
+    assert "policies.parquet" in done.stderr
+    shares = {
+        f"{name}{end}": [0.5, 0.0, 0.25]
+        for name in ("harmed", "silent_harm", "rescued")
+        for end in ("", "_low", "_high")
+    }
+    costs = ("tokens_prefilled", "checks", "seconds", "relative_byte_steps")
+    table = pl.DataFrame(
+        {
+            "model": "m",
+            "press": "snapkv",
+            "ratio": "0.500",
+            "policy": ["none", "always_safe", "guard"],
+            "source": ["live", "live", "simulation"],
+            "requests": 4,
+            "device_bytes_peak": 3 * 2.0**20,
+            **shares,
+            **dict.fromkeys(costs, 1.0),
+        }
+    )
+    schema.write_table(table, tmp_path / "tables" / "policies.parquet")
+    done = command(f"kvguard analyze --results-dir {tmp_path} --view policies --format csv")
+    rows = pl.read_csv(done.stdout.encode())
+    assert rows["policy"].to_list() == ["full KV cache", "compression alone"], "least harm first"
+    assert rows["harmed"].to_list() == [0.0, 0.5]
+    assert rows["peak_mib"].to_list() == [3.0, 3.0]
+
+
 def test_tables_split_where_the_terminal_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
