@@ -9,14 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 import pytest
 from rich.console import Console
 from synthetic import make_run, write_run
 
-from kvguard import __version__, cli, cli_tables, schema
+from kvguard import __version__, cli, cli_tables, evaluate_controller, schema
 from kvguard.certificate import load_certificate
 from kvguard.config import ConfigError, load_config
 from kvguard.database import build_database
@@ -24,7 +24,14 @@ from kvguard.feature_files import build_features
 from kvguard.labeling import build_labels
 from kvguard.predictor import rules_predictor, save_predictor
 from kvguard.splits import split_prompts
-from kvguard.workflow import press_entry, press_experiment, short_name, snake_name, stale_lock
+from kvguard.workflow import (
+    press_entry,
+    press_experiment,
+    recorded_config,
+    short_name,
+    snake_name,
+    stale_lock,
+)
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -179,6 +186,26 @@ def test_train_then_eval_controller(results: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for point in ("conservative", "balanced", "aggressive"):
         assert point in done.stdout
+
+
+def test_eval_controller_decides_as_often_as_the_pipeline(
+    results: Path, command: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+    simulate = evaluate_controller.simulate_controller
+
+    def recorded(*arguments: Any, **options: Any) -> pl.DataFrame:
+        asked.update(options)
+        return simulate(*arguments, **options)
+
+    monkeypatch.setattr(evaluate_controller, "simulate_controller", recorded)
+    model = tmp_path / "rules.json"
+    save_predictor(rules_predictor(), model)
+    done = command(f"kvguard eval-controller --results-dir {results} --model-path {model}")
+    assert done.returncode == 0, done.stderr
+    guard = recorded_config(results).guard
+    assert guard.check_every_tokens > 1, "the pipeline does not decide at every token"
+    assert asked["check_every_tokens"] == guard.check_every_tokens
 
 
 def test_calibrate_certifies_a_new_predictor(
