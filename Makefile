@@ -25,13 +25,13 @@ demo: $(READY) ## the whole pipeline on config.yaml: figures, tables, results/re
 	@echo "The report is results/report.html, the figures are in results/figures."
 
 test: $(READY) ## the test suite
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-quick: $(READY) ## the tests that need neither the embedded model nor Snakemake, in 3 minutes
-	$(BIN)/python -m pytest $(PARALLEL) -m "unit and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "unit and not slow"
 
 test-kills: $(READY) ## a run killed again and again, compared with one that was not; KILLS=20 for the full form
-	KVGUARD_TEST_KILLS=$(KILLS) $(BIN)/python -m pytest -m slow tests/test_interruptions.py
+	OMP_NUM_THREADS=1 KVGUARD_TEST_KILLS=$(KILLS) $(BIN)/python -m pytest -m slow tests/test_interruptions.py
 
 test-slurm: $(READY) ## the workflow on a SLURM cluster of one node, installed and started for it
 	$(BIN)/python -m pytest tests/slurm
