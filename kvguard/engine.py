@@ -79,7 +79,7 @@ class Completion:
         bytes_moved: of entries parked outside device memory, and brought back for checks.
         notes: what went wrong and was survived.
         cold: the uncompressed entries outside device memory; None where there are none.
-        probes: what the prefill measured, (25,) `schema.PROBE_NAMES`; None where not asked for.
+        probes: what the prefill measured, (24,) `schema.PROBE_NAMES`; None where not asked for.
     """
 
     request: Request

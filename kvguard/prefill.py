@@ -33,7 +33,7 @@ class Prefilled(NamedTuple):
         bytes_before: of the cache before compression.
         bytes_after: after it, hidden entries left out.
         tokens: how many tokens the model really processed (without a reused prefix).
-        probes: (25,) float32 in the order of `schema.PROBE_NAMES`, where a probe was given.
+        probes: (24,) float32 in the order of `schema.PROBE_NAMES`, where a probe was given.
         cold: the uncompressed entries outside device memory, where a store was given and had room.
         refusal: why the store had no room; None where it had.
     """

@@ -245,7 +245,7 @@ class Trainer:
         means[known] = np.nanmean(data[:, known], axis=0)
         scales[known] = np.nanstd(data[:, known], axis=0)
         scales = np.where(scales > 0, scales, 1.0)
-        fit = LogisticRegression(max_iter=1000, C=0.1)  # few requests, 25 probes
+        fit = LogisticRegression(max_iter=1000, C=0.1)  # few requests, 24 probes
         fit.fit(np.nan_to_num((data - means) / scales), harmed)
         return Predictor(
             kind="gate",
