@@ -36,11 +36,12 @@ import torch
 from kvguard.audit import audit_tokens, teacher_forced
 from kvguard.checkpoints import prepare_model
 from kvguard.config import Config, Press, load_config
-from kvguard.engine import Completion, Request, Session, generate
+from kvguard.engine import Session, generate
 from kvguard.experiment import Prepared, audit_completion, prepare_requests
 from kvguard.models import LoadedModel, load_model
 from kvguard.presses import build_press
 from kvguard.prompts import Example, Prompt, load_task
+from kvguard.requests import Completion, Request
 from kvguard.sampling import Decoding
 from kvguard.signals import extract_signals
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from generation import PRESS, load_embedded, load_experiment
 
-from kvguard import engine
+from kvguard import engine, logits_buffers
 from kvguard.config import GuardSettings, OperatingPoint
 from kvguard.engine import Session
 from kvguard.experiment import Prepared, prepare_requests
@@ -157,7 +157,7 @@ def parts(
     clock, plugged = Clock(), Plugged(predictor)
     clock.around(plugged, "predict", "predictor_us")
     extract = extract_signals
-    deferred = rows * 2 <= engine.DEFERRED_ROWS  # signals of several steps in one call
+    deferred = rows * 2 <= logits_buffers.DEFERRED_ROWS  # signals of several steps in one call
     try:
         session, observer = start(model, ready, rows, plugged, every)
         if deferred:

@@ -28,7 +28,7 @@ import torch
 from generation import load_embedded
 
 from kvguard.config import Config, Live, Press, load_config
-from kvguard.engine import Completion, Session
+from kvguard.engine import Session
 from kvguard.experiment import Prepared, prepare_requests
 from kvguard.guard import RULES_POINTS
 from kvguard.guard_observer import GuardObserver, guarded
@@ -38,6 +38,7 @@ from kvguard.policy_factory import make_policy
 from kvguard.predictor import rules_predictor
 from kvguard.presses import build_press
 from kvguard.prompts import format_prompt, load_task
+from kvguard.requests import Completion
 from kvguard.sampling import Decoding
 
 TARGET = Path("results/bench/long_context.json")

@@ -31,11 +31,12 @@ from generation import PRESS, load_embedded, load_experiment
 
 from kvguard.audit import Audit, audit_tokens, first_rejected
 from kvguard.config import Config
-from kvguard.engine import Completion, Session, generate
+from kvguard.engine import Session, generate
 from kvguard.experiment import Prepared, prepare_requests
 from kvguard.models import LoadedModel
 from kvguard.presses import build_press
 from kvguard.prompts import load_task
+from kvguard.requests import Completion
 from kvguard.signals import SIGNAL_INDEX
 
 TARGET = Path("results/bench/margin.json")

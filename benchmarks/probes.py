@@ -20,10 +20,11 @@ import torch
 from generation import PRESS, load_embedded
 
 from kvguard.config import load_config
-from kvguard.engine import Request, Session
+from kvguard.engine import Session
 from kvguard.prefill import prefill
 from kvguard.presses import build_press
 from kvguard.probes import CacheProbe, marked_tokens
+from kvguard.requests import Request
 from kvguard.sampling import Decoding
 
 TARGET = Path("results/bench/probes.json")

@@ -6,126 +6,30 @@ places.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-import psutil
 import torch
 from kvpress import BasePress
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from kvguard.audit import Check
-from kvguard.cold_cache import REFUSALS, ColdKind, ColdRow, ColdStore, attention_of
+from kvguard.cold_cache import REFUSALS, ColdKind, ColdStore, attention_of
 from kvguard.costs import CostMeter
 from kvguard.decode_compression import DecodeState
+from kvguard.logits_buffers import LogitsBuffers
 from kvguard.models import check_architecture, position_limit
 from kvguard.prefill import Prefilled, Prefix, attention_layers, cache_bytes, is_pressed, prefill
 from kvguard.presses import Phases, PressError, fresh, phases
 from kvguard.probes import CacheProbe
+from kvguard.requests import Completion, Request, Row
 from kvguard.sampling import Decoding, token_scores
 from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, peaks
 from kvguard.slots import ATTENTION_NAME, Slots
-
-DEFERRED_ROWS = 16
-"""Rows of logits that a small batch keeps before it computes their signals, all at once."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to continue.
-
-    Attributes:
-        key: names the request in results.
-        prompt_ids: the whole prompt, shared prefix included.
-        seed: of this request's sampling noise and of presses that draw random numbers.
-        max_new_tokens: None takes the decoding's.
-        first_position: of the first new token among the generated ones, where the prompt already
-            holds some of them: sampling noise goes on from there.
-    """
-
-    key: str
-    prompt_ids: Sequence[int]
-    seed: int = 0
-    max_new_tokens: int | None = None
-    first_position: int = 0
-
-
-@dataclass
-class Completion:
-    """What became of a request.
-
-    Attributes:
-        token_ids: generated tokens, the end token included.
-        signals: (tokens, 28) float32, columns `signals.SIGNAL_NAMES`.
-        stop_reason: "eos", "length" or "stopped" (an observer ended it); None on error.
-        error: None, or why the request failed.
-        cache_bytes_before: of the prompt's cache before compression.
-        cache_bytes_after: of the prompt's cache after it, hidden entries left out.
-        kv_bytes: (decode steps, 3) kept, masked and padding bytes at each step.
-        prefill_seconds: for this request alone.
-        decode_seconds: its share of each step of the batch.
-        tokens_prefilled: tokens of prefill-shaped passes; a shared prefix counts for every request.
-        decode_steps: single-token passes, those of dropped tokens included.
-        tokens_wasted: generated, then dropped by an observer.
-        device_byte_steps: its share of the allocated bytes, summed over passes; see `CostMeter`.
-        device_bytes_peak: of the batch's caches, over the passes that it was part of.
-        host_byte_steps: bytes of its cold cache, summed over the same passes.
-        checks: how often an observer had tokens checked.
-        bytes_moved: of entries parked outside device memory, and brought back for checks.
-        notes: what went wrong and was survived.
-        cold: the uncompressed entries outside device memory; None where there are none.
-        probes: what the prefill measured, (24,) `schema.PROBE_NAMES`; None where not asked for.
-    """
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    signals: NDArray[np.float32] = field(
-        default_factory=lambda: np.zeros((0, len(SIGNAL_NAMES)), np.float32)
-    )
-    stop_reason: str | None = None
-    error: str | None = None
-    cache_bytes_before: int = 0
-    cache_bytes_after: int = 0
-    kv_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    tokens_prefilled: int = 0
-    decode_steps: int = 0
-    tokens_wasted: int = 0
-    device_byte_steps: int = 0
-    device_bytes_peak: int = 0
-    host_byte_steps: int = 0
-    checks: int = 0
-    bytes_moved: int = 0
-    notes: list[str] = field(default_factory=list)
-    cold: ColdRow | None = None
-    probes: NDArray[np.float32] | None = None
-
-
-def batch_size_for(
-    model: PreTrainedModel, tokens_per_row: int, *, share: float = 0.5, limit: int = 256
-) -> int:
-    """How many rows fit in the memory that is free now.
-
-    Args:
-        model: its config says what an entry takes.
-        tokens_per_row: longest prompt plus the new tokens, uncompressed.
-        share: of the free memory to plan with.
-        limit: never more than this.
-    """
-    slots = Slots(model.config, 0, device=model.device, dtype=model.dtype)
-    row: int = slots.bytes_per_entry * slots.layers * tokens_per_row
-    row += 6 * 4 * model.config.vocab_size  # logits and what the signals make of them
-    if model.device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(model.device)[0])
-    else:
-        free = int(psutil.virtual_memory().available)
-    return max(1, min(limit, int(free * share) // row))
 
 
 class Step(NamedTuple):
@@ -151,32 +55,6 @@ class Observer(Protocol):
 
     def moved(self, session: "Session", source: int, target: int) -> None:
         """A row has left: the last row took its number (source == target: it was the last)."""
-
-
-@dataclass
-class Row:
-    """What belongs to one row besides the arrays: moves with it.
-
-    Attributes:
-        exact: the cache is uncompressed and always was, or is again: nothing is left to check.
-        checked: generated tokens that the uncompressed model has accepted.
-        pending: logits of a row that has been cut, which sits out the next pass.
-        cold: its uncompressed entries outside device memory.
-    """
-
-    completion: Completion
-    decode: DecodeState | None
-    exact: bool = False
-    checked: int = 0
-    stop_reason: str | None = None
-    pending: torch.Tensor | None = None
-    cold: ColdRow | None = None
-    kv_bytes: list[tuple[int, int, int]] = field(default_factory=list)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the row leaves the batch after this step."""
-        return self.stop_reason is not None or self.completion.error is not None
 
 
 class Session:
@@ -249,14 +127,9 @@ class Session:
         self.limits: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.seeds: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.first_positions: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
-        # A small batch keeps the logits of several steps, each on a page of its own, and computes
-        # their signals together.
-        pages = max(1, DEFERRED_ROWS // max(1, rows))
-        self._pages = torch.zeros(
-            (pages, rows, model.config.vocab_size), dtype=model.dtype, device=model.device
+        self._buffers = LogitsBuffers(
+            rows, model.config.vocab_size, device=model.device, dtype=model.dtype
         )
-        self._page = 0
-        self._deferred: list[tuple[int, Step]] = []  # pages whose tokens have no signals yet
 
     @property
     def active(self) -> int:
@@ -266,7 +139,7 @@ class Session:
     @property
     def logits(self) -> torch.Tensor:
         """(rows, vocabulary) raw logits of each row's next token, then of the one just chosen."""
-        return self._pages[self._page]
+        return self._buffers.current
 
     @property
     def free(self) -> int:
@@ -296,7 +169,7 @@ class Session:
             if not 1 <= limit <= self.decoding.max_new_tokens:
                 raise ValueError(
                     f"max_new_tokens of a request lies in 1..{self.decoding.max_new_tokens}, the "
-                    f"session's own, got {limit}"
+                    f"session's limit, got {limit}"
                 )
             if max(request.prompt_ids) >= self.model.config.vocab_size:
                 raise ValueError(
@@ -398,19 +271,17 @@ class Session:
             noisy = self._on_device(positions + self.first_positions[:active])
             scores = token_scores(logits, seeds, noisy, self.decoding, before)
             chosen = peaks(scores)[1]
-        if len(self._pages) > 1:
+        if self._buffers.defer:
             peak, best = peaks(logits)
             tokens = (best if chosen is None else chosen).cpu().numpy()
             finite = np.isfinite(peak.float().cpu().numpy())
-            step = Step(positions, tokens)
-            self._deferred.append((self._page, step))
+            self._buffers.add(positions, tokens)
         else:
             table, chosen = extract_signals(logits, chosen, self._previous_entropy())
             signals = table.cpu().numpy()
             tokens = chosen.cpu().numpy()
             finite = np.isfinite(signals[:, 0])
             self.signals[rows, positions] = signals
-            step = Step(positions, tokens)
         self.history[rows, positions] = tokens
         self.lengths[:active] += 1
         full = self.lengths[:active] >= self.limits[:active]
@@ -422,42 +293,12 @@ class Session:
                 where = f"token {positions[row]}"
                 state.completion.error = f"FloatingPointError: non-finite logits at {where}"
         self._charge(started)
-        return step
-
-    def _turn_page(self) -> None:
-        """Let the next logits go where none are waiting for their signals."""
-        if len(self._deferred) == len(self._pages):
-            self.compute_pending_signals()
-        self._page = (self._page + 1) % len(self._pages) if self._deferred else 0
-
-    def _deferred_logits(self) -> torch.Tensor:
-        """(rows, vocabulary) of all tokens that have no signals yet, in the order of `_deferred`.
-
-        The pages themselves, without a copy, where they are consecutive and full.
-        """
-        pages = [page for page, _ in self._deferred]
-        full = all(len(step.tokens) == self.slots.rows for _, step in self._deferred)
-        if full and pages == list(range(pages[0], pages[0] + len(pages))):
-            return self._pages[pages[0] : pages[-1] + 1].flatten(0, 1)
-        return torch.cat([self._pages[page, : len(step.tokens)] for page, step in self._deferred])
+        return Step(positions, tokens)
 
     @torch.inference_mode()
     def compute_pending_signals(self) -> None:
         """Compute the signals of every token that has none yet."""
-        if not self._deferred:
-            return
-        steps = [step for _, step in self._deferred]
-        rows = np.concatenate([np.arange(len(step.tokens)) for step in steps])
-        positions = np.concatenate([step.positions for step in steps])
-        chosen = np.concatenate([step.tokens for step in steps])
-        table = extract_signals(self._deferred_logits(), self._on_device(chosen)).table
-        signals = table.cpu().numpy()
-        self._deferred.clear()
-        entropy, delta = SIGNAL_INDEX["entropy"], SIGNAL_INDEX["entropy_delta"]
-        self.signals[rows, positions] = signals
-        before = np.maximum(positions - 1, 0)
-        previous = np.where(positions > 0, self.signals[rows, before, entropy], np.nan)
-        self.signals[rows, positions, delta] = signals[:, entropy] - previous
+        self._buffers.compute_signals(self.signals)
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -465,7 +306,9 @@ class Session:
         active = self.active
         if active == 0:
             return
-        self._turn_page()
+        if self._buffers.full:
+            self.compute_pending_signals()
+        self._buffers.next()
         if all(row.pending is not None for row in self.rows):  # nothing to compute
             for number, row in enumerate(self.rows):
                 self._take_pending(number, row)
@@ -495,13 +338,13 @@ class Session:
             )
         self.logits[:active] = output.logits[:, -1]
         self.slots.end_step()
-        held_bytes = zip(*self.meter.step(), strict=True)
-        for number, (row, held) in enumerate(zip(self.rows, held_bytes, strict=True)):
+        step_bytes = zip(*self.meter.step(), strict=True)
+        for number, (row, taken) in enumerate(zip(self.rows, step_bytes, strict=True)):
             if row.pending is not None:
                 self.slots.drop_tail(number, 1)
                 self._take_pending(number, row)
             else:
-                row.kv_bytes.append(held)
+                row.kv_bytes.append(taken)
                 row.completion.decode_steps += 1
         self._charge(started)
 

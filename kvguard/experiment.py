@@ -12,22 +12,18 @@ from numpy.typing import NDArray
 
 from kvguard import config
 from kvguard.audit import audit_tokens
-from kvguard.engine import (
-    Completion,
-    Request,
-    Session,
-    batch_size_for,
-    generate,
-)
+from kvguard.engine import Session, generate
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
 from kvguard.prefill import Prefix, prefill_prefix
 from kvguard.presses import build_press
 from kvguard.probes import marked_tokens
 from kvguard.prompts import Example, Prompt, format_prompt, shared_prefix_tokens
+from kvguard.requests import Completion, Request
 from kvguard.sampling import Decoding
 from kvguard.schema import AUDIT, PROBE_NAMES, TOKENS, TRACES, check, conform
 from kvguard.signals import SIGNAL_NAMES
+from kvguard.slots import batch_size_for
 
 logger = logging.getLogger(__name__)
 

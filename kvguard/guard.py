@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from kvguard import guard_files
 from kvguard.cold_cache import ColdKind
 from kvguard.config import POINT_NAMES, OperatingPoint, Tolerance
-from kvguard.engine import Completion, Request, Session, batch_size_for
+from kvguard.engine import Session
 from kvguard.generate_options import (
     call_in_progress,
     decoding_of,
@@ -28,9 +28,11 @@ from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
 from kvguard.prefill import Prefix
 from kvguard.presses import phases, with_ratio
+from kvguard.requests import Completion, Request
 from kvguard.rivals import Lossless
 from kvguard.sampling import Decoding
 from kvguard.schema import FEATURE_VERSION, PROBE_NAMES
+from kvguard.slots import batch_size_for
 
 if TYPE_CHECKING:
     from kvguard.certificate import Certificate

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from kvguard.audit import Answer, Check, check_answers, first_rejected, harmful_token
 from kvguard.config import Tolerance
 from kvguard.controller import Mode
-from kvguard.engine import Completion, Request, Session, Step, generate, synchronize
+from kvguard.engine import Session, Step, generate, synchronize
 from kvguard.features import FeatureState
 from kvguard.guard_report import GuardError, RowReport
 from kvguard.policies import AFTER_END, CHECKS, Action, Decision, Observation, Policy, is_alarm
 from kvguard.prefill import prefill
 from kvguard.presses import fresh, phases, with_ratio
+from kvguard.requests import Completion, Request
 from kvguard.schema import FEATURE_NAMES
 from kvguard.signals import SIGNAL_INDEX
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import polars as pl
 
 from kvguard import config, schema
-from kvguard.engine import Request, Session, generate
+from kvguard.engine import Session, generate
 from kvguard.experiment import Prepared, prepare_requests
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
 from kvguard.prompts import Example, Prompt
+from kvguard.requests import Request
 from kvguard.tasks import Verdict, verify
 
 Decode = Callable[[Sequence[int]], str]

@@ -10,7 +10,7 @@ from kvguard import config
 from kvguard.audit import first_rejected
 from kvguard.costs import matched_ratio
 from kvguard.detectors import agreement, detect_outcomes, judge_instructions
-from kvguard.engine import Completion, Session
+from kvguard.engine import Session
 from kvguard.experiment import (
     Prepared,
     audit_completion,
@@ -28,6 +28,7 @@ from kvguard.predictor import Predictor
 from kvguard.presses import build_press
 from kvguard.probes import marked_tokens, reads_probes
 from kvguard.prompts import Example, Prompt, prompts_frame
+from kvguard.requests import Completion
 from kvguard.rival_settings import NO_GATE, gate_scores
 from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
 

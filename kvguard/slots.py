@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
 from kvguard.pages import PAGE_ENTRIES, SLACK, Pool
@@ -470,3 +471,24 @@ def slot_attention(
 
 
 AttentionInterface.register(ATTENTION_NAME, slot_attention)
+
+
+def batch_size_for(
+    model: PreTrainedModel, tokens_per_row: int, *, share: float = 0.5, limit: int = 256
+) -> int:
+    """How many rows fit in the memory that is free now.
+
+    Args:
+        model: its config says what an entry takes.
+        tokens_per_row: longest prompt plus the new tokens, uncompressed.
+        share: of the free memory to plan with.
+        limit: never more than this.
+    """
+    slots = Slots(model.config, 0, device=model.device, dtype=model.dtype)
+    row: int = slots.bytes_per_entry * slots.layers * tokens_per_row
+    row += 6 * 4 * model.config.vocab_size  # logits and what the signals make of them
+    if model.device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(model.device)[0])
+    else:
+        free = int(psutil.virtual_memory().available)
+    return max(1, min(limit, int(free * share) // row))

@@ -22,7 +22,8 @@ from kvguard.costs import (
     recovery_cost,
     trace_memory,
 )
-from kvguard.engine import Completion, Request, Session, generate
+from kvguard.engine import Session, generate
+from kvguard.requests import Completion, Request
 from kvguard.sampling import Decoding
 
 RUN = make_run(num_prompts=6, max_new_tokens=64, error_rate=0)

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from kvguard import press_catalogue
 from kvguard.config import Press
-from kvguard.engine import Completion, Request, Session, generate
+from kvguard.engine import Session, generate
 from kvguard.models import LoadedModel, ModelError, load_model
 from kvguard.pages import PAGE_ENTRIES
 from kvguard.prefill import prefill, prefill_prefix
 from kvguard.presses import PressError, build_press, fresh, phases
+from kvguard.requests import Completion, Request
 from kvguard.sampling import Decoding
 from kvguard.signals import extract_signals
 
@@ -526,7 +527,7 @@ def test_memory_shrinks_when_a_long_row_has_left(tiny_llama: PreTrainedModel) ->
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request("r", [5, 6], max_new_tokens=0), r"lies in 1\.\.20, the session's own, got 0"),
+        (Request("r", [5, 6], max_new_tokens=0), r"lies in 1\.\.20, the session's limit, got 0"),
         (Request("r", [5, 6], max_new_tokens=21), r"lies in 1\.\.20, the session's own, got 21"),
         (Request("r", [5, 600], max_new_tokens=2), "token 600 of the prompt is not in the model's"),
     ],

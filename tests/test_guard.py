@@ -27,7 +27,7 @@ from kvguard.certificate import CertificateError, save_certificate
 from kvguard.cold_cache import ColdStore, Part
 from kvguard.config import OperatingPoint, Tolerance
 from kvguard.controller import Mode
-from kvguard.engine import Completion, Request, Session
+from kvguard.engine import Session
 from kvguard.guard import KVGuard
 from kvguard.guard_observer import GuardObserver, guarded
 from kvguard.guard_report import GuardError, RowReport
@@ -37,6 +37,7 @@ from kvguard.policy_factory import make_policy
 from kvguard.predictor import rules_predictor, save_predictor
 from kvguard.prefill import prefill_prefix
 from kvguard.presses import PressError, build_press
+from kvguard.requests import Completion, Request
 from kvguard.rivals import Lossless
 from kvguard.sampling import Decoding
 from kvguard.schema import FEATURE_VERSION

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvguard import schema, tasks
 from kvguard.config import BASELINE, Config, Press, load_config
-from kvguard.engine import Request, Session, generate
+from kvguard.engine import Session, generate
 from kvguard.experiment import prepare_requests, run_shard
 from kvguard.harm_onsets import find_harm_onsets
 from kvguard.models import LoadedModel
 from kvguard.prompts import Prompt, make_prompt_id
+from kvguard.requests import Request
 from kvguard.tasks import Verdict
 
 TASKS = [{"kind": "gsm_symbolic", "num_prompts": 9}]

@@ -18,9 +18,10 @@ from kvpress import (
 )
 from transformers import DynamicCache
 
-from kvguard.engine import Request, Session, generate
+from kvguard.engine import Session, generate
 from kvguard.prefill import prefill_prefix
 from kvguard.probes import REPLAY_TOKENS, WINDOW_TOKENS, CacheProbe, marked_tokens
+from kvguard.requests import Request
 from kvguard.sampling import Decoding
 from kvguard.schema import PROBE_NAMES
 
