@@ -528,7 +528,7 @@ def test_memory_shrinks_when_a_long_row_has_left(tiny_llama: PreTrainedModel) ->
     ("request_", "message"),
     [
         (Request("r", [5, 6], max_new_tokens=0), r"lies in 1\.\.20, the session's limit, got 0"),
-        (Request("r", [5, 6], max_new_tokens=21), r"lies in 1\.\.20, the session's own, got 21"),
+        (Request("r", [5, 6], max_new_tokens=21), r"lies in 1\.\.20, the session's limit, got 21"),
         (Request("r", [5, 600], max_new_tokens=2), "token 600 of the prompt is not in the model's"),
     ],
 )
