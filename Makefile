@@ -3,6 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CORES ?= 2
 RUNS ?= results
 KILLS ?= 5
+# Folder with GSM8K's test.jsonl and train.jsonl, for benchmarks; where there is none, they use
+# gsm_symbolic alone.
+GSM8K ?= ../shared/data/gsm8k
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -10,7 +13,7 @@ PARALLEL := --numprocesses $(CORES) --dist loadfile
 SNAKEMAKE := $(BIN)/snakemake --resources gpu=1 --cores
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-kills test-slurm check fmt fmt-check lint typecheck figures phase2 status bench findings docs schema envs clean
+.PHONY: help demo test test-quick test-kills test-slurm check fmt fmt-check lint typecheck figures phase2 status bench bench-quick findings docs schema envs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -65,6 +68,19 @@ status: $(READY) ## what is done and what is left, per stage
 
 bench: $(READY) ## every benchmark; writes results/bench/<claim>.json
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
+
+# In the order of worth; minutes on 2 idle cores: 2, 4, 7, 9, 5, 1, 2.
+bench-quick: $(READY) ## the benchmarks of the engine alone, about half an hour on an idle machine
+	$(BIN)/python benchmarks/check.py --repeats 3 --minutes 2
+	$(BIN)/python benchmarks/guard.py --sessions 3 2
+	$(BIN)/python benchmarks/long_context.py --rounds 3 --minutes 7
+	if [ -d "$(GSM8K)" ]; then \
+		$(BIN)/python benchmarks/generation.py --only-compare --minutes 9 --gsm8k $(GSM8K); fi
+	$(BIN)/python benchmarks/generation.py --only-compare --minutes 5
+	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/probes.py --repeats 3 --minutes 2
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/write_performance.py
 
 findings: $(READY) ## docs/findings.md from the tables of finished runs: make findings RUNS="results ..."
 	$(BIN)/kvguard findings $(addprefix --results-dir ,$(RUNS)) --output docs/findings.md --readme README.md

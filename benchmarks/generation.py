@@ -4,14 +4,20 @@
 
 Both sides do everything that the experiment needs of a prompt: prefill under the press, greedy
 decoding, all signals of every token, the audit by the uncompressed model: the engine's reads the
-prompt's parked entries, the other's is one pass over prompt and answer. They run alternately in
-one process (engine, sequential, engine, ...), 2 threads, SmolLM2 in float32, snapkv at 0.500, GSM8K
-prompts with 3 few-shot turns (gsm_symbolic where the GSM8K files are missing; ``task`` says which).
-Writes results/bench/generation.json:
+prompt's parked entries, the other's is one pass over prompt and answer. 2 threads, SmolLM2 in
+float32, snapkv at 0.500, 3 few-shot turns; GSM8K prompts where its files are given, else
+gsm_symbolic. Both alternate in one process: a round is a fixed reference workload, an engine run of
+all prompts and a sequential run of one part of them; the parts of all rounds together are all
+prompts. Writes results/bench/generation.json after every round, one entry per task; an entry of
+another task that is there stays. Per task:
 
 - ``speedup``: sequential seconds over the median of the engine runs; higher is better, goal 12 on
-  GSM8K, 7 on gsm_symbolic;
+  GSM8K, 7 on gsm_symbolic. Where rounds are missing (`--minutes`), the sequential seconds of the
+  prompts that were run, by generated tokens, stand for all;
 - ``speedup_spread``: the same over the slowest and over the fastest engine run;
+- ``engine_spread``: slowest over fastest engine run, less 1; ``reference_spread``: the same of the
+  reference workload; ``engine_spread_in_references``: of engine seconds in units of the references
+  before and after them: what is left when the machine's part is taken out;
 - ``tokens_identical``: share of prompts whose tokens are the same on both sides;
 - ``engine_tokens_per_second``, ``sequential_tokens_per_second``: generated tokens over all seconds;
 - ``prefill_seconds``, ``decode_seconds``, ``audit_seconds``: parts of the last engine run;
@@ -32,6 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from measuring import FOLDER, Rounds, machine, reference_seconds, say, spread, write
 
 from kvguard.audit import audit_tokens, teacher_forced
 from kvguard.checkpoints import prepare_model
@@ -46,20 +53,20 @@ from kvguard.sampling import Decoding
 from kvguard.signals import extract_signals
 
 T = TypeVar("T")
-TARGET = Path("results/bench/generation.json")
+TARGET = FOLDER / "generation.json"
 PRESS = Press.model_validate(
     {"name": "snapkv", "class": "SnapKVPress", "kwargs": {"window_size": 16}, "ratios": ["0.500"]}
 )
 
 
 def load_experiment(prompts: int, max_new_tokens: int, gsm8k: Path | None = None) -> Config:
-    """GSM8K from a folder with test.jsonl and train.jsonl, else the default task."""
+    """GSM8K from a folder with test.jsonl and train.jsonl, else gsm_symbolic."""
     generation = {"max_new_tokens": max_new_tokens, "batch_size": 32, "shard_size": prompts}
-    overrides: dict[str, Any] = {"generation": generation}
+    task: dict[str, Any] = {"kind": "gsm_symbolic", "num_prompts": prompts}
     if gsm8k is not None:
         files = {"test_path": str(gsm8k / "test.jsonl"), "train_path": str(gsm8k / "train.jsonl")}
-        overrides["tasks"] = [{"kind": "gsm8k", "num_prompts": prompts, **files}]
-    return resized(load_config("config.yaml", overrides=overrides), prompts)
+        task |= {"kind": "gsm8k", **files}
+    return load_config("config.yaml", overrides={"generation": generation, "tasks": [task]})
 
 
 def resized(experiment: Config, prompts: int) -> Config:
@@ -136,9 +143,11 @@ def compare(
     prompts: list[Prompt],
     examples: list[Example],
     experiment: Config,
-    runs: int,
+    rounds: Rounds,
+    parts: int,
+    save: Callable[[dict[str, object]], None],
 ) -> dict[str, object]:
-    """The main comparison: engine runs and sequential runs in turns, half as many of these."""
+    """The main comparison: in each round an engine run and a part of the sequential run."""
 
     def engine() -> tuple[dict[str, Completion], float]:
         return run_engine(model, prepare_requests(model, prompts, examples, experiment))
@@ -147,31 +156,51 @@ def compare(
     teacher_forced(model.model, ready.requests[0].prompt_ids, [])  # warm up
     seconds: list[float] = []
     sequential: list[float] = []
-    for number in range(runs):
+    references = [reference_seconds()]
+    answers: dict[str, list[int]] = {}
+    result: dict[str, object] = {}
+    for number in rounds:
         (done, audit_seconds), spent = timed(engine)
         seconds.append(spent)
-        if number % 2 == 0 and len(sequential) < max(1, runs // 2):
-            answers, spent = timed(lambda: run_sequential(model, ready.requests, ready.decoding))
-            sequential.append(spent)
-    engine_seconds = statistics.median(seconds)
-    sequential_seconds = statistics.median(sequential)
-    tokens = sum(len(completion.token_ids) for completion in done.values())
-    same = [done[key].token_ids == answer for key, answer in answers.items()]
-    return {
-        "task": experiment.tasks[0].name,
-        "prompts": len(prompts),
-        "generated_tokens": tokens,
-        "speedup": sequential_seconds / engine_seconds,
-        "speedup_spread": [sequential_seconds / spent for spent in (max(seconds), min(seconds))],
-        "tokens_identical": sum(same) / len(same),
-        "engine_seconds": seconds,
-        "sequential_seconds": sequential,
-        "engine_tokens_per_second": tokens / engine_seconds,
-        "sequential_tokens_per_second": sum(map(len, answers.values())) / sequential_seconds,
-        "prefill_seconds": sum(completion.prefill_seconds for completion in done.values()),
-        "decode_seconds": sum(completion.decode_seconds for completion in done.values()),
-        "audit_seconds": audit_seconds,
-    }
+        references.append(reference_seconds())
+        say(f"engine run {number}: {spent:.1f} s, reference {references[-1]:.3f} s")
+        part = ready.requests[number::parts]
+        found, spent = timed(lambda p=part: run_sequential(model, p, ready.decoding))  # type: ignore[misc]
+        sequential.append(spent)
+        answers |= found
+        say(f"sequential, {len(part)} prompts: {spent:.1f} s")
+        tokens = sum(len(completion.token_ids) for completion in done.values())
+        compared = sum(map(len, answers.values()))
+        here = sum(len(done[key].token_ids) for key in answers)
+        engine_seconds = statistics.median(seconds)
+        sequential_seconds = sum(sequential) * tokens / here
+        units = [
+            spent / statistics.mean(references[at : at + 2]) for at, spent in enumerate(seconds)
+        ]
+        same = [done[key].token_ids == answer for key, answer in answers.items()]
+        result = {
+            "prompts": len(prompts),
+            "prompts_run_sequentially": len(answers),
+            "generated_tokens": tokens,
+            "speedup": sequential_seconds / engine_seconds,
+            "speedup_spread": [
+                sequential_seconds / max(seconds),
+                sequential_seconds / min(seconds),
+            ],
+            "tokens_identical": sum(same) / len(same),
+            "engine_seconds": list(seconds),
+            "sequential_seconds": list(sequential),
+            "engine_spread": spread(seconds),
+            "reference_spread": spread(references),
+            "engine_spread_in_references": spread(units),
+            "engine_tokens_per_second": tokens / engine_seconds,
+            "sequential_tokens_per_second": compared / sum(sequential),
+            "prefill_seconds": sum(completion.prefill_seconds for completion in done.values()),
+            "decode_seconds": sum(completion.decode_seconds for completion in done.values()),
+            "audit_seconds": audit_seconds,
+        }
+        save(result)
+    return result
 
 
 def step_times(model: LoadedModel, ready: Prepared, rows: int) -> dict[str, float]:
@@ -252,24 +281,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=160)
-    parser.add_argument("--runs", type=int, default=3, help="of the engine")
+    parser.add_argument("--runs", type=int, default=3, help="rounds")
+    parser.add_argument("--parts", type=int, help="more than rounds: some are not run sequentially")
     parser.add_argument("--gsm8k", type=Path, help="folder with test.jsonl and train.jsonl")
     parser.add_argument("--only-compare", action="store_true", help="leave the other parts out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=30, help="of the comparison")
+    parser.add_argument("--output", type=Path, default=TARGET)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     experiment = load_experiment(arguments.prompts, arguments.max_new_tokens, arguments.gsm8k)
     prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     model = load_embedded(experiment)
-    ready = prepare_requests(model, prompts, examples, experiment)
-    result = compare(model, prompts, examples, experiment, arguments.runs)
+    before = machine()
+
+    def save(result: dict[str, object]) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        whole = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+        mine = {**result, "peak_rss_bytes": peak, "machine": before}
+        write(arguments.output, {**whole, experiment.tasks[0].name: mine})
+
+    rounds = Rounds(arguments.runs, arguments.minutes)
+    parts = arguments.parts or arguments.runs
+    result = compare(model, prompts, examples, experiment, rounds, parts, save)
     if not arguments.only_compare:
+        ready = prepare_requests(model, prompts, examples, experiment)
         result["steps"] = {str(rows): step_times(model, ready, rows) for rows in (1, 32)}
+        save(result)
         result["scaling"] = scaling(model, experiment)
+        save(result)
         result["bfloat16"] = in_bfloat16(experiment, prompts[:8], examples)
-    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+        save(result)
+    print(arguments.output.read_text())
 
 
 if __name__ == "__main__":

@@ -1,33 +1,37 @@
 """Long prompts: lossless decoding and the guard beside never compressing, same engine, same batch.
 
     python benchmarks/long_context.py [--tokens 4096] [--requests 8] [--max-new-tokens 128]
+        [--rounds 3] [--minutes 20]
 
 SmolLM2 in float32, snapkv at 0.750, 2 threads. The requests are word problems behind one long
 context of worked examples, which is prefilled once for all of them; every row has a cache of its
-own. End tokens are off, so that every policy makes as many tokens. Writes
-results/bench/long_context.json:
+own. End tokens are off, so that every policy makes as many tokens. All policies run in turn in one
+process, round by round; seconds are medians over the rounds. Writes
+results/bench/long_context.json after every policy:
 
 - ``policies``: per policy device byte-steps of all requests, the batch's peak, host byte-steps and
   bytes moved, decoding seconds (checks included, prefill not) and tokens per second, checks,
   tokens wasted, and the share of requests with the uncompressed tokens;
 - ``ratios``: per policy ``device_byte_steps`` (goals: lossless 0.5, guard 0.4) and
-  ``tokens_per_second`` (goals: 1.0, 1.3) over those of ``always_safe``, never compressing;
-- ``acceptance``: by press, ratio, context and horizon m of lossless decoding, the share of drafted
-  tokens that a check accepts, tokens per check, and ``tokens_per_rejection``, how many the
-  compressed cache drafts until one is rejected.
+  ``tokens_per_second`` (goals: 1.0, 1.3) over those of ``always_safe``, never compressing; of the
+  latter also each round's own, slowest first (``tokens_per_second_rounds``).
+
+How far drafts get is another script's: acceptance.py.
 """
 
 import argparse
 import json
 import resource
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from generation import load_embedded
+from generation import load_embedded, load_experiment
+from measuring import FOLDER, Rounds, machine, say, write
 
-from kvguard.config import Config, Live, Press, load_config
+from kvguard.config import Config, Live, Press
 from kvguard.engine import Session
 from kvguard.experiment import Prepared, prepare_requests
 from kvguard.guard import RULES_POINTS
@@ -41,7 +45,7 @@ from kvguard.prompts import format_prompt, load_task
 from kvguard.requests import Completion
 from kvguard.sampling import Decoding
 
-TARGET = Path("results/bench/long_context.json")
+TARGET = FOLDER / "long_context.json"
 PRESSES = {
     "snapkv": {"class": "SnapKVPress", "kwargs": {"window_size": 16}},
     "knorm": {"class": "KnormPress", "kwargs": {}},
@@ -142,23 +146,26 @@ def costs(completions: Sequence[Completion], truth: Sequence[Completion]) -> dic
     }
 
 
-def acceptance(reports: Sequence[RowReport]) -> dict[str, float | None]:
-    """How far drafts get: from the lengths at which checks came, and what each kept."""
-    accepted = drafted = rejections = checks = 0
-    for report in reports:
-        before = 0
-        for at, kept in zip(report.alarm_steps, report.rewound_to, strict=True):
-            drafted += at - before
-            accepted += kept - before
-            rejections += kept < at
-            checks += 1
-            before = kept
-    return {
-        "accepted_share": accepted / drafted if drafted else None,
-        "tokens_per_check": accepted / checks if checks else None,
-        "tokens_per_rejection": accepted / rejections if rejections else None,
-        "checks": checks,
-    }
+def middle(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The median of each cost; bytes, checks and tokens are the same in every round."""
+    return {name: statistics.median(one[name] for one in runs) for name in runs[0]}
+
+
+def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Every policy's costs over those of never compressing."""
+    medians = {name: middle(runs) for name, runs in rounds.items()}
+    full, found = medians["always_safe"], {}
+    for name, values in medians.items():
+        columns = ("device_byte_steps", "device_bytes_peak", "tokens_per_second")
+        each = [
+            one["tokens_per_second"] / other["tokens_per_second"]
+            for one, other in zip(rounds[name], rounds["always_safe"], strict=False)
+        ]
+        found[name] = {
+            **{f"{column}_ratio": values[column] / full[column] for column in columns},
+            "tokens_per_second_ratio_rounds": sorted(each),
+        }
+    return found
 
 
 def main() -> None:
@@ -167,15 +174,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--ratio", default="0.750")
-    parser.add_argument("--every", type=int, nargs="*", default=[8, 16, 32])
-    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096])
-    parser.add_argument("--presses", nargs="*", default=list(PRESSES))
-    parser.add_argument("--ratios", nargs="*", default=["0.500", "0.750"])
+    parser.add_argument("--every", type=int, nargs="*", default=[16], help="lossless horizons")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=TARGET)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    experiment = load_config("config.yaml")
+    experiment = load_experiment(arguments.requests, arguments.max_new_tokens)
     model = load_embedded(experiment)
     size = (arguments.requests, arguments.max_new_tokens)
     ready = prepare(model, experiment, arguments.tokens, *size)
@@ -184,42 +190,30 @@ def main() -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "press": "snapkv",
         "ratio": arguments.ratio,
-        "policies": {},
-        "ratios": {},
-        "acceptance": [],
+        "machine": machine(),
     }
-
-    def note(reports: Sequence[RowReport], press: str, ratio: str, tokens: int, m: int) -> None:
-        keys = {"press": press, "ratio": ratio, "prompt_tokens": tokens, "m": m}
-        result["acceptance"].append(keys | acceptance(reports))
-
-    plans = [("always_safe", 0), ("none", 0), ("guard", 0)]
+    plans = [("always_safe", 0), ("guard", 0)]
     plans += [("lossless", every) for every in arguments.every]
+    plans += [("none", 0)]
     truth: list[Completion] = []
-    for policy, every in plans:
-        done, reports = run(model, ready, policy, "snapkv", arguments.ratio, every or 1)
-        truth = truth or done
-        name = f"lossless_{every}" if every else policy
-        result["policies"][name] = costs(done, truth)
-        if every:
-            note(reports, "snapkv", arguments.ratio, arguments.tokens, every)
-        print(name, json.dumps(result["policies"][name]), flush=True)
-    baseline = result["policies"]["always_safe"]
-    for name, values in result["policies"].items():
-        result["ratios"][name] = {
-            column: values[column] / baseline[column]
-            for column in ("device_byte_steps", "device_bytes_peak", "tokens_per_second")
-        }
-    for tokens in arguments.contexts:
-        few = prepare(model, experiment, tokens, 4, arguments.max_new_tokens // 2)
-        for press in arguments.presses:
-            for ratio in arguments.ratios:
-                _, reports = run(model, few, "lossless", press, ratio, 16)
-                note(reports, press, ratio, tokens, 16)
-                print(json.dumps(result["acceptance"][-1]), flush=True)
-    result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    rounds: dict[str, list[dict[str, float]]] = {}
+    for number in Rounds(arguments.rounds, arguments.minutes):
+        for policy, every in plans:
+            done, _ = run(model, ready, policy, "snapkv", arguments.ratio, every or 1)
+            truth = truth or done
+            name = f"lossless_{every}" if every else policy
+            rounds.setdefault(name, []).append(costs(done, truth))
+            newest = rounds[name][-1]
+            say(
+                f"round {number} {name}: decoding {newest['decode_seconds']:.1f} s, "
+                f"{newest['checks']:.0f} checks"
+            )
+            result["rounds"] = len(rounds["always_safe"])
+            result["policies"] = {key: middle(runs) for key, runs in rounds.items()}
+            result["ratios"] = ratios(rounds)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            result["peak_rss_bytes"] = peak
+            write(arguments.output, result)
     print(json.dumps(result["ratios"], indent=2))
 
 

@@ -16,7 +16,6 @@ random numbers: neither bytes nor times depend on them. Writes results/bench/pad
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import FOLDER, machine, say, write
 from transformers import DynamicCache, LlamaConfig
 
 from kvguard.slots import Slots
 
-TARGET = Path("results/bench/padding.json")
+TARGET = FOLDER / "padding.json"
 LAYERS, HEADS, GROUPS, SIZE, SCALE = 30, 3, 3, 64, 64**-0.5
 SMOLLM2 = LlamaConfig(
     num_hidden_layers=LAYERS,
@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=TARGET)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -174,14 +175,14 @@ def main() -> None:
         "32 rows of 200 to 290": [*random.integers(200, 290, 32)],
         "8 rows of 1024": [1024] * 8,
     }
-    result: dict[str, object] = dict(padding(arguments.steps))
-    result["attention_ms"] = {
-        name: attention_ms([int(length) for length in lengths], arguments.repetitions)
-        for name, lengths in shapes.items()
-    }
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    found = padding(arguments.steps)
+    say(f"allocated over kept: {found['allocated_over_kept_max']:.3f}")
+    spent: dict[str, dict[str, float]] = {}
+    result: dict[str, object] = {**found, "attention_ms": spent, "machine": machine()}
+    for name, lengths in shapes.items():
+        spent[name] = attention_ms([int(length) for length in lengths], arguments.repetitions)
+        say(f"{name}: {spent[name]}")
+        write(arguments.output, result)
 
 
 if __name__ == "__main__":

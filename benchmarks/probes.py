@@ -1,16 +1,15 @@
 """What the probes at prefill cost, in decoding steps of the same request.
 
-    python benchmarks/probes.py [--lengths 400 4096] [--repeats 9]
+    python benchmarks/probes.py [--lengths 400 4096] [--repeats 9] [--minutes 5]
 
 SmolLM2 in float32, 2 threads, one prompt of text that long, snapkv at 0.500. A prefill with and one
 without `probes.CacheProbe` alternate; then single decoding steps of that row. Writes
-results/bench/probes.json: per prompt length the medians in seconds (``prefill``, ``probed``,
-``step``), ``steps`` = (probed - prefill) / step, goal at most 1, and ``of_prefill``, the same
-difference over the prefill.
+results/bench/probes.json after every length: per length the median seconds (``prefill``,
+``probed``, ``step``), ``steps`` = (probed - prefill) / step, goal at most 1, and ``of_prefill``,
+the same difference over the prefill.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from generation import PRESS, load_embedded
+from measuring import FOLDER, Rounds, machine, say, write
 
 from kvguard.config import load_config
 from kvguard.engine import Session
@@ -27,7 +27,7 @@ from kvguard.probes import CacheProbe, marked_tokens
 from kvguard.requests import Request
 from kvguard.sampling import Decoding
 
-TARGET = Path("results/bench/probes.json")
+TARGET = FOLDER / "probes.json"
 STEPS = 24
 
 
@@ -43,13 +43,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[400, 4096])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=5, help="for each length")
+    parser.add_argument("--output", type=Path, default=TARGET)
     given = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(given.threads)
     loaded = load_embedded(load_config("config.yaml"))
     model = loaded.model
     marked = marked_tokens(loaded.tokenizer, model.config.vocab_size)
     words = loaded.tokenizer.encode(Path(__file__).read_text(), add_special_tokens=False)
-    results = {}
+    results: dict[str, object] = {}
+    before = machine()
     for length in given.lengths:
         ids = (words * (length // len(words) + 1))[:length]
 
@@ -62,7 +66,10 @@ def main() -> None:
 
         plain()
         probed()
-        pairs = [(seconds(plain), seconds(probed)) for _ in range(given.repeats)]
+        pairs = []
+        for _ in Rounds(given.repeats, given.minutes):
+            pairs.append((seconds(plain), seconds(probed)))
+            say(f"{length} tokens: {pairs[-1][0]:.2f} s, with probes {pairs[-1][1]:.2f} s")
         session = Session(model, Decoding(STEPS), press=build_press(PRESS, "0.500"), rows=1)
         session.admit(Request("0", ids))
         steps = []
@@ -79,9 +86,7 @@ def main() -> None:
             "steps": extra / step,
             "of_prefill": extra / prefilled,
         }
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
+        write(given.output, {**results, "machine": before})
 
 
 if __name__ == "__main__":

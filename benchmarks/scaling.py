@@ -10,7 +10,7 @@ each; reading the cold cache over the bus overlaps with drafting, the check's ar
     tokens = rows * (1 - (1 - 1 / A) ** m) * A      A: tokens_per_rejection
 
 The horizon m is the best one. Writes results/bench/scaling.json: ``machine`` and ``model``, what
-follows from them, and for acceptance lengths A, some of them those that long_context.json measured
+follows from them, and for acceptance lengths A, some of them those that acceptance.json measured
 with a small model, tokens per second over never compressing (``speedup``), ``bus`` PCIe or the
 direct link of a GH200.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TARGET = Path("results/bench/scaling.json")
-MEASURED = Path("results/bench/long_context.json")
+MEASURED = Path("results/bench/acceptance.json")
 HBM_BYTES, HBM_RATE, EFFICIENCY = 80e9, 3.35e12, 0.8
 FLOPS, FLOPS_EFFICIENCY = 990e12, 0.5
 BUSES = {"PCIe 5 x16": 50e9, "NVLink-C2C": 400e9}

@@ -5,7 +5,8 @@
 None is typed by hand. Between ``<!-- generated: NAME -->`` and ``<!-- end generated -->`` stands
 the content of results/bench/NAME.json as a table; everything else is left as it is. Numbers take
 their unit from the key (``_bytes``, ``_seconds``, ``_ms``, ``_us``, ``_share``, ``_per_second``). A
-list of records becomes a table of its own. `make bench` runs this last.
+list of records becomes a table of its own. A block without a result keeps the numbers of an earlier
+run; an empty one says that it was not measured. `make bench` runs this last.
 """
 
 import argparse
@@ -30,6 +31,8 @@ def format_value(key: str, value: Any) -> str:
         return ", ".join(format_value(key, entry) for entry in value)
     if not isinstance(value, int | float):
         return str(value).replace("|", "\\|").replace("\n", " ")
+    if "ratio" in key.split("_"):
+        return f"{value:,.4g}"
     if key.endswith("bytes") or "_bytes_" in key:
         return f"{value / 2**20:,.1f} MiB" if abs(value) >= 2**20 else f"{value / 2**10:,.1f} KiB"
     if "share" in key.split("_"):
@@ -70,7 +73,8 @@ def _label(name: str) -> str:
 
 
 def _has_unit(key: str) -> bool:
-    return any(unit in key for unit in ("bytes", "seconds", "share", "per_second", "_ms", "_us"))
+    units = ("bytes", "seconds", "share", "per_second", "_ms", "_us", "ratio")
+    return any(unit in key for unit in units)
 
 
 def _is_table(value: Any) -> bool:
@@ -79,13 +83,16 @@ def _is_table(value: Any) -> bool:
 
 def render(result: dict[str, Any]) -> str:
     """Markdown tables of one benchmark's result: its scalars first, then its lists of records."""
-    lines = ["| measured | value |", "| --- | ---: |"]
-    lines += [f"| {name} | {text} |" for name, text in flatten(result)]
+    lines: list[str] = []
+    scalars = [f"| {name} | {text} |" for name, text in flatten(result)]
+    if scalars:
+        lines += ["| measured | value |", "| --- | ---: |", *scalars]
     for key, records in result.items():
         if not _is_table(records):
             continue
         columns = list(dict.fromkeys(name for record in records for name in record))
-        lines += ["", f"{key.replace('_', ' ')}:", ""]
+        if lines:
+            lines += ["", f"{key.replace('_', ' ')}:", ""]
         lines.append("| " + " | ".join(name.replace("_", " ") for name in columns) + " |")
         lines.append("| " + " | ".join("---" for _ in columns) + " |")
         for record in records:
@@ -95,12 +102,14 @@ def render(result: dict[str, Any]) -> str:
 
 
 def fill(document: str, bench: Path) -> str:
-    """The document with every block rendered anew; a block without a result says so."""
+    """The document with every block rendered anew; one without a result stays, or says so."""
 
     def block(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
         path = bench / f"{name}.json"
         if not path.is_file():
+            if match[0] != opening + closing:
+                return match[0]
             return f"{opening}Not measured on this machine yet: `{COMMAND}`.\n{closing}"
         return opening + render(json.loads(path.read_text(encoding="utf-8"))) + closing
 

@@ -20,7 +20,9 @@ old
 <!-- end generated -->
 between
 <!-- generated: absent -->
-old
+<!-- end generated -->
+<!-- generated: earlier -->
+| speedup | 4 |
 <!-- end generated -->
 """
 
@@ -42,6 +44,8 @@ old
         ("speedup", 8.125, "8.125"),
         ("rows", 1000000, "1,000,000"),
         ("ratio", None, "undefined"),
+        ("device_bytes_peak_ratio", 0.28125, "0.2812"),
+        ("tokens_per_second_ratio_rounds", [0.95, 1.05], "0.95, 1.05"),
         ("repeats_seconds", [0.5, 2.0], "500 ms, 2 s"),
         ("note", "a | b", "a \\| b"),
     ],
@@ -66,6 +70,7 @@ def test_blocks_are_filled_and_the_rest_is_left_alone(tmp_path):
     assert "| part | time share | calls |" in filled
     assert "| attention | 50.00 % | undefined |" in filled
     assert "`make bench`" in filled.split("absent")[1]
+    assert "earlier -->\n| speedup | 4 |\n<!-- end" in filled
     assert write_performance.fill(filled, tmp_path) == filled
 
 
@@ -76,5 +81,6 @@ def test_the_real_documents_have_a_block_for_every_benchmark():
         for document in documents
         for _, name, _ in write_performance.BLOCK.findall(document.read_text())
     }
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"write_performance"}
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    scripts -= {"write_performance", "measuring"}
     assert scripts <= names
