@@ -4,9 +4,9 @@
 
 SmolLM2 in float32, 2 threads, one prompt of text that long, snapkv at 0.500. A prefill with and one
 without `probes.CacheProbe` alternate; then single decoding steps of that row. Writes
-results/bench/probes.json after every length: per length the median seconds (``prefill``,
-``probed``, ``step``), ``steps`` = (probed - prefill) / step, goal at most 1, and ``of_prefill``,
-the same difference over the prefill.
+results/bench/probes.json after every length: per length the medians ``prefill_seconds``,
+``probed_seconds`` and ``step_seconds``, ``steps`` = (probed - prefill) / step, goal at most 1, and
+``of_prefill``, the same difference over the prefill.
 """
 
 import argparse
@@ -80,9 +80,9 @@ def main() -> None:
         extra = statistics.median(two - one for one, two in pairs)
         step = statistics.median(steps)
         results[str(length)] = {
-            "prefill": prefilled,
-            "probed": with_probe,
-            "step": step,
+            "prefill_seconds": prefilled,
+            "probed_seconds": with_probe,
+            "step_seconds": step,
             "steps": extra / step,
             "of_prefill": extra / prefilled,
         }
