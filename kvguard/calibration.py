@@ -517,13 +517,15 @@ def _statement_table(statements: Sequence[Statement]) -> pl.DataFrame:
     for one in statements:
         for bound in (one.harm_left, one.alarms, one.false_alarm, one.missed_harm):
             rows.append(
-                one.use.model_dump()
+                one.use.model_dump(exclude={"press_settings"})
                 | {"operating_point": one.operating_point, "conservative": one.conservative}
                 | bound.model_dump()
                 | {"primary": bound.risk in ("harm_left", "alarm"), "text": bound.text}
             )
-    texts = ("model", "model_digest", "press", "press_class", "phase", "ratio", "task", "recovery")
-    schema_: dict[str, type[pl.DataType]] = dict.fromkeys(texts, pl.String)
+    texts = ("model", "model_digest", "press", "press_class", "phase", "ratio", "task")
+    schema_: dict[str, type[pl.DataType]] = dict.fromkeys(
+        (*texts, "decoding", "recovery"), pl.String
+    )
     schema_ |= {"max_new_tokens": pl.Int64, "check_every_tokens": pl.Int64}
     schema_ |= {"operating_point": pl.String, "conservative": pl.Boolean, "risk": pl.String}
     schema_ |= {"primary": pl.Boolean, "alpha": pl.Float64, "delta": pl.Float64, "unit": pl.String}

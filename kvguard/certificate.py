@@ -37,13 +37,18 @@ class _Part(BaseModel):
 class Use(_Part):
     """What a statement is bound to; anywhere else it says nothing.
 
+    A field that is empty, 0 or None was not recorded and binds nothing.
+
     Attributes:
         model, model_digest: name, and digest of weights and tokenizer; None: not recorded.
         press, press_class, phase: the press's name, its class, and when it compresses.
+        press_settings: of the configuration's entry: ``kwargs`` and, where the press compresses
+            while decoding, ``interval_tokens`` and ``buffer_tokens``.
         ratio: fraction removed.
         task: of the prompts.
         max_new_tokens: longest answer.
-        check_every_tokens: how often the guard examines a row.
+        decoding: how tokens are chosen, `config.Generation.text`.
+        check_every_tokens: how often the predictor is asked about a row.
         recovery: what an alarm does.
     """
 
@@ -52,19 +57,22 @@ class Use(_Part):
     press: str
     press_class: str
     phase: str
+    press_settings: dict[str, Any] | None = None
     ratio: str
     task: str
     max_new_tokens: int
+    decoding: str = ""
     check_every_tokens: int
     recovery: str
 
     @property
     def text(self) -> str:
         """The use in one line."""
+        decoding = f", {self.decoding}" if self.decoding else ""
         return (
             f"{self.model}, {self.press} {self.ratio} ({self.phase}), task {self.task}, at most "
-            f"{self.max_new_tokens} tokens, examined every {self.check_every_tokens}, recovery "
-            f"{self.recovery}"
+            f"{self.max_new_tokens} tokens{decoding}, examined every {self.check_every_tokens}, "
+            f"recovery {self.recovery}"
         )
 
 
@@ -266,8 +274,12 @@ class Certificate(_Part):
                 return point
         raise CertificateError(f"no operating point {name!r}; known: {', '.join(self.points)}")
 
-    def statement(self, operating_point: str, **use: Any) -> Statement:
-        """What is known of an operating point in a use; names fields of `Use` and their values.
+    def statements_about(self, operating_point: str, **use: Any) -> list[Statement]:
+        """What is known of an operating point in a use, one statement for each task and press name.
+
+        Args:
+            operating_point: its name.
+            use: fields of `Use` and their values; those not given may be anything.
 
         Raises:
             CertificateError: the certificate was made on something else; names what differs.
@@ -278,18 +290,22 @@ class Certificate(_Part):
             raise CertificateError("the certificate makes no statement about any use")
 
         def differing(statement: Statement) -> list[str]:
-            return [key for key, value in use.items() if getattr(statement.use, key) != value]
+            recorded = {key: getattr(statement.use, key) for key in use}
+            return [key for key, value in recorded.items() if value and value != use[key]]
 
-        nearest = min(known, key=lambda one: len(differing(one)))
-        fields = differing(nearest)
-        if fields:
+        found = [one for one in known if not differing(one)]
+        if not found:
+            fields = differing(min(known, key=lambda one: len(differing(one))))
             told = ", ".join(
                 f"{key}={use[key]!r} (certified on "
                 f"{', '.join(sorted({repr(getattr(one.use, key)) for one in known}))})"
                 for key in fields
             )
-            raise CertificateError(f"the certificate does not speak of {told}: calibrate again")
-        return nearest
+            raise CertificateError(
+                f"the certificate does not speak of {told}: calibrate again, or give thresholds of "
+                f"your own instead of {operating_point!r}, which nothing is certified of"
+            )
+        return found
 
     def check_predictor(self, predictor: Predictor) -> None:
         """Check that the thresholds belong to this predictor.

@@ -122,6 +122,14 @@ class Generation(Section):
     cold: Literal["host", "disk", "none"] = "host"
     """Where the entries go that a press evicts, for audits and checks; "none" recomputes them."""
 
+    @property
+    def text(self) -> str:
+        """How tokens are chosen, in words."""
+        if not self.do_sample:
+            return "greedy"
+        nucleus = f", top-p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"sampling at temperature {self.temperature:g}{nucleus}"
+
 
 class Detection(Section):
     """When an answer counts as looping, not terminating, amnesic or diverged (`detectors`)."""

@@ -1,7 +1,6 @@
 """KVGuard: a guard around a press, for ``model.generate``. Predict hazards, check, recover."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -13,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from kvguard import guard_files
+from kvguard.certified_use import certified_statements, press_use
 from kvguard.cold_cache import ColdKind
 from kvguard.config import POINT_NAMES, OperatingPoint, Tolerance
 from kvguard.engine import Session
@@ -27,7 +27,7 @@ from kvguard.guard_report import GuardError, GuardReport
 from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
 from kvguard.prefill import Prefix
-from kvguard.presses import phases, with_ratio
+from kvguard.presses import nominal_ratio, phases, with_ratio
 from kvguard.requests import Completion, Request
 from kvguard.rivals import Lossless
 from kvguard.sampling import Decoding
@@ -35,7 +35,8 @@ from kvguard.schema import FEATURE_VERSION, PROBE_NAMES
 from kvguard.slots import batch_size_for
 
 if TYPE_CHECKING:
-    from kvguard.certificate import Certificate
+    from kvguard.certificate import Certificate, Statement
+    from kvguard.drift import DriftMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,7 @@ class KVGuard:
             tokens alone are released.
         batch_size: rows decoded together; None takes as many as memory allows.
         seed: of sampling; None draws one from torch's global generator at each call.
-        condition: press and ratio of the certificate, e.g. ("snapkv", "0.750"), whose alarm rate on
-            the calibration prompts the drift monitor expects; None: all of them pooled.
+        task: of the prompts, a name in the certificate; None: any of those that it speaks of.
         streamer: receives released tokens, one request at a time; or give it to ``generate``.
 
     Attributes:
@@ -103,11 +103,13 @@ class KVGuard:
         drift: a `kvguard.drift.DriftMonitor` fed with every prompt's first request, or None
             without a certificate; ``drift.text`` says whether the certificate still applies.
         certificate: what came with the predictor, or None; ``certificate.text`` says it in words.
+        statements: what it says of this use, one for each task; empty with thresholds of your own.
 
     Raises:
         GuardError: the predictor was made for other features, or an argument is not accepted.
-        CertificateError: with ``condition``, the certificate was made on another one, another
-            recovery or another `check_every_tokens`; names what differs.
+        CertificateError: a named operating point is the certificate's, which was made on another
+            press, ratio, phase, task, recovery or ``check_every_tokens``; names what differs. A
+            call raises it for another model, ``max_new_tokens`` or way of sampling.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class KVGuard:
         holdback_tokens: int = 16,
         batch_size: int | None = None,
         seed: int | None = None,
-        condition: tuple[str, str] | None = None,
+        task: str | None = None,
         streamer: Any = None,
     ) -> None:
         if press is not None and not isinstance(press, BasePress):
@@ -163,23 +165,11 @@ class KVGuard:
             self.operating_point = _operating_point(
                 operating_point, self.certificate, rules=predictor == "rules"
             )
-        self.drift = None
-        if self.certificate is not None and isinstance(operating_point, str):
-            from kvguard.drift import DriftMonitor
-
-            press_name, ratio = condition or (None, None)
-            if condition is not None and self.certificate.statements:
-                # refuses, by name, what the certificate was not made on
-                self.certificate.statement(
-                    operating_point,
-                    press=press_name,
-                    ratio=ratio,
-                    recovery=recovery,
-                    check_every_tokens=check_every_tokens,
-                )
-            self.drift = DriftMonitor(
-                self.certificate, operating_point, press=press_name, ratio=ratio
-            )
+        self.task, self.safe_ratio = task, safe_ratio
+        self.check_every_tokens, self.recovery = check_every_tokens, recovery
+        self._point = operating_point if isinstance(operating_point, str) else None
+        self.statements = self._statements()
+        self.drift = self._drift_monitor()
         self._saved: dict[str, Any] = {
             "policy": policy,
             "operating_point": operating_point
@@ -187,9 +177,7 @@ class KVGuard:
             else None
             if self.operating_point is None
             else self.operating_point.model_dump(),
-            "recovery": recovery,
             "rules": isinstance(predictor, str) and predictor == "rules",
-            "condition": condition,
         }
         self._prompts_seen: set[int] = set()
         names = {"continue": "guard"}
@@ -198,9 +186,8 @@ class KVGuard:
         )
         self.cold, self.cold_folder = cold, cold_folder
         self._warned: set[str] = set()
-        self.safe_ratio, self.margin_nats, self.tolerance = safe_ratio, margin_nats, tolerance
-        self.check_every_tokens, self.holdback_tokens = check_every_tokens, holdback_tokens
-        self.batch_size, self.seed = batch_size, seed
+        self.margin_nats, self.tolerance = margin_nats, tolerance
+        self.holdback_tokens, self.batch_size, self.seed = holdback_tokens, batch_size, seed
         self.streamer = streamer
         self.report = GuardReport()
         self.completions: list[Completion] = []
@@ -304,7 +291,11 @@ class KVGuard:
 
         Returns:
             Completions in the requests' order; a failed one has ``error`` set.
+
+        Raises:
+            CertificateError: the certificate does not speak of this model or this decoding.
         """
+        self._statements(model, decoding)
         longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
         rows = self.batch_size or batch_size_for(model, longest)
         rows = min(rows, len(requests))
@@ -330,7 +321,7 @@ class KVGuard:
             session,
             policy,
             predictor=self.predictor,
-            ratio=press_ratio(self.press),
+            ratio=nominal_ratio(self.press),
             safe_ratio=self.safe_ratio,
             margin_nats=self.margin_nats,
             tolerance=self.tolerance,
@@ -347,6 +338,35 @@ class KVGuard:
         self.completions = [finished[request.key][0] for request in requests]
         self._watch_drift(requests)
         return self.completions
+
+    def _statements(
+        self, model: PreTrainedModel | None = None, decoding: Decoding | None = None
+    ) -> "list[Statement]":
+        """What the certificate says of this use; nothing where it gives no thresholds."""
+        if self.certificate is None or self._point is None:
+            return []
+        return certified_statements(
+            self.certificate,
+            self._point,
+            press=self.press,
+            recovery=self.recovery,
+            check_every_tokens=self.check_every_tokens,
+            safe_ratio=self.safe_ratio,
+            task=self.task,
+            model=model,
+            decoding=decoding,
+        )
+
+    def _drift_monitor(self) -> "DriftMonitor | None":
+        """Watches alarms against those of the same press and ratio, or of all of them pooled."""
+        if self.certificate is None or self._point is None:
+            return None
+        from kvguard.drift import DriftMonitor
+
+        known = {(one.press, one.ratio) for one in self.certificate.point(self._point).references}
+        uses = {(one.use.press, one.use.ratio) for one in self.statements} & known
+        press, ratio = uses.pop() if len(uses) == 1 else (None, None)
+        return DriftMonitor(self.certificate, self._point, press=press, ratio=ratio)
 
     def _watch_drift(self, requests: Sequence[Request]) -> None:
         """Tell the drift monitor of each new prompt's request, and the user when it warns."""
@@ -377,10 +397,12 @@ class KVGuard:
         trained = getattr(self.predictor, "provenance", {}).get("conditions")
         if not trained:
             return
-        ratio = f"{press_ratio(self.press):.3f}"
-        own = _plain(type(phases(self.press).prefill or self.press).__name__.removesuffix("Press"))
+        ratio = f"{nominal_ratio(self.press):.3f}"
+        names = sorted({_plain(press) for press, _ in trained["presses"]})
+        own = _plain(press_use(self.press)["press_class"].removesuffix("Press"))
+        own = next((name for name in names if name.startswith(own)), own)  # snapkv_w16 is a snapkv
         seen = {
-            "press": (own, sorted({_plain(press) for press, _ in trained["presses"]})),
+            "press": (own, names),
             "ratio": (ratio, sorted({ratio for _, ratio in trained["presses"]})),
             "max_new_tokens": (max_new_tokens, trained["max_new_tokens"]),
         }
@@ -434,8 +456,6 @@ class KVGuard:
             settings["predictor"] = Path(path) / guard_files.PREDICTOR
         if settings["operating_point"] is None:
             del settings["operating_point"]
-        if settings["condition"] is not None:
-            settings["condition"] = tuple(settings["condition"])
         try:
             return cls(
                 None if press is None else guard_files.press_from_json(press),
@@ -452,8 +472,8 @@ class KVGuard:
 
 
 _SAVED = (
-    *("cold", "safe_ratio", "margin_nats", "check_every_tokens", "holdback_tokens"),
-    *("batch_size", "seed"),
+    *("recovery", "cold", "safe_ratio", "margin_nats", "check_every_tokens", "holdback_tokens"),
+    *("batch_size", "seed", "task"),
 )
 """Settings that are attributes of the same name."""
 
@@ -466,25 +486,6 @@ def _plain(name: str) -> str:
 def _reads_probes(predictor: HazardModel | None) -> bool:
     """Whether a predictor reads what is measured at prefill."""
     return bool(set(getattr(predictor, "feature_names", ())) & set(PROBE_NAMES))
-
-
-def press_ratio(press: BasePress | None) -> float:
-    """The press's nominal compression ratio, 0 for none; NaN where it follows from the prompt."""
-    if press is None:
-        return 0.0
-    split = phases(press)
-    for part in (split.prefill, split.decode):
-        if part is None:
-            continue
-        ratio = getattr(part, "target_compression_ratio", None)
-        if ratio is None:
-            try:
-                ratio = part.compression_ratio
-            except (AttributeError, ValueError):
-                ratio = None
-        if ratio is not None:
-            return float(ratio)
-    return math.nan
 
 
 def _load_predictor(given: str | Path | HazardModel) -> tuple[HazardModel, "Certificate | None"]:

@@ -113,6 +113,17 @@ def load_model(folder: str | Path, *, dtype: str, device: str, attention: str) -
     return LoadedModel(model, tokenizer, end_token_ids, target, record["name"], record["digest"])
 
 
+def recorded_digest(model: PreTrainedModel) -> str | None:
+    """`LoadedModel.digest` of a model loaded from a prepared folder; None: from elsewhere.
+
+    What happened to the weights after they were loaded is not seen.
+    """
+    record = Path(model.name_or_path or "") / RECORD
+    if not model.name_or_path or not record.is_file():
+        return None
+    return str(json.loads(record.read_text())["digest"])
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is cuda, else mps, else cpu.
 

@@ -5,6 +5,7 @@ supported, and why others are not, is in `kvguard.press_catalogue`.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -170,6 +171,23 @@ def with_ratio(press: BasePress, ratio: float) -> BasePress:
     else:
         _set_ratio(copied, ratio)
     return copied
+
+
+def nominal_ratio(press: BasePress | None) -> float:
+    """The press's compression ratio, 0 for none; NaN where it follows from the prompt."""
+    split = phases(press)
+    if press is None:
+        return 0.0
+    for part in (split.prefill, split.decode):
+        ratio = getattr(part, "target_compression_ratio", None)
+        if ratio is None and part is not None:
+            try:
+                ratio = part.compression_ratio
+            except (AttributeError, ValueError):
+                ratio = None
+        if ratio is not None:
+            return float(ratio)
+    return math.nan
 
 
 def support_table() -> str:

@@ -264,9 +264,16 @@ def certificate_uses(experiment: Config) -> list[dict[str, Any]]:
             "press": press.name,
             "press_class": press.press_class,
             "phase": press.phase,
+            "press_settings": press.model_dump(
+                mode="json",
+                include={"kwargs"}
+                if press.phase == "prefill"
+                else {"kwargs", "interval_tokens", "buffer_tokens"},
+            ),
             "ratio": ratio,
             "task": task.name,
             "max_new_tokens": experiment.max_new_tokens(task.name),
+            "decoding": experiment.generation.text,
             "check_every_tokens": experiment.guard.check_every_tokens,
             "recovery": recovery,
         }

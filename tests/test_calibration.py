@@ -274,7 +274,7 @@ def test_observed_risks_are_those_of_the_state_machine(tables: Tables) -> None:
     predictions, outcomes, splits = tables
     certificate = certified(tables)
     point = certificate.points["balanced"].operating_point
-    statement = certificate.statement("balanced", press="knorm", recovery="promote")
+    statement = certificate.statements_about("balanced", press="knorm", recovery="promote")[0]
     calibration = splits.filter(pl.col("split") == "calibration")["prompt_id"].to_list()
     alarmed: dict[str, bool] = {}
     chosen = predictions.filter(
@@ -297,8 +297,8 @@ def test_observed_risks_are_those_of_the_state_machine(tables: Tables) -> None:
 
 def test_a_recovery_that_goes_on_compressed_is_judged_conservatively(tables: Tables) -> None:
     certificate = certified(tables)
-    exact = certificate.statement("aggressive", press="knorm", recovery="promote")
-    other = certificate.statement("aggressive", press="knorm", recovery="continue")
+    exact = certificate.statements_about("aggressive", press="knorm", recovery="promote")[0]
+    other = certificate.statements_about("aggressive", press="knorm", recovery="continue")[0]
     assert (exact.conservative, other.conservative) == (False, True)
     assert exact.harm_left.observed is not None
     assert other.harm_left.observed is not None
@@ -308,13 +308,13 @@ def test_a_recovery_that_goes_on_compressed_is_judged_conservatively(tables: Tab
 
 def test_a_certificate_speaks_of_one_use(tables: Tables) -> None:
     certificate = certified(tables)
-    certificate.statement("balanced", press="knorm", ratio="0.500", recovery="promote")
+    certificate.statements_about("balanced", press="knorm", ratio="0.500", recovery="promote")
     with pytest.raises(
         CertificateError, match=r"ratio='0\.900' \(certified on '0\.500', '0\.750'\)"
     ):
-        certificate.statement("balanced", press="snapkv", ratio="0.900", recovery="promote")
+        certificate.statements_about("balanced", press="snapkv", ratio="0.900", recovery="promote")
     with pytest.raises(CertificateError, match="recovery='tolerant'"):
-        certificate.statement("balanced", press="snapkv", ratio="0.500", recovery="tolerant")
+        certificate.statements_about("balanced", press="snapkv", ratio="0.500", recovery="tolerant")
 
 
 def test_too_few_prompts_are_refused_with_a_number() -> None:

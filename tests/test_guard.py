@@ -905,22 +905,6 @@ def test_an_answer_that_cannot_be_checked_fails_where_that_was_promised(
         assert done[key][0].token_ids == expected[key]
 
 
-def test_a_certificate_of_another_use_is_refused(tmp_path: Path) -> None:
-    from test_calibration import _tables, certified
-
-    path = tmp_path / "hazard_predictor.json"
-    save_predictor(rules_predictor(), path)
-    save_certificate(certified(_tables(8)), tmp_path / "certificate.json")
-    with pytest.raises(CertificateError, match="recovery='restart'"):
-        KVGuard(
-            kvpress.KnormPress(0.5),
-            predictor=path,
-            condition=("knorm", "0.500"),
-            recovery="restart",
-            check_every_tokens=1,
-        )
-
-
 def test_thresholds_and_drift_come_from_the_certificate_beside_the_predictor(
     tiny_llama: PreTrainedModel, tmp_path: Path
 ) -> None:

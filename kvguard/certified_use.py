@@ -1,0 +1,131 @@
+"""Whether what a guard does is what its certificate was made on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvpress import BasePress
+from transformers import PreTrainedModel
+
+from kvguard.certificate import Certificate, CertificateError, Statement, Use
+from kvguard.config import BASELINE, BASELINE_RATIO, Generation, Press
+from kvguard.guard_files import press_to_json
+from kvguard.models import RECORD, recorded_digest
+from kvguard.presses import build_press, nominal_ratio, phases
+from kvguard.sampling import Decoding
+
+
+def certified_statements(
+    certificate: Certificate,
+    operating_point: str,
+    *,
+    press: BasePress | None,
+    recovery: str,
+    check_every_tokens: int,
+    safe_ratio: float,
+    task: str | None = None,
+    model: PreTrainedModel | None = None,
+    decoding: Decoding | None = None,
+) -> list[Statement]:
+    """What a certificate says of a guard's use; one statement for each task.
+
+    Args:
+        certificate: as loaded.
+        operating_point: its name there.
+        press: the guarded one.
+        recovery: what an alarm does.
+        check_every_tokens: how often the predictor is asked.
+        safe_ratio: fraction removed in SAFE; certificates are made at 0.
+        task: of the prompts; None: any.
+        model: None: not known yet, as at the guard's construction.
+        decoding: None: not known yet.
+
+    Raises:
+        CertificateError: it was made on something else; names what differs.
+    """
+    if not certificate.statements:
+        return []
+    use: dict[str, Any] = press_use(press)
+    use |= {"check_every_tokens": check_every_tokens, "recovery": recovery}
+    if safe_ratio > 0:
+        raise CertificateError(
+            f"the certificate does not speak of safe_ratio={safe_ratio:g} (certified on 0)"
+        )
+    if task is not None:
+        use["task"] = task
+    if decoding is not None:
+        use |= {"max_new_tokens": decoding.max_new_tokens, "decoding": decoding_text(decoding)}
+    if model is not None:
+        digest = recorded_digest(model)
+        if digest is None and all(one.use.model_digest for one in certificate.statements):
+            raise CertificateError(
+                f"the certificate does not speak of the model loaded from {model.name_or_path!r}, "
+                f"where no {RECORD} says which it is; load the folder that the run prepared, "
+                "results/checkpoints/NAME, or give thresholds of your own"
+            )
+        use["model_digest"] = digest
+    found = certificate.statements_about(operating_point, **use)
+    faults = [_differing_settings(press, one.use) for one in found]
+    if all(faults):
+        raise CertificateError(
+            f"the certificate does not speak of the press's {faults[0]}: calibrate again, or give "
+            "thresholds of your own"
+        )
+    return [one for one, fault in zip(found, faults, strict=True) if not fault]
+
+
+def press_use(press: BasePress | None) -> dict[str, str]:
+    """Class, phase and ratio of a press, in the words of the configuration (`Press`)."""
+    if press is None:
+        return {"press_class": BASELINE, "phase": "", "ratio": BASELINE_RATIO}
+    prefill, decode = phases(press)
+    base = decode.base_press if prefill is None and decode is not None else prefill
+    return {
+        "press_class": type(base).__name__,
+        "phase": "prefill" if decode is None else "decode" if prefill is None else "both",
+        "ratio": f"{nominal_ratio(press):.3f}",
+    }
+
+
+def decoding_text(decoding: Decoding) -> str:
+    """How tokens are chosen, in the words of `config.Generation.text`; with what that has not."""
+    text = Generation(
+        do_sample=decoding.do_sample, temperature=decoding.temperature, top_p=decoding.top_p
+    ).text
+    more = [f"top-k {decoding.top_k}"] if decoding.top_k else []
+    more += [f"min-p {decoding.min_p:g}"] if decoding.min_p else []
+    more += [f"at least {decoding.min_new_tokens} tokens"] if decoding.min_new_tokens else []
+    more += [type(processor).__name__ for processor in decoding.processors]
+    return ", ".join([text, *more])
+
+
+def _differing_settings(press: BasePress | None, use: "Use") -> str | None:
+    """In what a press differs from that of a certified use; None: in nothing that was recorded."""
+    if use.press_settings is None:
+        return None
+    spec = Press.model_validate(
+        {"name": use.press, "class": use.press_class, "phase": use.phase, "ratios": [use.ratio]}
+        | use.press_settings
+    )
+    certified = press_settings(build_press(spec, use.ratio))
+    own = press_settings(press)
+    faults = [
+        f"{name}={own.get(name)!r} (certified on {certified.get(name)!r})"
+        for name in sorted(certified.keys() | own.keys())
+        if own.get(name) != certified.get(name)
+    ]
+    return ", ".join(faults) or None
+
+
+def press_settings(press: BasePress | None) -> dict[str, Any]:
+    """Every argument of a press and of the presses inside it, by its path: "press.window_size"."""
+
+    def settings(content: Mapping[str, Any], path: str) -> dict[str, Any]:
+        found: dict[str, Any] = {f"{path}class": content["class"]}
+        for key, value in content["kwargs"].items():
+            if isinstance(value, Mapping):
+                found |= settings(value, f"{path}{key}.")
+            else:
+                found[f"{path}{key}"] = value
+        return found
+
+    return {} if press is None else settings(press_to_json(press), "")
