@@ -2,17 +2,18 @@
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from fractions import Fraction
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}}(?![0-9]))?"
 _NUMBER = re.compile(
     rf"""
-    [\s(\[{{:≈]* (?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?\s*)?
-    (?P<sign>[-+]?) \s*
+    [\s(\[{{:≈]*+ (?:(?:the\s++)?(?:final\s++)?answer(?:\s++is)?\s*+:?\s*+)?
+    (?P<sign>[-+]?) \s*+
     (?:
-        (?:(?P<whole>{_INTEGER})\s+(?=[0-9.]))?
-        (?P<over>[-+]?{_DECIMAL}) \s*/\s* (?P<under>[-+]?{_DECIMAL})
+        (?:(?P<whole>{_INTEGER})\s++(?=[0-9.]))?
+        (?P<over>[-+]?{_DECIMAL}) \s*+/\s*+ (?P<under>[-+]?{_DECIMAL})
       | (?P<plain>{_DECIMAL})
     )
     """,
@@ -40,6 +41,8 @@ _REWRITES = [
 ]
 _MARKER = re.compile(r"(?<!#)####(?!#)\s*([^\n]*)")
 _BOXED = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"[{}]")
+_MAX_BOXES = 64  # a text of nested boxes would be read once a box
 
 
 def canonical_number(text: str) -> str | None:
@@ -85,18 +88,21 @@ def extract_answer(text: str) -> str | None:
     for content in reversed(_MARKER.findall(text)):
         if (answer := canonical_number(content)) is not None:
             return answer
-    for opening in reversed(list(_BOXED.finditer(text))):
-        content = _braced(text, opening.end())
-        if content is not None and (answer := canonical_number(content)) is not None:
+    for content in _boxes(text):
+        if (answer := canonical_number(content)) is not None:
             return answer
     return None
 
 
-def _braced(text: str, start: int) -> str | None:
-    """The text from ``start`` to the brace that closes it; None when nothing does."""
-    depth = 1
-    for brace in re.finditer(r"[{}]", text[start:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[start : start + brace.start()]
-    return None
+def _boxes(text: str) -> Iterator[str]:
+    """Contents of the boxes that are closed, the last opened first, of the last `_MAX_BOXES`."""
+    opened = {box.end() for box in _BOXED.finditer(text)}
+    waiting: list[int] = []
+    closed: dict[int, int] = {}
+    for brace in _BRACE.finditer(text) if opened else ():
+        if brace[0] == "{":
+            waiting.append(brace.end())
+        elif waiting:
+            closed[waiting.pop()] = brace.start()
+    for start in sorted(opened & closed.keys(), reverse=True)[:_MAX_BOXES]:
+        yield text[start : closed[start]]

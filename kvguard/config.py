@@ -41,8 +41,10 @@ from kvguard.config_types import (
     Name,
     Probability,
     Ratio,
+    ResultsFolder,
+    SchedulerName,
     Section,
-    written_as,
+    shortened,
 )
 from kvguard.config_types import ConfigError as ConfigError
 from kvguard.config_types import ratio_text as ratio_text
@@ -289,8 +291,8 @@ class Job(Section):
     runtime: Count = Field(default=60, description="minutes")
     gpu: int = Field(default=0, ge=0)
     threads: Count = 2
-    partition: str | None = None
-    account: str | None = None
+    partition: SchedulerName | None = None
+    account: SchedulerName | None = None
 
 
 class Jobs(Section):
@@ -306,10 +308,7 @@ class Config(Section):
 
     name: Name
     seed: int = Field(default=0, ge=0)
-    results_dir: Annotated[
-        str,
-        written_as(r"[\w./-]+", "a results folder is letters, digits, '_', '.', '-' and '/'"),
-    ] = "results"
+    results_dir: ResultsFolder = "results"
     models: list[Model] = Field(min_length=1)
     tasks: list[Task] = Field(min_length=1)
     presses: list[Press] = Field(min_length=1)
@@ -533,7 +532,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
         elif kind == "dict_type" or kind == "model_type":
             message = "should be a mapping"
         if kind != "missing" and not re.search(r"\bgot ", message):
-            message += f" (got {given!r})"
+            message += f" (got {shortened(given)})"
         lines.setdefault(".".join(path) or "configuration", []).append(message)
     listed = [f"  {field}: {' or '.join(messages)}" for field, messages in lines.items()]
     return "the configuration cannot be used:\n" + "\n".join(listed)

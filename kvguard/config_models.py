@@ -36,7 +36,8 @@ class WheelModel(Section):
     source: Literal["wheel"]
     name: Name
     requirement: Annotated[
-        str, written_as(r"[A-Za-z0-9_.-]+==[\w.+!-]+", "a requirement is written package==version")
+        str,
+        written_as(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", "a requirement is written package==version"),
     ]
     wheel_sha256: Sha256
     member: str = Field(min_length=1, description="path of the GGUF inside the wheel")

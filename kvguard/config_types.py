@@ -1,6 +1,7 @@
 """What sections of the configuration are made of: their base class, names, ratios, hashes."""
 
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,6 +39,14 @@ def ratio_text(value: object) -> str:
     return f"{number:.3f}"
 
 
+def shortened(value: object) -> str:
+    """A value as errors show it: a few nested anchors of YAML stand for gigabytes of text."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxdict, short.maxstring, short.maxother = 4, 20, 300, 300
+    short.maxlist = short.maxtuple = 40
+    return short.repr(value)
+
+
 def written_as(pattern: str, meaning: str) -> AfterValidator:
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -56,10 +65,28 @@ def _existing_file(path: Path) -> Path:
 Name = Annotated[
     str,
     written_as(
-        r"[A-Za-z0-9][A-Za-z0-9_.-]*",
-        "a name is letters, digits, '_', '.' and '-', and starts with a letter or digit",
+        r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}",
+        "a name is letters, digits, '_', '.' and '-', starts with a letter or digit, and has at "
+        "most 100 characters",
     ),
 ]
+ResultsFolder = Annotated[
+    str,
+    written_as(
+        r"(?!.*(?:^|/)(?:-|\.\.(?:/|$)))(?=.*\w)[\w./-]+",
+        "a results folder is letters, digits, '_', '.', '-' and '/', without '..' and without a "
+        "part that starts with '-'",
+    ),
+]
+"""Every result is written below it; absolute, or below the folder in which Snakemake runs."""
+SchedulerName = Annotated[
+    str,
+    written_as(
+        r"[A-Za-z0-9_][A-Za-z0-9_.,:@+-]{0,99}",
+        "a partition or account is at most 100 letters, digits and any of '_.,:@+-'",
+    ),
+]
+"""Reaches the scheduler's command line, which a shell reads."""
 Ratio = Annotated[str, BeforeValidator(ratio_text, json_schema_input_type=float | str)]
 Sha256 = Annotated[
     str, written_as(r"[0-9a-f]{64}", "a SHA-256 is 64 lower-case hexadecimal digits")

@@ -25,16 +25,14 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from kvguard.files import RECORD as RECORD
+from kvguard.untrusted import ModelError as ModelError
+from kvguard.untrusted import read_description, refusing
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 """Values of a model config's ``model_type`` that the engine decodes exactly."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
-
-
-class ModelError(ValueError):
-    """A model that cannot be prepared or loaded; the message names the field and the value."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +206,9 @@ def read_model_config(folder: Path) -> PreTrainedConfig:
     """A folder's config, of a known family: transformers fails obscurely on others."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json")
-    check_family(json.loads((folder / "config.json").read_text()).get("model_type"))
-    model_config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_family(read_description(folder / "config.json").get("model_type"))
+    with refusing(folder / "config.json"):
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return model_config
 
 

@@ -5,10 +5,16 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from kvguard.answers import canonical_number
 from kvguard.config_tasks import Gsm8k, GsmSymbolic, JsonLines
+from kvguard.config_types import shortened
 from kvguard.tasks import Question, TaskError, canonical_text, hex_digest
+
+MAX_LINE_CHARACTERS = 1_000_000
+"""Length of one line of a file of questions; prompts of a million tokens are longer than any
+context."""
 
 
 def gsm_symbolic(task: GsmSymbolic, seed: int) -> tuple[Iterator[Question], list[Question]]:
@@ -63,36 +69,70 @@ def json_lines(task: JsonLines, seed: int) -> tuple[Iterator[Question], list[Que
     Few-shot examples are taken from those that have an answer, and are not asked.
     """
     questions = []
-    for number, line in enumerate(task.path.read_text("utf-8").split("\n"), start=1):
-        if line.strip():
-            questions.append(_own_question(line, f"{task.path}:{number}", task.match))
+    for place, line in _lines(task.path):
+        questions.append(_own_question(line, place, task.match))
     ordered = _in_seeded_order(questions, seed)
     examples = [question for question in ordered if question.reference is not None]
     examples = examples[len(examples) - task.few_shot :] if task.few_shot else []
     return iter([question for question in ordered if question not in examples]), examples
 
 
-def _own_question(line: str, place: str, match: str) -> Question:
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Place and text of each line that is not blank, never more than one line in memory.
+
+    Raises:
+        TaskError: a line is no UTF-8, or longer than `MAX_LINE_CHARACTERS`; names it.
+    """
+    number = 1
+    with path.open(encoding="utf-8", newline="\n") as file:
+        while True:
+            try:
+                line = file.readline(MAX_LINE_CHARACTERS + 1)
+            except UnicodeDecodeError as error:
+                raise TaskError(f"{path}:{number} or a line behind it: {error}") from None
+            if not line:
+                return
+            if len(line) > MAX_LINE_CHARACTERS:
+                raise TaskError(
+                    f"{path}:{number}: a line has at most {MAX_LINE_CHARACTERS:,} characters"
+                )
+            if line.strip():
+                yield f"{path}:{number}", line
+            number += 1
+
+
+def _parsed(line: str, place: str) -> object:
+    """What a line of JSON says, in text that can be written as UTF-8."""
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise TaskError(f"{place}: no JSON: {error}") from None
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{place}: no JSON object with a question: {error}") from None
+    return row
+
+
+def _own_question(line: str, place: str, match: str) -> Question:
+    row = _parsed(line, place)
     if not isinstance(row, dict) or not isinstance(row.get("question"), str):
-        raise TaskError(f'{place}: expected a JSON object with a text "question", got {row!r}')
+        raise TaskError(
+            f'{place}: expected a JSON object with a text "question", got {shortened(row)}'
+        )
     answer, template = row.get("answer"), row.get("template")
     if answer is not None and (
         isinstance(answer, bool) or not isinstance(answer, str | int | float)
     ):
-        raise TaskError(f'{place}: "answer" must be a text, a number or null, got {answer!r}')
+        raise TaskError(
+            f'{place}: "answer" must be a text, a number or null, got {shortened(answer)}'
+        )
     if template is not None and not isinstance(template, str):
-        raise TaskError(f'{place}: "template" must be a text, got {template!r}')
+        raise TaskError(f'{place}: "template" must be a text, got {shortened(template)}')
     reference = None if answer is None else str(answer)
     expected = reference
     if reference is not None:
         expected = canonical_number(reference) if match == "number" else canonical_text(reference)
         if not expected:
             wanted = "number" if match == "number" else "word"
-            raise TaskError(f'{place}: "answer" holds no {wanted}: {answer!r}')
+            raise TaskError(f'{place}: "answer" holds no {wanted}: {shortened(answer)}')
     spec = {"answer": expected, "match": match}
     return Question(row["question"], reference, reference or "", spec, template)
 
@@ -110,11 +150,7 @@ def _in_seeded_order(questions: list[Question], seed: int) -> list[Question]:
 
 def _gsm8k_rows(task: Gsm8k, path: Path | None, split: str) -> list[Question]:
     if path is not None:
-        rows = [
-            _json_row(line, f"{path}:{number}")
-            for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1)
-            if line.strip()
-        ]
+        rows = [_json_row(line, place) for place, line in _lines(path)]
     else:
         rows = [
             (row["question"], row["answer"], f"{task.repository} {split}")
@@ -133,14 +169,14 @@ def _gsm8k_rows(task: Gsm8k, path: Path | None, split: str) -> list[Question]:
 
 def _json_row(line: str, place: str) -> tuple[str, str, str]:
     try:
-        row = json.loads(line)
+        row: Any = _parsed(line, place)
         question, answer = row["question"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise TaskError(
             f'{place}: expected one JSON object with "question" and "answer" a line: {error!r}'
         ) from None
     if not (isinstance(question, str) and isinstance(answer, str) and question.strip()):
-        raise TaskError(f'{place}: "question" and "answer" must be texts, got {row!r}')
+        raise TaskError(f'{place}: "question" and "answer" must be texts, got {shortened(row)}')
     return question, answer, place
 
 

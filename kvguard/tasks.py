@@ -134,7 +134,7 @@ def _compare(expected: list[str], found: list[Found], text: str) -> Verdict:
     return Verdict(score, False, answer, wrong, start)
 
 
-_MARKS = re.compile(r"(^|[\n,;:])(\s*(?:[-*•]|\(?[0-9]{1,2}[.)])(?=\s))")
+_MARKS = re.compile(r"(^|[\n,;:])([^\S\n]*+(?:[-*•]|\(?[0-9]{1,2}[.)])(?=\s))")
 _SEPARATOR = re.compile(r"[,;\n]|\.(?=\s|$)|\band\b")
 _LABEL = re.compile(r"[^\W\d][\w ]{0,24}:\s+")
 _DECORATION = " \t\r\"'`*_[](){}.!“”‘’"
