@@ -32,6 +32,7 @@ wildcard_constraints:
 localrules:
     all,
     figures,
+    freeze_plan,
     paper,
     record_run,
     render_report,

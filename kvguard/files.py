@@ -1,8 +1,9 @@
 """Files that are whole or not there: atomic writes with a recorded SHA-256, checked before use.
 
 A file appears under its name only when it is complete, and the digest of what was written is kept
-beside it (``.<name>.sha256``). A job checks the digests of its inputs before it reads them, so that
-a truncated file or a flipped bit stops the first reader instead of spreading into tables.
+beside it (``.<name>.sha256``): the digest on the first line, what made the file on the second, as
+JSON. A job checks the digests of its inputs before it reads them, so that a truncated file or a
+flipped bit stops the first reader instead of spreading into tables.
 """
 
 import hashlib
@@ -10,14 +11,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 RECORD = "kvguard_model.json"
 """File in a prepared model's folder that lists the SHA-256 of the others under ``files``."""
 
 PARTIAL = ".part"
 """Ending of a file that is being written; one that no process writes was left by a kill."""
+
+_origin: dict[str, Any] = {}
+
+
+def record_origin(origin: Mapping[str, Any]) -> None:
+    """Keep this beside every file that the process writes from now on: a job's `describe_job`."""
+    _origin.clear()
+    _origin.update(origin)
 
 
 class DamagedFile(ValueError):
@@ -50,6 +60,38 @@ def digest_path(path: str | Path) -> Path:
     return path.with_name(f".{path.name}.sha256")
 
 
+def recorded_digest(path: str | Path) -> str | None:
+    """The SHA-256 of a file as it was written; None where none is recorded."""
+    record = digest_path(path)
+    return record.read_text().split("\n", 1)[0].strip() if record.is_file() else None
+
+
+def content_digest(path: str | Path) -> str | None:
+    """The recorded digest of what a file says, the same for every run of a job.
+
+    Of a table the digest of its values without timings (`kvguard.schema.write_table`), of a
+    prepared model that of its record, of any other file its SHA-256; None where none is recorded.
+    """
+    path = Path(path)
+    if (path / RECORD).is_file():
+        return file_sha256(path / RECORD)
+    return origin_of(path).get("values") or recorded_digest(path)
+
+
+def origin_of(path: str | Path) -> dict[str, Any]:
+    """What made a file (`kvguard.provenance.describe_job`); empty where that was not recorded.
+
+    Raises:
+        DamagedFile: the record is not what was written.
+    """
+    record = digest_path(path)
+    lines = record.read_text().splitlines() if record.is_file() else []
+    try:
+        return dict(json.loads(lines[1])) if len(lines) > 1 else {}
+    except ValueError as error:
+        raise DamagedFile(path, f"{record.name} cannot be read ({error})") from None
+
+
 def check_file(path: str | Path) -> None:
     """Compare a file with the digest that was recorded when it was written.
 
@@ -58,8 +100,8 @@ def check_file(path: str | Path) -> None:
     Raises:
         DamagedFile: its content is another one.
     """
-    record = digest_path(path)
-    if record.is_file() and record.read_text().strip() != file_sha256(path):
+    recorded = recorded_digest(path)
+    if recorded is not None and recorded != file_sha256(path):
         raise DamagedFile(path, "its content is not what was written (SHA-256)")
 
 
@@ -100,12 +142,16 @@ class atomic_path:
     What an earlier, killed writer of the same file left is removed. An error gets a note that names
     the file.
 
+    Args:
+        path: the file.
+        values: digest of what it says, where its bytes differ between runs that agree.
+
     >>> with atomic_path(target) as temporary:
     ...     temporary.write_text("whole or not at all")
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, values: str | None = None) -> None:
+        self.path, self.values = Path(path), values
 
     def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +177,9 @@ class atomic_path:
                 digest = file_sha256(self.temporary)
                 digest_path(self.path).unlink(missing_ok=True)
                 self.temporary.replace(self.path)
-                digest_path(self.path).write_text(digest + "\n")
+                origin = _origin | ({"values": self.values} if self.values else {})
+                further = json.dumps(origin, sort_keys=True) + "\n" if _origin else ""
+                digest_path(self.path).write_text(f"{digest}\n{further}")
         except OSError as failure:
             failure.add_note(self._note())
             raise

@@ -3,9 +3,10 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -18,8 +19,10 @@ from kvguard.files import (
     DamagedFile,
     check_file,
     check_model,
+    content_digest,
     digest_path,
     file_sha256,
+    origin_of,
 )
 
 MANIFEST = "manifest.json"
@@ -85,7 +88,12 @@ def verify_results(config: Config, results: str | Path) -> list[Check]:
         found: list[str | None] = []
         try:
             found.extend(check(config, Path(results)))
-        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        except (
+            OSError,
+            ValueError,
+            pl.exceptions.PolarsError,
+            pl.exceptions.PanicException,  # what Polars raises for some flipped bits
+        ) as error:
             found.append(f"cannot go on after {len(found)}: {error}")
         checks.append(Check(name, len(found), [problem for problem in found if problem]))
     return checks
@@ -345,6 +353,48 @@ def _check_files(config: Config, results: Path) -> Problems:
         yield f"{path.relative_to(results)}: half written by a job that was killed; remove it"
 
 
+def _check_origins(config: Config, results: Path) -> Problems:
+    """Files that one rule wrote were made alike, with this seed, from the files that are there."""
+    alike: dict[tuple[str | None, ...], list[tuple[str, dict[str, Any]]]] = {}
+    manifest = results / MANIFEST
+    counted = json.loads(manifest.read_text()) if manifest.is_file() else None
+    for path in _written_files(results):
+        name = path.relative_to(results).as_posix()
+        if counted is not None and name not in counted:
+            continue  # of an earlier configuration
+        origin = origin_of(path)
+        if not origin:
+            continue  # written by a version that recorded no origin
+        others = [
+            source
+            for source, used in origin["data"].items()
+            if used and content_digest(results / source) not in (None, used)
+        ]
+        yield f"{name}: made from another {', '.join(others[:LISTED])}" if others else None
+        if origin["seed"] != config.seed:
+            yield f"{name}: made with seed {origin['seed']}, the configuration has {config.seed}"
+        wildcards = origin["wildcards"]
+        key = (origin["rule"], wildcards.get("model"), wildcards.get("figure"))
+        alike.setdefault(key, []).append((name, origin))
+    for (rule, *_), files in alike.items():
+        for field in ("code", "kvguard", "python", "packages", "device", "dtype"):
+            yield _disagreement(f"{rule}: {field}", [(name, made[field]) for name, made in files])
+
+
+def _disagreement(what: str, values: list[tuple[str, Any]]) -> str | None:
+    """Which files differ from most others in one value; None where all agree."""
+    counts = Counter(json.dumps(value, sort_keys=True) for _, value in values)
+    (usual, _), *rest = counts.most_common()
+    if not rest:
+        return None
+    odd = [(name, value) for name, value in values if json.dumps(value, sort_keys=True) != usual]
+    most, (name, value) = json.loads(usual), odd[0]
+    if isinstance(most, dict):
+        differing = [part for part in most if most[part] != value.get(part)]
+        most, value = ({part: one.get(part) for part in differing} for one in (most, value))
+    return f"{what}: {len(odd)} of {len(values)} files differ: {name} has {value}, most have {most}"
+
+
 def _check_database(config: Config, results: Path) -> Problems:
     """The database can be read to its end and holds every row of its source tables."""
     path = results / "kvguard.duckdb"
@@ -470,6 +520,7 @@ CHECKS: dict[str, Callable[[Config, Path], Problems]] = {
     "live runs": _check_live,
     "model hashes": _check_models,
     "written files": _check_files,
+    "origins": _check_origins,
     "database": _check_database,
     "result hashes": _check_manifest,
 }

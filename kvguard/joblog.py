@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from kvguard.files import check_inputs
+from kvguard.files import check_inputs, record_origin
 
 logger = logging.getLogger("kvguard")
 
@@ -58,6 +58,8 @@ def configure_logging(log: str | Path | None = None) -> None:
 def start_job() -> Any:
     """Set up the log of the rule whose script is running, and check the digests of its inputs.
 
+    What the job writes carries what made it (`kvguard.provenance.describe_job`).
+
     Returns:
         The object that Snakemake puts into a script's globals: input, output, params, wildcards.
 
@@ -69,7 +71,10 @@ def start_job() -> Any:
     if job is None:
         raise RuntimeError("this script is started by Snakemake, as the rule of the same name")
     configure_logging(job.log[0])
+    from kvguard.provenance import describe_job  # not at the top: the hook is set before
+
     check_inputs(map(str, job.input))
+    record_origin(describe_job(job))
     return job
 
 

@@ -13,7 +13,7 @@ import psutil
 
 import kvguard
 from kvguard.config import Config, digest
-from kvguard.files import file_sha256
+from kvguard.files import content_digest, file_sha256
 
 PACKAGE = Path(__file__).parent
 
@@ -38,6 +38,9 @@ PACKAGES = (
     "datasets",
 )
 """Packages whose versions a result carries."""
+
+LISTED_INPUTS = 64
+"""Inputs of one job that are listed one by one in what it writes; a sweep has thousands."""
 
 
 def manifest(paths: Iterable[str | Path], root: str | Path) -> dict[str, dict[str, Any]]:
@@ -68,6 +71,87 @@ def describe_run(config: Config) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "accelerators": _accelerators(),
     }
+
+
+def describe_job(job: Any) -> dict[str, Any]:
+    """What made the files of one job of the pipeline.
+
+    Args:
+        job: the object that Snakemake gives a script.
+
+    Returns:
+        - ``rule``, ``wildcards``, ``seed``
+        - ``configuration``: digest of the whole, without the section `jobs`; ``parameters``: digest
+          of what the job was given of it
+        - ``code``: digest of the script and the library code that it reaches
+        - ``data``: by input file (below the results folder) its `content_digest`; of a list longer
+          than `LISTED_INPUTS` one digest of all
+        - ``kvguard``, ``python``, ``packages``: versions; ``device`` and ``dtype``, of a job that
+          runs the language model those of the model.
+    """
+    settings = dict(job.params.items()).get("model") or {}
+    parameters = {name: value for name, value in job.params.items() if name != "library"}
+    return {
+        "rule": job.rule,
+        "wildcards": dict(job.wildcards.items()),
+        "configuration": digest({k: v for k, v in job.config.items() if k != "jobs"}),
+        "parameters": digest(parameters),
+        "code": job.params.get("library"),
+        "seed": _setting(job, "seed"),
+        "data": _input_digests(job),
+        "kvguard": kvguard.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": _device(settings.get("device", "cpu")),
+        "dtype": settings.get("dtype"),
+    }
+
+
+def _setting(job: Any, name: str) -> Any:
+    """A field of the configuration that a job was started with, or its default."""
+    return job.config.get(name, Config.model_fields[name].default)
+
+
+def _input_digests(job: Any) -> dict[str, str | None]:
+    """Recorded digests of a job's inputs, those of a long list as one."""
+    root = Path(_setting(job, "results_dir"))
+    found: dict[str, str | None] = {}
+    listed = list(job.input)
+    if len(listed) <= LISTED_INPUTS:
+        return {_below(path, root): content_digest(path) for path in listed}
+    for name, given in job.input.items():
+        paths = [given] if isinstance(given, str) else list(given)
+        if len(paths) <= LISTED_INPUTS:
+            found |= {_below(path, root): content_digest(path) for path in paths}
+        else:
+            digests = {_below(path, root): content_digest(path) for path in paths}
+            found[f"{name} ({len(paths)} files)"] = digest(digests)
+    return found
+
+
+def _below(path: str, root: Path) -> str:
+    """A path as it is named below the results folder; one outside stays as it is."""
+    return Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else path
+
+
+def _device(name: str) -> str:
+    """The device of that name on this machine; of a GPU also what it is called.
+
+    One that is not on this machine, such as a login node that only prepares a model, stays a name.
+    """
+    if name == "cpu":
+        return name
+    import torch
+
+    from kvguard.models import ModelError, resolve_device
+
+    try:
+        device = resolve_device(name)
+    except ModelError:
+        return name
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,9 @@ folder and then renamed, so that a reader never sees half a file. Keys are colum
 parsed out of a file name. ``ratio`` is text with three decimals: no float is ever compared.
 """
 
+import hashlib
+import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +17,9 @@ from numpy.typing import NDArray
 
 from kvguard.files import DamagedFile, check_file
 from kvguard.files import atomic_path as atomic_path
+
+TIMINGS = re.compile(r"seconds|(^|_)time(_|$)|allocator_bytes")
+"""Columns that no two runs share."""
 
 TOP_LOGPROBS = 20
 """How many of the largest log-probabilities are stored per token."""
@@ -296,6 +302,8 @@ def write_table(
 ) -> None:
     """Check ``frame`` against ``schema`` and write it as Parquet, all or nothing.
 
+    The digest of the values without timings is recorded beside it: that of two runs is the same.
+
     Args:
         frame: the table.
         path: target; its folder is made.
@@ -307,8 +315,16 @@ def write_table(
     path = Path(path)
     if schema is not None:
         frame = check(frame, schema, path.stem)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, values_digest(frame)) as temporary:
         frame.write_parquet(temporary, compression="zstd")
+
+
+def values_digest(frame: pl.DataFrame) -> str:
+    """SHA-256 of a table's values, without the columns that no two runs share (`TIMINGS`)."""
+    kept = [name for name in frame.columns if not TIMINGS.search(name)]
+    buffer = io.BytesIO()  # as Parquet, whose bytes do not depend on how a frame lies in memory
+    frame.select(kept).rechunk().write_parquet(buffer, compression="uncompressed")
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
 def read_table(path: str | Path, schema: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:

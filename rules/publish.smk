@@ -107,17 +107,26 @@ rule write_findings:
 
 rule write_manifest:
     input:
-        records=["<results>/config.json", "<results>/provenance.json"],
+        records=[
+            "<results>/config.json",
+            "<results>/provenance.json",
+            "<results>/models/plan.txt",
+        ],
         prompts=["<results>/prompts/prompts.parquet", "<results>/prompts/few_shot.json"],
         traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
         tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
+        onsets=every_trace(
+            "<results>/harm_onsets/{model}/{press}/{ratio}/{shard}.parquet",
+            compressed=True,
+        ),
+        checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
         derived=collect(
             "<results>/{table}.parquet",
             table=["outcomes", "splits", "labels", "features", "predictions", "simulation"],
         ),
         models=collect(
             "<results>/models/{name}.json",
-            name=["hazard_predictor", "baselines", "certificate"],
+            name=["hazard_predictor", "baselines", "certificate", "rivals"],
         ),
         targets=collect(
             "<results>/models/hazard_{target}.json", target=experiment.predictor.targets

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -15,7 +16,7 @@ from synthetic import SyntheticRun, make_run
 from kvguard import schema
 from kvguard.config import Config, parse_config
 from kvguard.database import DatabaseLocked, build_database, read_view
-from kvguard.files import DamagedFile, digest_path
+from kvguard.files import DamagedFile, content_digest, digest_path, record_origin
 from kvguard.integrity import (
     CHECKS,
     Check,
@@ -29,6 +30,20 @@ from kvguard.splits import split_prompts
 
 PROMPTS = 12
 SHARD = 6
+
+ORIGIN = {
+    "rule": "generate",
+    "wildcards": {"model": "tiny"},
+    "seed": 0,
+    "code": "0123456789abcdef",
+    "data": {},
+    "kvguard": "0.1",
+    "python": "3.11.4",
+    "packages": {"torch": "2.10.0", "polars": "2.0.0"},
+    "device": "cpu",
+    "dtype": "float32",
+}
+"""Beside every file of the fixture, as if one rule had written them all."""
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +71,10 @@ def make_config() -> Config:
 
 
 @pytest.fixture
-def results(tmp_path: Path, run: SyntheticRun) -> Path:
+def results(tmp_path: Path, run: SyntheticRun) -> Iterator[Path]:
     """A folder that holds all that `verify_results` reads."""
     config = make_config()
+    record_origin(ORIGIN)
     for shard in expected_shards(config):
         rows = (
             (pl.col("press") == shard.press)
@@ -109,7 +125,8 @@ def results(tmp_path: Path, run: SyntheticRun) -> Path:
     )
     tables = manifest(tmp_path.rglob("*.parquet"), tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(tables))
-    return tmp_path
+    yield tmp_path
+    record_origin({})
 
 
 def failed(results: Path) -> dict[str, list[str]]:
@@ -401,3 +418,60 @@ def test_a_file_deleted_by_hand_is_missed(results: Path) -> None:
     (results / "outcomes.parquet").unlink()
     assert "no such file" in failed(results)["written files"][0]
     assert discard_damaged(make_config(), results) == [results / "manifest.json"]
+
+
+# --- what made a file ----------------------------------------------------------------------------
+
+
+def change_origin(path: Path, **fields: object) -> None:
+    """As if another job had written the file."""
+    digest, origin = digest_path(path).read_text().splitlines()
+    changed = json.loads(origin) | fields
+    digest_path(path).write_text(f"{digest}\n{json.dumps(changed)}\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"code": "f" * 16}, f"has {'f' * 16}, most have {ORIGIN['code']}"),
+        ({"device": "cuda:0 (NVIDIA H200)"}, "has cuda:0 (NVIDIA H200), most have cpu"),
+        ({"dtype": "bfloat16"}, "has bfloat16, most have float32"),
+        (
+            {"packages": {"torch": "2.9.0", "polars": "2.0.0"}},
+            "has {'torch': '2.9.0'}, most have {'torch': '2.10.0'}",
+        ),
+    ],
+)
+def test_a_shard_that_was_made_otherwise_is_named(
+    results: Path, fields: dict[str, object], shown: str
+) -> None:
+    change_origin(shard_path(results, "tokens"), **fields)
+    (problem,) = failed(results)["origins"]
+    assert problem.startswith(f"generate: {next(iter(fields))}: 1 of ")
+    assert problem.endswith(f"tokens/tiny/snapkv/0.750/01.parquet {shown}")
+
+
+def test_a_table_of_other_inputs_is_named(results: Path) -> None:
+    labels, outcomes = results / "labels.parquet", results / "outcomes.parquet"
+    change_origin(labels, data={"outcomes.parquet": content_digest(outcomes)})
+    assert failed(results) == {}
+    frame = pl.read_parquet(outcomes)
+    schema.write_table(frame.with_columns(right=~pl.col("right")), outcomes, schema.OUTCOMES)
+    assert failed(results)["origins"] == ["labels.parquet: made from another outcomes.parquet"]
+
+
+def test_a_shard_made_again_with_other_timings_is_the_same_input(results: Path) -> None:
+    labels, traces = results / "labels.parquet", shard_path(results, "traces")
+    name = traces.relative_to(results).as_posix()
+    change_origin(labels, data={name: content_digest(traces)})
+    slower = pl.col("decode_seconds") + 1
+    frame = pl.read_parquet(traces).with_columns(slower)
+    schema.write_table(frame, traces, schema.TRACES)
+    assert "origins" not in failed(results)
+
+
+def test_another_seed_is_named(results: Path) -> None:
+    change_origin(results / "splits.parquet", seed=7)
+    assert failed(results)["origins"] == [
+        "splits.parquet: made with seed 7, the configuration has 0"
+    ]

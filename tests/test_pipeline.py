@@ -17,8 +17,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import kvguard
+from kvguard.code_digest import code_digest
 from kvguard.config import load_config, overlay
 from kvguard.figures import FIGURES
+from kvguard.files import origin_of
 
 CHECKOUT = Path(__file__).parent.parent
 PARTS = ("Snakefile", "rules", "workflow_scripts", "profiles", "envs", "reports", "kvguard")
@@ -372,6 +375,25 @@ def test_a_run_records_its_configuration_and_its_versions(tmp_path: Path) -> Non
     assert provenance["packages"]["kvpress"] == metadata.version("kvpress")
     assert None not in provenance["packages"].values()
     assert provenance["cores"] == os.cpu_count()
+    origin = origin_of(folder / "results/provenance.json")
+    assert origin["rule"] == "record_run"
+    assert origin["seed"] == recorded.seed
+    assert origin["packages"] == provenance["packages"]
+    assert origin["device"] == "cpu"
+
+
+def test_prompts_say_what_made_them(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    prompts = "results/prompts/prompts.parquet"
+    run_snakemake(folder, prompts)
+    first = origin_of(folder / prompts)
+    assert first["code"] == code_digest(folder / "workflow_scripts/prepare_prompts.py")
+    assert first["kvguard"] == kvguard.__version__
+    run_snakemake(folder, prompts, seed=5)
+    second = origin_of(folder / prompts)
+    assert second["seed"] == 5
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {"seed", "configuration", "parameters", "values"}
 
 
 # --- layout and style ----------------------------------------------------------------------------

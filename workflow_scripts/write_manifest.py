@@ -4,12 +4,17 @@ import json
 from pathlib import Path
 
 from kvguard import joblog
+from kvguard.files import RECORD
 from kvguard.provenance import manifest
 from kvguard.schema import atomic_path
 
 
 def main(paths: list[Path], target: Path) -> None:
-    """Write the manifest; its names are relative to its own folder."""
+    """Write the manifest; its names are relative to its own folder.
+
+    Of a prepared model its record counts, which has the digests of the other files.
+    """
+    paths = [path / RECORD if path.is_dir() else path for path in paths]
     with atomic_path(target) as temporary:
         temporary.write_text(json.dumps(manifest(paths, target.parent), indent=1) + "\n")
 

@@ -200,7 +200,7 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str = "") 
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(what or f"nothing happened within {seconds:.0f} s")
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _end_daemons(folder: Path) -> None:

@@ -5,7 +5,6 @@ journal of when they start and end, so that computing anything twice is seen.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,6 +18,11 @@ import tiny_experiment
 import yaml
 from one_node import OneNode, Record, Unavailable, install, stop_leftover, wait_until
 
+from kvguard.config import load_config
+from kvguard.integrity import verify_results
+
+pytestmark = pytest.mark.timeout(3600)  # of the whole test, on a busy machine
+
 FAULTS = Path(__file__).parent / "workflow/Snakefile"
 
 SLURM = (
@@ -26,6 +30,9 @@ SLURM = (
     *("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "8"),
 )
 """The cluster has no accounting database, so jobs are followed by ``squeue``."""
+
+PATIENCE = 1800
+"""Seconds after which a test gives up waiting for the scheduler; on an idle machine it waits 30."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,7 @@ def journal(folder: Path) -> Counter[str]:
 
 
 def new_records(cluster: OneNode, before: list[Record]) -> list[Record]:
-    wait_until(lambda: not cluster.queue(), 60, "jobs are left in the queue")
+    wait_until(lambda: not cluster.queue(), PATIENCE, "jobs are left in the queue")
     return cluster.records()[len(before) :]
 
 
@@ -109,7 +116,7 @@ def faults(
     def written() -> bool:
         return (folder / "cancelled.txt").exists()
 
-    wait_until(written, 120, "the job that is to be cancelled does not start")
+    wait_until(written, PATIENCE, "the job that is to be cancelled does not start")
     (number,) = (
         job
         for job, state in cluster.queue().items()
@@ -148,43 +155,51 @@ def test_a_cancelled_job_leaves_no_half_output_and_is_named(
     assert f"SLURM-job '{job.job}' failed, SLURM status is: 'CANCELLED'" in output
 
 
-def one_done_one_running(folder: Path) -> None:
-    """Wait until a shard has ended and another one computes."""
+def completed(records: list[Record], rule: str) -> list[str]:
+    """Wildcards of the rule's jobs that the scheduler recorded as completed."""
+    jobs = [job for job in of_rule(records, rule) if job.state == "COMPLETED"]
+    return [job.comment.removeprefix(f"rule_{rule}_wildcards_") for job in jobs]
+
+
+def one_done_one_running(cluster: OneNode, before: list[Record], folder: Path) -> None:
+    """Wait until the scheduler has recorded a shard's end while another one computes."""
 
     def so() -> bool:
+        done = completed(cluster.records()[len(before) :], "shard")
         counts = journal(folder)
-        started = {line.split()[0] for line in counts if line.endswith("starts")}
-        ended = {line.split()[0] for line in counts if line.endswith("ends")}
-        return bool(ended and started - ended)
+        computing = {line.split()[0] for line in counts if line.endswith("starts")} - {
+            line.split()[0] for line in counts if line.endswith("ends")
+        }
+        return bool(done and computing)
 
-    wait_until(so, 120, "no shard ended while another one computed")
+    wait_until(so, PATIENCE, "no shard ended while another one computed")
 
 
 def test_an_interrupted_sweep_cancels_its_jobs_and_resumes(
     cluster: OneNode, tmp_path: Path
 ) -> None:
     before = cluster.records()
-    sweep = ("sweep", "--rerun-incomplete", "--config", "seconds=4", "shards=4")
+    sweep = ("sweep", "--rerun-incomplete", "--config", "seconds=5", "shards=4")
     running = start(tmp_path, *sweep)
-    one_done_one_running(tmp_path)
+    one_done_one_running(cluster, before, tmp_path)
     os.kill(running.pid, signal.SIGINT)
     assert running.wait() != 0
     stopped = new_records(cluster, before)
     assert "CANCELLED" in {job.state for job in stopped}
-    finished = {line.split()[0] for line in journal(tmp_path) if line.endswith("ends")}
+    finished = completed(stopped, "shard")
     run(tmp_path, *sweep)
-    counts = journal(tmp_path)
-    assert {counts[f"{shard} ends"] for shard in ("00", "01", "02", "03")} == {1}
-    assert all(counts[f"{shard} starts"] == 1 for shard in finished)
+    assert all(journal(tmp_path)[f"{shard} starts"] == 1 for shard in finished)
+    resumed = cluster.records()[len(before) + len(stopped) :]
+    assert sorted([*finished, *completed(resumed, "shard")]) == ["00", "01", "02", "03"]
 
 
 def test_jobs_outlive_a_killed_snakemake_and_nothing_is_computed_twice(
     cluster: OneNode, tmp_path: Path
 ) -> None:
     before = cluster.records()
-    sweep = ("sweep", "--rerun-incomplete", "--config", "seconds=4", "shards=4")
+    sweep = ("sweep", "--rerun-incomplete", "--config", "seconds=5", "shards=4")
     running = start(tmp_path, *sweep)
-    one_done_one_running(tmp_path)
+    one_done_one_running(cluster, before, tmp_path)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     assert cluster.queue(), "the scheduler goes on without Snakemake"
@@ -198,30 +213,73 @@ def test_jobs_outlive_a_killed_snakemake_and_nothing_is_computed_twice(
     assert len(cluster.records()) == len(before) + 4, "the resumed sweep submitted nothing"
 
 
-@pytest.mark.timeout(1800)
+TINY_ON_SLURM = {
+    "tasks": [tiny_experiment.EXPERIMENT["tasks"][0] | {"num_prompts": 8}],
+    "presses": [tiny_experiment.EXPERIMENT["presses"][0] | {"ratios": [0.75]}],
+    "generation": {"shard_size": 8},
+    "live": {"policies": ["none", "guard"]},
+    "jobs": {"model": {"partition": "gpu", "gpu": 1}},
+}
+"""As few jobs as show the point: each starts Snakemake twice and imports the libraries."""
+
+MODEL_JOBS = {"prepare_model": 1, "generate": 2, "find_harm_onsets": 1, "run_live": 2}
+"""Of `TINY_ON_SLURM`: one shard of two conditions, one live shard of two policies."""
+
+TARGETS = [f"{tiny_experiment.RESULTS}/{name}" for name in ("findings.md", "figures/harm.png")]
+"""Every table and one figure: a figure more is one more script in the same submission."""
+
+
 def test_the_tiny_experiment_runs_through_the_shipped_profile(
     cluster: OneNode, tmp_path: Path
 ) -> None:
+    """Arrays, single jobs and groups; the submitting Snakemake is killed once, and resumed."""
     before = cluster.records()
     folder = tiny_experiment.make_experiment(tmp_path)
-    written = folder / "gpu.yaml"
-    written.write_text(yaml.safe_dump({"jobs": {"model": {"partition": "gpu", "gpu": 1}}}))
-    command = [sys.executable, "-m", "snakemake", "--nocolor", "--configfile", str(written)]
-    done = subprocess.run(
-        [*command, "--workflow-profile", "profiles/slurm", *SLURM],
-        cwd=folder,
-        env=tiny_experiment.environment(folder),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "slurm.yaml").write_text(yaml.safe_dump(TINY_ON_SLURM))
+    command = [sys.executable, "-m", "snakemake", "--nocolor", "--configfile", "slurm.yaml"]
+    command += ["--workflow-profile", "profiles/slurm", *SLURM, "--cores", "2"]
+    command += ["--slurm-array-jobs", "generate, run_live"]
+    output = folder / "output.txt"
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        with output.open("a") as file:
+            return subprocess.Popen(
+                [*command, *arguments, "--", *TARGETS],
+                cwd=folder,
+                env=tiny_experiment.environment(folder),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    running = begin()
+
+    def generating() -> bool:
+        assert running.poll() is None, output.read_text()
+        return bool(of_rule(cluster.records()[len(before) :], "generate"))
+
+    wait_until(generating, PATIENCE, "no shard was generated")
+    running.kill()
+    running.wait()
+    killed = new_records(cluster, before)
+    assert len(of_rule(killed, "generate")) == MODEL_JOBS["generate"]
+    assert begin("--unlock").wait() == 0, output.read_text()
+    assert begin().wait() == 0, output.read_text()
+
     records = new_records(cluster, before)
     assert {job.state for job in records} == {"COMPLETED"}
-    for rule in ("generate", "run_live"):
+    assert {rule: len(of_rule(records, rule)) for rule in MODEL_JOBS} == MODEL_JOBS
+    for rule in MODEL_JOBS:
         jobs = of_rule(records, rule)
-        assert jobs
+        arrays = {job.array.split("_")[0] for job in jobs if job.array}
         assert all(job.gpus == 1 for job in jobs)
-    steps = re.search(r"(\d+) of \1 steps \(100%\) done", done.stdout + done.stderr)
-    assert steps is not None
-    assert len(records) < int(steps[1]) // 2, "short jobs share a submission"
-    assert (folder / tiny_experiment.RESULTS / "report.html").exists()
+        assert len(arrays) == (1 if rule in ("generate", "run_live") else 0), f"{rule}: one sbatch"
+    tables = [job for job in records if not any(of_rule([job], rule) for rule in MODEL_JOBS)]
+    tables = [job for job in tables if not of_rule([job], "prepare_prompts")]
+    assert len(tables) == 2, "all of what follows generation, all of what follows the live runs"
+    assert all(job.gpus == 0 for job in tables)
+    results = folder / tiny_experiment.RESULTS
+    assert all((folder / target).exists() for target in TARGETS)
+    checks = verify_results(load_config(results / "config.json"), results)
+    problems = [problem for check in checks for problem in check.problems]
+    assert problems == ["manifest.json: no such file; the run has not finished"]
