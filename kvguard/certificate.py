@@ -347,6 +347,27 @@ class Certificate(_Part):
         return "\n".join(lines)
 
 
+def upper_bound(row: Mapping[str, Any]) -> float | None:
+    """Exact upper bound at 1 - delta of a share that was observed on calibration prompts.
+
+    Args:
+        row: ``observed``, ``units``, ``requests`` and ``delta`` as in `Bound`.
+
+    Returns:
+        Clopper and Pearson's bound (1934); None where a unit holds several requests, or none was
+        seen.
+    """
+    from scipy import stats  # a guard that reads a certificate needs none of it
+
+    units = row["units"]
+    if row["observed"] is None or units == 0 or row["requests"] != units:
+        return None
+    wrong = round(row["observed"] * units)
+    if wrong == units:
+        return 1.0
+    return float(stats.beta.ppf(1 - row["delta"], wrong + 1, units - wrong))
+
+
 def save_certificate(certificate: Certificate, path: str | Path) -> None:
     """Write a certificate as JSON with its text, all or nothing."""
     content = certificate.model_dump(mode="json") | {"text": certificate.text}

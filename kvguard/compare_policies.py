@@ -4,7 +4,7 @@ Everything here works on RUNS tables, whatever their source, so that the live ex
 offline simulation are judged by the same functions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvguard import config
 from kvguard.controller import OperatingPoints
-from kvguard.metrics import bootstrap_interval, resample_weights
+from kvguard.metrics import bootstrap_interval, exact_reach, resample_weights
 from kvguard.schema import CONDITION, COSTS, TRACE_KEYS
 
 RELATIVE = "relative_byte_steps"
@@ -48,7 +48,8 @@ def estimates(
 
     Returns:
         For each name three columns of G rows: the mean, ``_low`` and ``_high`` (95 %); null where
-        undefined.
+        undefined. A difference of shares that is the same for every prompt has an exact interval,
+        see `metrics.exact_reach`.
     """
     unique, codes = np.unique(prompts.to_numpy(), return_inverse=True)
     member = np.zeros((len(codes), len(unique)))
@@ -69,6 +70,9 @@ def estimates(
             ends: tuple[float | None, ...] = bootstrap_interval(
                 value, drawn, int(number), bounds=bounds
             )
+            if name in DIFFERENCES and value is not None and number and np.ptp(drawn) == 0:
+                reach = exact_reach(int(number))
+                ends = (value - reach, value + reach)
             if name in DIFFERENCES:  # symmetric around the value, cut where nothing can lie
                 ends = tuple(None if end is None else min(max(end, -1.0), 1.0) for end in ends)
             found.append((value, *ends))  # type: ignore[arg-type]
@@ -135,15 +139,7 @@ def summarize_runs(
     frames = []
     by = (*CONDITION, "policy", "source")
     for key, part in measured.group_by(by, maintain_order=True):
-        values = {
-            # A single-token answer has no decode step and no mean over them: that is not unknown.
-            name: np.full((1, part.height), np.nan)
-            if part.filter(pl.col("catastrophe").is_null() | (pl.col("decode_steps") > 0))[
-                name
-            ].null_count()
-            else part[name].to_numpy()[None]
-            for name in (*SHARES, *DIFFERENCES, *COSTS, RELATIVE)
-        }
+        values = _known_values(part, (*SHARES, *DIFFERENCES, *COSTS, RELATIVE))
         whole = part["full_byte_steps"]
         if whole.null_count():
             values[RELATIVE] = np.full((1, part.height), np.nan)
@@ -166,6 +162,81 @@ def summarize_runs(
         )
     if not frames:
         raise ValueError("no run with status 'ok' whose prompt also ran uncompressed")
+    return pl.concat(frames)
+
+
+def _known_values(part: pl.DataFrame, names: Sequence[str]) -> dict[str, FloatArray]:
+    """(1, n) of each column; all NaN where it is unknown for any request.
+
+    A single-token answer has no decode step and no mean over them: that is not unknown.
+    """
+    decoded = part.filter(pl.col("catastrophe").is_null() | (pl.col("decode_steps") > 0))
+    return {
+        name: np.full((1, part.height), np.nan)
+        if decoded[name].null_count()
+        else part[name].cast(pl.Float64).to_numpy()[None]
+        for name in names
+    }
+
+
+POOLED = ("harmed", "silent_harm", "rescued", "alarmed")
+"""Shares of `pool_conditions`, beside all costs."""
+
+
+def pool_conditions(
+    runs: pl.DataFrame, *, bootstrap_samples: int = 500, seed: int = 0
+) -> pl.DataFrame:
+    """Harm left and costs of each policy over all compressed conditions, together and by task.
+
+    A prompt that ran under several conditions counts once for each; intervals resample prompts.
+
+    Args:
+        runs: RUNS of one or several sources.
+        bootstrap_samples: resamples of prompts.
+        seed: of the resampling.
+
+    Returns:
+        One row per source, ``task`` (null: all tasks) and policy: ``requests``, ``prompts``,
+        ``conditions``, and `POOLED`, `COSTS` and `RELATIVE` with intervals. A measure that is
+        unknown for any request is null.
+    """
+    ran = runs.filter((pl.col("status") == "ok") & (pl.col("press") != config.BASELINE))
+    full = ran.filter(pl.col("policy") == "always_safe").select(
+        *TRACE_KEYS, "source", full_byte_steps=pl.col("device_byte_steps").cast(pl.Float64)
+    )
+    ran = ran.join(full, on=[*TRACE_KEYS, "source"], how="left", maintain_order="left")
+    ran = ran.with_columns(pl.col("device_byte_steps").alias(RELATIVE))
+    frames = []
+    tasks = [None, *ran["task"].unique(maintain_order=True)]
+    for task in tasks:
+        of_task = ran if task is None else ran.filter(pl.col("task") == task)
+        by = ("source", "policy")
+        for (source, policy), part in of_task.group_by(by, maintain_order=True):
+            values = _known_values(part, (*POOLED, *COSTS, RELATIVE))
+            whole = part["full_byte_steps"]
+            if whole.null_count():
+                values[RELATIVE] = np.full((1, part.height), np.nan)
+            counted = {
+                "source": source,
+                "task": task,
+                "policy": policy,
+                "requests": part.height,
+                "prompts": part["prompt_id"].n_unique(),
+                "conditions": part.select(CONDITION).n_unique(),
+            }
+            frames.append(
+                pl.DataFrame(counted, schema_overrides={"task": pl.String}).with_columns(
+                    **estimates(
+                        values,
+                        part["prompt_id"],
+                        bootstrap_samples,
+                        seed,
+                        relative_to={RELATIVE: whole.fill_null(1.0).to_numpy()},
+                    )
+                )
+            )
+    if not frames:
+        raise ValueError("no run with status 'ok' under a press")
     return pl.concat(frames)
 
 

@@ -209,6 +209,8 @@ def simulate_model(
     decode: Callable[[Sequence[int]], str],
     rivals: Mapping[tuple[str, str, str], RivalSetting] | None = None,
     gate: Predictor | None = None,
+    *,
+    target: str = "any",
 ) -> pl.DataFrame:
     """Every policy and every oracle on one model's stored requests.
 
@@ -220,11 +222,12 @@ def simulate_model(
         decode: token ids to text, of that model's tokenizer.
         rivals: what ``clock_or_loop`` and ``gate`` learned, by condition; None leaves them out.
         gate: what ``gate`` asks; None: it goes by the first token's entropy.
+        target: of the predictor whose hazard drives the guard: that of its certificate.
 
     Returns:
         `schema.RUNS`.
     """
-    requests = load_requests(*frames, guard=experiment.guard)
+    requests = load_requests(*frames, guard=experiment.guard, target=target)
     clocks, gates = (None, None) if rivals is None else _per_request(requests, rivals)
     left_out = ("clock_or_loop", "gate") if rivals is None else ()
     return simulate_policies(
@@ -258,6 +261,8 @@ def summarize_model(
     runs: pl.DataFrame,
     experiment: config.Config,
     operating_points: Mapping[str, config.OperatingPoint],
+    *,
+    target: str = "any",
 ) -> dict[str, pl.DataFrame]:
     """Tables of one model's simulation: the whole grid, the operating points, what is known.
 
@@ -266,11 +271,12 @@ def summarize_model(
         runs: what it returned.
         experiment: the whole configuration.
         operating_points: by name.
+        target: as in `simulate_model`.
 
     Returns:
         ``operating_points``, ``pareto`` and ``simulability``.
     """
-    requests = load_requests(*frames, guard=experiment.guard)
+    requests = load_requests(*frames, guard=experiment.guard, target=target)
     samples, seed = experiment.predictor.bootstrap_samples, experiment.seed
     every = experiment.guard.check_every_tokens
     grid = simulate_points(

@@ -40,7 +40,8 @@ FIGURES = {
         "by press and share of cache entries removed. Bars are 95 % Wilson intervals over"
         " requests; the grey line and band are the same model uncompressed, which agrees "
         "with itself by definition. Presses are shifted sideways a little so that their "
-        "bars do not hide each other. Answers that are missing count as wrong.",
+        "bars do not hide each other. Answers that are missing count as wrong. All prompts of the "
+        "run; nothing is fitted.",
     ),
     "harm": FigureEntry(
         "plot_harm",
@@ -52,8 +53,8 @@ FIGURES = {
         "compressed one wrongly (filled), and the part of these that ended by themselves and do "
         "not loop, so that the finished text does not show the failure (open). For a task "
         "without right answers harm is a failure, or another final answer, where the uncompressed "
-        "run did not fail. Shares of all requests with 95 % intervals; each title says how many "
-        "the uncompressed model answers rightly.",
+        "run did not fail. Shares of all prompts of the run with 95 % intervals (nothing is "
+        "fitted); each title says how many the uncompressed model answers rightly.",
     ),
     "failure_kinds": FigureEntry(
         "plot_failures",
@@ -70,7 +71,7 @@ FIGURES = {
         "uncompressed run's. The kinds overlap, so they do not add up. The grey line is "
         "the same model uncompressed, with its interval where it has one: amnesia, "
         "divergence and another answer compare with that run, so its own share is 0 by "
-        "definition.",
+        "definition. All prompts of the run; nothing is fitted.",
     ),
     "excess": FigureEntry(
         "plot_failures",
@@ -82,7 +83,7 @@ FIGURES = {
         "(filled) or are answered wrongly (open) under compression minus the share that "
         "do so uncompressed, on the same prompts. Intervals are 95 %, paired by prompt. A"
         " failure that the model has anyway cancels out; values below zero are prompts "
-        "that compression happened to help.",
+        "that compression happened to help. All prompts of the run; nothing is fitted.",
     ),
     "sensitivity": FigureEntry(
         "plot_failures",
@@ -92,15 +93,16 @@ FIGURES = {
         "sensitivity to the definitions",
         "The catastrophic failure rate when one parameter of the definitions changes and "
         "the others stay as configured (dotted line), with 95 % Wilson intervals. Nothing"
-        " is generated again: the definitions are applied anew to the stored tokens.",
+        " is generated again: the definitions are applied anew to the stored tokens. All prompts "
+        "of the run; nothing is fitted.",
     ),
     "trace": FigureEntry(
         "plot_failures",
         "plot_example",
-        ("timeline", "outcomes"),
+        ("timeline", "outcomes", "splits"),
         "Failures",
         "one answer",
-        "One answer under compression, token by token: entropy of the next-token "
+        "One answer to a test prompt under compression, token by token: entropy of the next-token "
         "distribution, predicted hazard with the controller's two thresholds, the mode of"
         " a controller that only watches, and the log-likelihood ratio of each token "
         "between the compressed and the uncompressed model on the same prefix (above "
@@ -158,10 +160,26 @@ FIGURES = {
         "(allocated bytes summed over model steps, checks included), as a multiple of the full "
         "KV cache's on the same prompts. Live runs on test prompts, one panel a condition; bars "
         "are 95 % intervals over prompts. The star is the full KV cache; in the shaded part a "
-        "policy costs more than never compressing, and its mark is open. Oracles know what no "
-        "policy can know, and bound what any policy of their kind could reach. Down and left is "
-        "better.",
+        "policy costs more than never compressing, and its mark is open. The dashed line is the "
+        "press without a policy at its measured ratios and between them, from the stored answers "
+        "to the same prompts: a policy above it leaves more harm than a constant ratio of the same "
+        "cost. Oracles know what no policy can know, and bound what any policy of their kind could "
+        "reach. Down and left is better.",
         arguments=(),
+    ),
+    "certificate": FigureEntry(
+        "plot_harm",
+        "plot_certificate",
+        ("certificate",),
+        "Guard",
+        "certificate",
+        "What the certificate is about, by task, press and ratio: the share of calibration "
+        "requests that each operating point leaves harmed and not repaired, after each recovery, "
+        "and the share that alarm. The operating points were chosen on these prompts, so the "
+        "shares are in sample; the certificate's test allows for that. Lines reach to the exact "
+        "upper bound of each share alone. Dotted: what is to be certified. A mark is filled where "
+        "both statements are made, harm and alarms together; an open one is a refusal, of too much "
+        "harm or of too few prompts.",
     ),
     "policies": FigureEntry(
         "plot_policies",
@@ -183,7 +201,7 @@ FIGURES = {
         "Guard",
         "simulation against live",
         "What the offline simulation of each policy predicts against what the live run "
-        "measured, on the same prompts. On the dotted line they agree. The largest gaps "
+        "measured, on the same test prompts. On the dotted line they agree. The largest gaps "
         "of each panel are named. Outcomes that no stored trace can tell are not "
         "simulated and have no point here.",
     ),
@@ -193,9 +211,9 @@ FIGURES = {
         ("memory",),
         "Guard",
         "memory of one request",
-        "Key-value memory that one request really has allocated at each decode step, "
-        "under several policies. Shading shows the modes of the guard. The step upwards "
-        "is the recovery: the cache that verified the draft is uncompressed and stays in "
+        "Key-value memory that the request of one of the test prompts really has allocated at each "
+        "decode step, under several policies. Shading shows the modes of the guard. The step "
+        "upwards is the recovery: the cache that verified the draft is uncompressed and stays in "
         "use.",
         arguments=(),
     ),

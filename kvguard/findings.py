@@ -1,11 +1,12 @@
 """docs/findings.md from tables: how compression fails, and what the guard prevents and costs.
 
 Every number comes from a table of a run, and every claim ("above chance", "interval includes
-chance") from the interval beside it, so the text changes with the run.
+chance") from the interval beside it, so the text changes with the run. The sections about harm and
+policies are `kvguard.findings_policies`.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,10 @@ import polars as pl
 
 from kvguard import schema
 from kvguard.certificate import load_certificate
-from kvguard.config import POLICIES
-from kvguard.markdown import (
-    above,
-    bracket,
-    changed,
-    difference,
-    measured,
-    pointwise,
-    quote,
-    table,
-    verdict,
-)
+from kvguard.config import parse_config
+from kvguard.findings_policies import pooled_table, sections, visible_text
+from kvguard.markdown import above, bracket, changed, difference, pointwise, table, verdict
+from kvguard.policy_tests import live_tables
 
 TABLES = (
     "harm",
@@ -41,6 +34,9 @@ TABLES = (
     "policies",
     "simulation_reasons",
 )
+
+DERIVED = ("policies_pooled", "guard_tests")
+"""Tables that runs of older versions lack; made from their live runs and their simulation."""
 
 PREDICTORS = {
     "hazard": "predictor",
@@ -105,35 +101,55 @@ def write_results(results: str | Path, page: str | Path) -> None:
     if not begin or not end:
         raise ValueError(f"{page}: no line {RESULTS_BEGIN!r} followed by {RESULTS_END!r}")
     folder = Path(results)
-    tables = {
-        "policies": schema.read_table(folder / "tables" / "policies.parquet"),
-    }
     described = json.loads((folder / "config.json").read_text())
+    tables = {"policies": _read(folder, "policies")} | _derived(folder, described)
     body = _title(described).partition("\n\n")[2]
-    body += "\n\n" + _visible_alone(tables).partition("\n\n")[2]
+    body += f"\n\n{visible_text(tables)}\n\n{pooled_table(tables)}"
     with schema.atomic_path(page) as temporary:
         temporary.write_text(f"{before}{begin}\n\n{body}\n\n{end}{after}")
 
 
 def _section(folder: Path) -> str:
-    tables = {name: schema.read_table(folder / "tables" / f"{name}.parquet") for name in TABLES}
     described = json.loads((folder / "config.json").read_text())
+    tables = {name: _read(folder, name) for name in TABLES} | _derived(folder, described)
     certificate = load_certificate(folder / "models" / "certificate.json")
+    before, behind = sections(tables, described, certificate)
     return "\n\n".join(
         [
             _title(described),
-            _harm(tables),
-            _visible_alone(tables),
-            _policies(tables, described),
+            *before,
             _foreseen(tables),
             _before_onset(tables),
             _by_group(tables),
             _unknown(tables),
             _made_of(tables),
             _controls(tables),
-            _certified(certificate.text),
+            *behind,
         ]
     )
+
+
+def _read(folder: Path, name: str) -> pl.DataFrame:
+    return schema.read_table(folder / "tables" / f"{name}.parquet")
+
+
+def _derived(folder: Path, described: Mapping[str, Any]) -> dict[str, pl.DataFrame]:
+    """The tables of `DERIVED`: those of the run, or made now as `summarize_live` makes them."""
+    if all((folder / "tables" / f"{name}.parquet").is_file() for name in DERIVED):
+        return {name: _read(folder, name) for name in DERIVED}
+    experiment = parse_config(described)
+    live = pl.concat(
+        schema.read_table(
+            folder / "live" / model.name / press / ratio / policy / f"{shard:02d}.parquet",
+            schema.RUNS,
+        )
+        for model in experiment.models
+        for press, ratio in experiment.live_conditions
+        for policy in experiment.live.policies
+        for shard in range(len(experiment.live_shards))
+    )
+    simulated = schema.read_table(folder / "simulation.parquet", schema.RUNS)
+    return live_tables(live, simulated, experiment.predictor.bootstrap_samples, experiment.seed)
 
 
 def _title(described: Mapping[str, Any]) -> str:
@@ -151,186 +167,56 @@ def _title(described: Mapping[str, Any]) -> str:
     )
 
 
-# --- harm and policies ---------------------------------------------------------------------------
-
-HEADLINE_POLICIES = (
-    "none",
-    "verify_on_failure",
-    "clock_or_loop",
-    "guard",
-    "lossless",
-    "always_safe",
-)
-"""Policies of the short tables, in order; those that did not run are left out."""
-
-
-def _harm(tables: Mapping[str, pl.DataFrame]) -> str:
-    lines = []
-    for row in tables["harm"].to_dicts():
-        right = row["baseline_right"]
-        lines.append(
-            [
-                str(row["task"]),
-                _condition(row),
-                "-" if right is None else f"{right} of {row['requests']}",
-                *(
-                    measured(row, name, percent=True)
-                    for name in ("harmed", "silent_harm", "rescued")
-                ),
-            ]
-        )
-    head = ["task", "condition", "right uncompressed", "harmed", "silently", "rescued"]
-    return (
-        "### What compression breaks\n\nCompression alone, all prompts of the run (nothing is "
-        "fitted here), as shares of requests. Rescued: wrong uncompressed and right compressed.\n\n"
-        + table(head, lines)
-    )
-
-
-def _live(tables: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
-    """Live rows of compressed conditions, policies in the order of `config.POLICIES`."""
-    live = tables["policies"].filter(pl.col("source") == "live").to_dicts()
-    keys = list(dict.fromkeys(_condition(row) for row in live))
-    order = list(POLICIES)
-    return sorted(live, key=lambda row: (keys.index(_condition(row)), order.index(row["policy"])))
-
-
-def _visible_alone(tables: Mapping[str, pl.DataFrame]) -> str:
-    """What a check of loops and overruns in finished answers would have achieved."""
-    rows = [row for row in _live(tables) if row["policy"] in HEADLINE_POLICIES]
-    title = "### What checking only loops and overruns would have got"
-    by_policy: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_policy.setdefault(row["policy"], []).append(row)
-    sentences = []
-    alone = by_policy.get("none", [])
-    known = [row for row in alone if row["harmed"] is not None and row["silent_harm"] is not None]
-    harmed = round(sum(row["harmed"] * row["requests"] for row in known))
-    silent = round(sum(row["silent_harm"] * row["requests"] for row in known))
-    if known:
-        requests = sum(row["requests"] for row in known)
-        sentences.append(
-            f"Under compression alone {harmed} of {requests} live test requests are harmed, "
-            f"{silent} of them silently: a check of finished answers for loops and overruns cannot "
-            "see those."
-        )
-    for policy in ("verify_on_failure", "clock_or_loop", "guard"):
-        sentence = _left(policy, by_policy.get(policy, []))
-        if sentence:
-            sentences.append(sentence)
-    losses = _dearer(by_policy.get("guard", []))
-    if losses:
-        sentences.append(losses)
-    return f"{title}\n\n{' '.join(sentences)}\n\n{policy_table(rows)}"
-
-
-def _left(policy: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    known = [row for row in rows if row["harmed"] is not None]
-    if not known:
-        return ""
-    requests = sum(row["requests"] for row in known)
-    left = round(sum(row["harmed"] * row["requests"] for row in known))
-    costs = [row["relative_byte_steps"] for row in known if row["relative_byte_steps"] is not None]
-    cost = f", at {min(costs):.2f} to {max(costs):.2f} of the full KV cache's byte-steps"
-    label = POLICIES[policy].label
-    return f"*{label}* leaves {left} of {requests} harmed{cost if costs else ''}."
-
-
-def _dearer(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where the guard costs more device memory over time than never compressing."""
-    known = [row for row in rows if row["relative_byte_steps"] is not None]
-    dear = [row for row in known if row["relative_byte_steps"] > 1]
-    if not known:
-        return ""
-    if not dear:
-        return "In no condition does the guard cost more byte-steps than never compressing."
-    named = ", ".join(f"{_condition(row)} ({row['relative_byte_steps']:.2f})" for row in dear)
-    return (
-        f"In {len(dear)} of {len(known)} conditions the guard costs **more** device byte-steps "
-        f"than never compressing, so the full KV cache is the better choice there: {named}."
-    )
-
-
-def policy_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Harm left and every cost of policies, one row per condition and policy, as Markdown."""
-    lines = []
-    for row in rows:
-        relative = row["relative_byte_steps"]
-        reference = row["policy"] == "always_safe"
-        over = relative is not None and relative > 1 and not reference
-        byte_steps = "1 (reference)" if reference else measured(row, "relative_byte_steps")
-        lines.append(
-            [
-                _condition(row),
-                POLICIES[row["policy"]].label,
-                *(
-                    measured(row, name, percent=True)
-                    for name in ("harmed", "silent_harm", "rescued", "alarmed")
-                ),
-                f"**{byte_steps}**" if over else byte_steps,
-                _mean(row["device_bytes_peak"], 2**-20, 1),
-                _mean(row["tokens_prefilled"]),
-                _mean(row["tokens_wasted"]),
-                _mean(row["checks"], digits=1),
-                _mean(row["seconds"], digits=2),
-            ]
-        )
-    head = ["condition", "policy", "harmed", "silently", "rescued", "alarmed"]
-    costs = ["byte-steps", "peak MiB", "prefilled", "wasted", "checks", "seconds"]
-    return table([*head, *costs], lines)
-
-
-def _mean(value: float | None, scale: float = 1, digits: int = 0) -> str:
-    return "-" if value is None else f"{value * scale:.{digits}f}"
-
-
-def _policies(tables: Mapping[str, pl.DataFrame], described: Mapping[str, Any]) -> str:
-    """Every policy that ran live, and how far the simulation agrees."""
-    rows = _live(tables)
-    every = described["guard"].get("check_every_tokens", 1)
-    requests = max((row["requests"] for row in rows), default=0)
-    text = (
-        f"### Every policy\n\nPolicies on {requests} test prompts a condition, through the engine; "
-        "the guard judges a request "
-        f"{f'every {every} tokens' if every > 1 else 'at every token'}, at the operating point "
-        f"`{described['live']['operating_point']}` that was chosen on calibration prompts. Costs "
-        "are means per request. Byte-steps: allocated device bytes summed over model steps, checks "
-        "included, as a multiple of the full KV cache's on the same prompts; bold where a policy "
-        "costs more than that. `kvguard/policies.py` describes each policy.\n\n"
-        + policy_table(rows)
-    )
-    counts = tables["simulation_reasons"].group_by("reason").agg(pl.col("requests").sum())
-    found = {str(row["reason"]): int(row["requests"]) for row in counts.to_dicts()}
-    same, unknown = found.pop("same", 0), found.pop("outcome unknown offline", 0)
-    unknown += found.pop("not simulated", 0)
-    text += (
-        f"\n\nOf the live requests whose outcome the simulation knows, {same} of "
-        f"{same + sum(found.values())} had the simulated alarm step and final tokens; of {unknown} "
-        "more it knows no outcome (a cache that no trace holds)."
-    )
-    for reason, count in sorted(found.items()):
-        text += f" {count}: {reason}."
-    return text
-
-
-def _condition(row: Mapping[str, Any]) -> str:
-    return f"{row['press']} {row['ratio']}"
-
-
 # --- predictor -----------------------------------------------------------------------------------
 
 
+_HEADLINE = ("same_position", "within_prompt", "request")
+"""Metrics of harm that are read before the onset; the others look back, or at the worst run."""
+
+
 def _foreseen(tables: Mapping[str, pl.DataFrame]) -> str:
-    """Metrics of harm that a clock cannot win, pooled over conditions."""
-    rows = tables["harm_metrics"].filter(
-        pl.col("press").is_null() & pl.col("ratio").is_null() & (pl.col("predictor") == "hazard")
+    """Metrics of harm that a clock cannot win: pooled, by task, by press and by condition."""
+    rows = tables["harm_metrics"].filter(predictor="hazard")
+    targets = set(rows["target"])
+    first = "harm" if "harm" in targets or rows.is_empty() else str(rows["target"][0])
+    pooled = pl.all_horizontal(pl.col("task", "press", "ratio").is_null())
+    main = pl.col("target") == first
+    shown = rows.filter(
+        (pooled & (main | pl.col("metric").is_in(_HEADLINE)))
+        | (main & ~pooled & (pl.col("metric") == "same_position"))
     )
+    told = shown.drop_nulls("difference_low")
+    text = (
+        "### What foresees harm, beyond a clock\n\nSame position: harmed and unharmed requests "
+        "compared at the same token of the same condition. Within prompt: the same prompt, harmed "
+        "under one condition and not under another. Request: whole requests over equally many "
+        "tokens before the onset; worst run: by the worst 8 tokens; any time: after the fact, what "
+        "follows the onset included. `clock repetition` is a predictor that knows position, length "
+        f"and repetition alone. Differences are paired by prompt. {_left_out(shown, told)}"
+    )
+    return text if told.is_empty() else f"{text}\n\n{_harm_table(told)}"
+
+
+def _left_out(rows: pl.DataFrame, told: pl.DataFrame) -> str:
+    missing = rows.height - told.height
+    if not missing:
+        return "No comparison is left out."
+    return (
+        f"{missing} of {rows.height} comparisons are left out: undefined, or too few prompts for "
+        "an interval."
+    )
+
+
+def _harm_table(rows: pl.DataFrame) -> str:
     lines = []
     for row in rows.to_dicts():
+        named = [str(row[name]) for name in ("task", "press", "ratio") if row[name] is not None]
         lines.append(
             [
+                " ".join(named) or "all",
                 row["metric"].replace("_", " "),
                 str(row["target"]),
+                f"{row['harmed']} of {row['requests']}",
                 str(row["prompts"]),
                 bracket(row),
                 row["compared_with"].replace("_", " "),
@@ -338,15 +224,8 @@ def _foreseen(tables: Mapping[str, pl.DataFrame]) -> str:
                 changed(row),
             ]
         )
-    head = ["AUROC", "target", "prompts", "predictor", "compared with", "difference", "it is"]
-    return (
-        "### What foresees harm, beyond a clock\n\nSame position: harmed and unharmed requests "
-        "compared at the same token of the same condition. Within prompt: the same prompt, harmed "
-        "under one condition and not under another. Request: whole requests over equally "
-        "many tokens. `clock repetition` is a predictor that knows position, length and repetition "
-        "alone. "
-        "Differences are paired by prompt.\n\n" + table(head, lines)
-    )
+    head = ["group", "AUROC", "target", "harmed", "prompts", "predictor", "compared with"]
+    return table([*head, "difference", "it is"], lines)
 
 
 def _before_onset(tables: Mapping[str, pl.DataFrame]) -> str:
@@ -370,11 +249,12 @@ def _before_onset(tables: Mapping[str, pl.DataFrame]) -> str:
 def _by_group(tables: Mapping[str, pl.DataFrame]) -> str:
     metrics = tables["predictor_metrics"]
     target = _first_target(metrics)
-    rows = metrics.filter(pl.col("group_by").is_in(["press", "condition", "kind"]))
+    rows = metrics.filter(pl.col("group_by").is_in(["press", "kind"]))
     rows = rows.filter(target=target, predictor="hazard")
-    lines = []
+    lines, missing = [], 0
     for group in rows.filter(metric="auroc").to_dicts():
-        if group["group_by"] == "condition" and group["press"] == "none":
+        if group["low_pointwise"] is None:
+            missing += 1
             continue
         same = {name: group[name] for name in ("group_by", "model", "press", "ratio", "kind")}
         here = rows.filter([pl.col(name).eq_missing(pl.lit(value)) for name, value in same.items()])
@@ -389,10 +269,10 @@ def _by_group(tables: Mapping[str, pl.DataFrame]) -> str:
                 verdict(found["auroc"], family=False),
             ]
         )
-    return f"### By press, ratio and kind of failure (target `{target}`)\n\n" + table(
-        ["group", "requests with an onset", "AUROC", "is"],
-        lines,
-    )
+    text = f"### By press and kind of failure (target `{target}`)\n\n"
+    if missing:
+        text += f"{missing} groups are left out: undefined, or too few prompts for an interval.\n\n"
+    return text + table(["group", "requests with an onset", "AUROC", "is"], lines)
 
 
 def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
@@ -409,7 +289,9 @@ def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
         weak = [
             f"{row[group_by]} {pointwise(row)}"
             for row in rows
-            if not above(row, family=False) and row[group_by] != "none"
+            if row["low_pointwise"] is not None
+            and not above(row, family=False)
+            and row[group_by] != "none"
         ]
         if weak:
             points.append(f"By {group_by}, intervals that include chance: " + ", ".join(weak) + ".")
@@ -427,14 +309,19 @@ def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
                 f"({changed(row)})."
             )
     left = tables["leave_one_out"].filter(metric="auroc").to_dicts()
-    for row in left:
-        if row["difference"] is None:
-            continue
+    moved = [row for row in left if changed(row) in ("worse", "better")]
+    for row in moved:
         what = f"{row['left_out']} {row['value_left_out']}"
         trained = f"without {what}" if row["trained_on"] == "others" else f"on {what} alone"
         points.append(
             f"Trained {trained} and tested on it: {pointwise(row)}, a change of "
             f"{difference(row)} ({changed(row)})."
+        )
+    if len(moved) < len(left):
+        points.append(
+            f"{len(left) - len(moved)} of {len(left)} trainings without one task, press or ratio, "
+            "or on it alone, show no change: the interval includes it, or there are too few "
+            "prompts for one (`tables/leave_one_out`)."
         )
     for row in tables["transfer"].filter(metric="auroc").to_dicts():
         if row["value"] is None:
@@ -450,7 +337,8 @@ def _unknown(tables: Mapping[str, pl.DataFrame]) -> str:
 
 
 def _made_of(tables: Mapping[str, pl.DataFrame]) -> str:
-    importance = tables["feature_importance"].drop_nulls("value")
+    measured = tables["feature_importance"].drop_nulls("value")
+    importance = measured.filter(pl.col("low_pointwise") > 0)
     lines = [
         [row["group"], str(row["features"]), pointwise(row, digits=3)]
         for row in importance.to_dicts()
@@ -459,6 +347,10 @@ def _made_of(tables: Mapping[str, pl.DataFrame]) -> str:
         "### Features and formulation\n\nHow much AUROC falls when a group of features is permuted "
         "(on calibration prompts: in sample for the choice of thresholds, not for the fit):\n\n"
     ) + table(["group", "features", "fall"], lines)
+    text += (
+        f"\n\n{measured.height - importance.height} of {measured.height} groups are left out: the "
+        "interval of their fall includes 0."
+    )
     formulation = tables["formulation"].filter(metric="auroc", sample="train_out_of_fold")
     for row in formulation.drop_nulls("difference").to_dicts():
         other = formulation.filter(target=row["target"], formulation="windowed").to_dicts()[0]
@@ -487,14 +379,6 @@ def _controls(tables: Mapping[str, pl.DataFrame]) -> str:
         )
     return "### Controls that must fail\n\n" + table(
         ["control", "predictor", "metric", "expected", "found", "verdict"], lines
-    )
-
-
-def _certified(text: str) -> str:
-    return (
-        "### What is certified\n\nShares that are called observed are those of the calibration "
-        "prompts, on which the settings were chosen; the statement beside each allows for that.\n\n"
-        + quote(text)
     )
 
 

@@ -26,6 +26,25 @@ def measured(row: Mapping[str, Any], name: str, *, percent: bool = False, digits
     return span(renamed, "low", "high", percent=percent, digits=digits)
 
 
+def counted(row: Mapping[str, Any], name: str, requests: int) -> str:
+    """A share of requests as a count, with its interval: ``4 of 30 [3%, 43%]``."""
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if value is None:
+        return "undefined"
+    text = f"{round(value * requests)} of {requests}"
+    return f"{text} [{low:.0%}, {high:.0%}]" if low is not None else f"{text} [too few prompts]"
+
+
+def number_or_dash(value: float | None, scale: float = 1, digits: int = 0) -> str:
+    return "-" if value is None else f"{value * scale:.{digits}f}"
+
+
+def p_value(value: float | None) -> str:
+    if value is None:
+        return "undefined"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def bracket(row: Mapping[str, Any]) -> str:
     return span(row, "low", "high")
 

@@ -119,6 +119,14 @@ def bootstrap_interval(
     )
 
 
+def exact_reach(units: int, confidence: float = 0.95) -> float:
+    """The largest share of prompts that can differ when none of ``units`` does.
+
+    Source: Clopper and Pearson (1934): 1 - (error / 2) ** (1 / units).
+    """
+    return float(1 - ((1 - confidence) / 2) ** (1 / units))
+
+
 @cache
 def _t_quantile(level: float, degrees: int) -> float:
     return float(stats.t.ppf(level, degrees))
@@ -140,13 +148,12 @@ class Measured(NamedTuple):
     def interval(self, confidence: float = 0.95) -> tuple[float | None, float | None]:
         """Its confidence interval over prompts.
 
-        A difference of shares that is the same in every resample has an exact one: with none of
-        ``units`` prompts apart, at most 1 - (error / 2) ** (1 / units) are (Clopper and Pearson).
+        A difference of shares that is the same in every resample has an exact one (`exact_reach`).
         """
         drawn = self.replicates[np.isfinite(self.replicates)]
         still = len(drawn) > 0 and float(np.ptp(drawn)) < 1e-12
         if self.value is not None and self.scale and self.units >= MIN_UNITS and still:
-            reach = self.scale * (1 - ((1 - confidence) / 2) ** (1 / self.units))
+            reach = self.scale * exact_reach(self.units, confidence)
             return self.value - reach, self.value + reach
         return bootstrap_interval(self.value, self.replicates, self.units, confidence, self.bounds)
 

@@ -376,19 +376,22 @@ def plot_trace(
 def plot_example(
     timeline: pl.DataFrame,
     outcomes: pl.DataFrame,
+    splits: pl.DataFrame,
     *,
     operating_point: OperatingPoint,
     presses: Sequence[str] = (),
 ) -> Figure:
-    """The request that best shows a failure and the guard's warning, as `plot_trace` draws it.
+    """The test request that best shows a failure and the guard's warning, drawn by `plot_trace`.
 
     Args:
         timeline: `timeline.build_timeline`.
         outcomes: `schema.OUTCOMES`.
+        splits: `schema.SPLITS`: of other prompts the predictor has seen the outcomes.
         operating_point: whose modes the timeline holds.
         presses: all presses of the experiment, for stable colours.
     """
-    keys = choose_example(timeline, outcomes)
+    test = splits.filter(split="test").select("prompt_id")
+    keys = choose_example(timeline.join(test, on="prompt_id", how="semi"), outcomes)
     chosen = [pl.col(key) == keys[key] for key in TRACE_KEYS]
     outcome = outcomes.filter(chosen).row(0, named=True)
     kinds = [kind for kind in ("looping", "non_termination", "amnesia") if outcome[kind]]

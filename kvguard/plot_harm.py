@@ -1,6 +1,7 @@
-"""Figures of harm: where compression does it, what it costs to undo, what foresees it."""
+"""Figures of harm: where compression does it, what it costs to undo, what foresees it, what is
+certified about it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from kvguard.certificate import upper_bound
 from kvguard.config import BASELINE
 from kvguard.plot_style import (
     FAINT,
@@ -194,12 +196,15 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
     """Harm left by each policy against its device memory over time, relative to the full KV cache.
 
     Lower left is better. A policy right of 1 costs more than never compressing: its mark is open.
+    The line is the press without a policy, between the ratios at which it was measured: a policy
+    below it leaves less harm than a constant ratio of the same cost.
 
     Args:
         policies: `compare_policies.summarize_runs`: one row per (policy, model, press, ratio,
             ``source``): ``harmed`` with its interval and ``relative_byte_steps`` with its interval
             (device byte-steps over those of the full KV cache on the same prompts). Policies are
-            taken from the live runs, oracles (``oracle_...``) from any source.
+            taken from the live runs, oracles (``oracle_...``) from any source, the line of constant
+            ratios from the simulated rows of ``none``.
 
     Raises:
         MissingData: a column is absent, or no row has both numbers.
@@ -226,6 +231,9 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
     styles = press_styles(shown["press"])
     for axes, (model, press, ratio) in zip(panels[: len(conditions)], conditions, strict=True):
         here = shown.filter(model=model, press=press, ratio=ratio)
+        line = _constant_line(policies, model, press, cost)
+        if line.height > 1:
+            axes.plot(line[cost], line["harmed"], color=GREY, lw=1, ls="--", marker=".", zorder=1)
         dear = max(1.15, 1.05 * here[cost].max())  # type: ignore[operator]
         axes.axvspan(1, dear, color=FAINT, alpha=0.45, lw=0, zorder=0)
         axes.set_xlim(0, dear)
@@ -260,8 +268,21 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
                 label=style.label,
             )
         )
-    figure.legend(handles=handles, loc="outside right center")
+    dashed = Line2D([], [], color=GREY, lw=1, ls="--", marker=".", label="constant ratio")
+    figure.legend(handles=[*handles, dashed], loc="outside right center")
     return figure
+
+
+def _constant_line(policies: pl.DataFrame, model: str, press: str, cost: str) -> pl.DataFrame:
+    """Cost and harm of a press alone at each of its ratios, and of never compressing."""
+    alone = policies.filter(
+        source=pl.lit("simulation"), policy=pl.lit("none"), model=pl.lit(model)
+    ).drop_nulls(["harmed", cost])
+    own = alone.filter(pl.col("press") == press).select(cost, "harmed")
+    if own.is_empty():
+        return own
+    full = pl.DataFrame({cost: [1.0], "harmed": [0.0]})
+    return pl.concat([own, full]).sort(cost)
 
 
 def _benefit(axes: Axes, entry: dict[str, Any], cost: str) -> None:
@@ -284,4 +305,122 @@ def _benefit(axes: Axes, entry: dict[str, Any], cost: str) -> None:
         elinewidth=0.5,
         ls="none",
         label=entry["policy"],
+    )
+
+
+# --- certificate ---------------------------------------------------------------------------------
+
+POINT_MARKERS = {"conservative": "<", "balanced": "o", "aggressive": ">"}
+"""Markers of the operating points."""
+
+_RISKS = {"harm_left": "harmed and\nnot repaired", "alarm": "alarmed"}
+
+
+@styled
+def plot_certificate(certificate: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figure:
+    """What was observed on the calibration prompts against what is to be certified.
+
+    Args:
+        certificate: one row per (model, press, ratio, task, ``recovery``, ``operating_point``,
+            ``risk``): ``observed`` (share of calibration requests), ``alpha`` (what it is to stay
+            under) and ``certified``, and ``units``, ``requests`` and ``delta`` for the exact upper
+            bound that is drawn where every prompt is one request. Of the risks ``harm_left`` and
+            ``alarm`` are drawn; lower is better.
+        presses: all presses of the experiment, for stable colours.
+
+    Raises:
+        MissingData: a column is absent, or there are no rows.
+    """
+    keys = ["model", "press", "ratio", "task", "recovery", "operating_point", "risk"]
+    numbers = ["observed", "alpha", "certified", "units", "requests", "delta"]
+    need(certificate, [*keys, *numbers], "certificate")
+    shown = certificate.filter(pl.col("risk").is_in(list(_RISKS)))
+    need(shown, [], "certificate")
+    styles = press_styles([*presses, *shown["press"]])
+    columns = [
+        *(("harm_left", recovery) for recovery in in_order(shown["recovery"])),
+        ("alarm", shown["recovery"][0]),  # the recovery does not change who alarms
+    ]
+    tasks, models = in_order(shown["task"]), in_order(shown["model"])
+    places, labels, colours = _certificate_rows(shown, tasks, styles)
+    height = 0.17 * (max(places.values()) + 1) + 0.95
+    figure = Figure(
+        figsize=(1.75 * len(columns) + 2.2, height * len(models) + 0.4), layout="constrained"
+    )
+    grid = figure.subplots(len(models), len(columns), squeeze=False, sharex=True, sharey=True)
+    for row, model in enumerate(models):
+        for axes, (risk, recovery) in zip(grid[row], columns, strict=True):
+            here = shown.filter(model=model, risk=risk, recovery=recovery)
+            for entry in here.drop_nulls("observed").to_dicts():
+                _observed_share(axes, entry, places, styles)
+            for alpha in here["alpha"].unique():
+                axes.axvline(alpha, color=INK, lw=0.9, ls=":")
+            words = _RISKS[risk]
+            axes.set_title(words if risk == "alarm" else f"{words}, {recovery}", fontsize=7.5)
+            axes.set_xlim(-0.04, 1.04)
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+            axes.grid(axis="x")
+        if len(models) > 1:
+            grid[row][0].set_ylabel(model)
+        grid[row][0].set_yticks(list(places.values()), labels)
+        for label, colour in zip(grid[row][0].get_yticklabels(), colours, strict=True):
+            label.set_color(colour)
+    grid[0][0].set_ylim(max(places.values()) + 0.7, min(places.values()) - 0.7)
+    handles = [
+        Line2D([], [], color=GREY, marker=marker, ls="none", mfc="white", label=point)
+        for point, marker in POINT_MARKERS.items()
+        if point in set(shown["operating_point"])
+    ]
+    handles += [
+        Line2D([], [], color=GREY, marker="o", ls="none", label="filled: certified"),
+        Line2D([], [], color=INK, lw=0.9, ls=":", label="to stay under"),
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=5)
+    figure.supxlabel(
+        f"share of calibration requests (exact upper bounds at {1 - shown['delta'][0]:.0%})",
+        fontsize=7.5,
+    )
+    return figure
+
+
+def _certificate_rows(
+    shown: pl.DataFrame, tasks: Sequence[str], styles: Mapping[str, PressStyle]
+) -> tuple[dict[tuple[str, str, str], float], list[str], list[str]]:
+    """Height, label and colour of each (task, press, ratio), tasks apart from each other."""
+    places: dict[tuple[str, str, str], float] = {}
+    labels, colours, height = [], [], 0.0
+    for task in tasks:
+        for press, ratio in conditions_in_order(shown.filter(task=task), styles):
+            places[task, press, ratio] = height
+            named = condition_label((press, ratio), styles)
+            labels.append(named if len(tasks) == 1 else f"{task}  {named}")
+            colours.append(styles[press].colour)
+            height += 1
+        height += 0.6
+    return places, labels, colours
+
+
+def _observed_share(
+    axes: Axes,
+    entry: dict[str, Any],
+    places: Mapping[tuple[str, str, str], float],
+    styles: Mapping[str, PressStyle],
+) -> None:
+    """One operating point's observed share, with the exact upper bound of a binomial share."""
+    style, point = styles[entry["press"]], entry["operating_point"]
+    shift = 0.24 * (list(POINT_MARKERS).index(point) - 1)
+    bound = upper_bound(entry)
+    axes.errorbar(
+        [entry["observed"]],
+        [places[entry["task"], entry["press"], entry["ratio"]] + shift],
+        xerr=None if bound is None else [[0], [max(bound - entry["observed"], 0)]],
+        color=style.colour,
+        marker=POINT_MARKERS[point],
+        mfc=style.colour if entry["certified"] else "white",
+        mec=style.colour,
+        ms=3.2,
+        elinewidth=0.5,
+        ls="none",
+        label=point,
     )

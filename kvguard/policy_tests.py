@@ -7,14 +7,17 @@ difference to show; its interval is the exact one of the share of harmed request
 been missed, never a bare 0.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import polars as pl
 from scipy import stats
 
 from kvguard import config
-from kvguard.paired_tests import holm, mcnemar_exact, paired_bootstrap
-from kvguard.schema import CONDITION
+from kvguard.compare_policies import pool_conditions
+from kvguard.metrics import exact_reach
+from kvguard.paired_tests import Estimate, holm, mcnemar_exact, paired_bootstrap
+from kvguard.schema import CONDITION, TRACE_KEYS
 
 COLUMNS: dict[str, type[pl.DataType]] = {
     **dict.fromkeys(("model", "press", "ratio", "source", "policy", "other"), pl.String),
@@ -66,7 +69,7 @@ def compare_pairs(runs: pl.DataFrame, *, samples: int = 500, seed: int = 0) -> p
 
 
 def _pair(one: pl.DataFrame, other: pl.DataFrame, samples: int, seed: int) -> dict[str, object]:
-    both = one.join(other, on="prompt_id", suffix="_other").drop_nulls(["harmed", "harmed_other"])
+    both = _pairs(one, other, ["prompt_id"])
     first, second = both["harmed"].to_numpy(), both["harmed_other"].to_numpy()
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     priced = both.drop_nulls(["device_byte_steps", "device_byte_steps_other"])
@@ -97,3 +100,160 @@ def _pair(one: pl.DataFrame, other: pl.DataFrame, samples: int, seed: int) -> di
         "byte_steps_low": cost.low if whole else None,
         "byte_steps_high": cost.high if whole else None,
     }
+
+
+def _pairs(one: pl.DataFrame, other: pl.DataFrame, on: Sequence[str]) -> pl.DataFrame:
+    """Requests that both policies answered with a known outcome."""
+    both = one.join(other, on=list(on), suffix="_other", maintain_order="left")
+    return both.drop_nulls(["harmed", "harmed_other"])
+
+
+RIVALS = ("none", "verify_on_failure", "lossless", "gate", "guard_promote", "always_safe")
+"""What `compare_with_guard` compares the guard with, of those that ran."""
+
+GUARD_COLUMNS: dict[str, type[pl.DataType]] = {
+    **dict.fromkeys((*CONDITION, "source", "policy", "other"), pl.String),
+    **dict.fromkeys(
+        ("requests", "prompts", "harmed", "other_harmed", "only_harmed", "only_other"), pl.Int64
+    ),
+    **dict.fromkeys(
+        (
+            *("harm_difference", "harm_low", "harm_high", "harm_p_value", "harm_p_adjusted"),
+            *("byte_steps_difference", "byte_steps_low", "byte_steps_high"),
+            *("byte_steps_p_value", "byte_steps_p_adjusted"),
+        ),
+        pl.Float64,
+    ),
+}
+"""``byte_steps_*`` are shares of the full KV cache's device byte-steps on the same requests."""
+
+
+def compare_with_guard(
+    runs: pl.DataFrame,
+    *,
+    guard: str = "guard",
+    rivals: Sequence[str] = RIVALS,
+    samples: int = 500,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """The guard against each rival: in every condition, and over all of them together.
+
+    Harm by the exact McNemar test, its difference and that of the device byte-steps by a paired
+    bootstrap that resamples prompts. Holm adjusts over the rivals, harm and byte-steps apart. Over
+    all conditions a prompt makes one pair per condition; McNemar's test takes the pairs as
+    independent, the intervals do not.
+
+    Args:
+        runs: RUNS of one source, ``always_safe`` among them (else byte-steps are null).
+        guard: the policy that is compared.
+        rivals: with what; those that did not run are left out.
+        samples: bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        `GUARD_COLUMNS`; differences are guard minus rival, negative is better for the guard. Model,
+        press and ratio are null in the rows over all conditions.
+    """
+    ran = runs.filter((pl.col("status") == "ok") & (pl.col("press") != config.BASELINE))
+    columns = [*TRACE_KEYS, "harmed", "device_byte_steps"]
+    full = ran.filter(pl.col("policy") == "always_safe")
+    full = full.select(*TRACE_KEYS, full=pl.col("device_byte_steps").cast(pl.Float64))
+    groups: list[tuple[tuple[object, ...], pl.DataFrame]] = [((None, None, None), ran)]
+    groups += list(ran.group_by(*CONDITION, maintain_order=True))
+    rows: list[dict[str, object]] = []
+    for key, part in groups:
+        own = part.filter(pl.col("policy") == guard).select(columns)
+        family = []
+        for rival in rivals:
+            other = part.filter(pl.col("policy") == rival).select(columns)
+            if own.is_empty() or other.is_empty() or rival == guard:
+                continue
+            named = dict(zip(CONDITION, key, strict=True)) | {"policy": guard, "other": rival}
+            named["source"] = part["source"][0]
+            pairs = _pairs(own, other, TRACE_KEYS).join(full, on=TRACE_KEYS, how="left")
+            family.append(named | _paired_row(pairs, samples, seed))
+        for name in ("harm", "byte_steps"):
+            p_values = [row[f"{name}_p_value"] for row in family]
+            for row, value in zip(family, holm(p_values), strict=True):  # type: ignore[arg-type]
+                row[f"{name}_p_adjusted"] = value
+        rows += family
+    return pl.DataFrame(rows, schema=GUARD_COLUMNS)
+
+
+def _paired_row(pairs: pl.DataFrame, samples: int, seed: int) -> dict[str, object]:
+    first, second = pairs["harmed"].to_numpy(), pairs["harmed_other"].to_numpy()
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    prompts = pairs["prompt_id"].n_unique()
+    harm = paired_bootstrap(
+        second.astype(float),
+        first.astype(float),
+        pairs["prompt_id"].to_list(),
+        samples=samples,
+        seed=seed,
+    )
+    if prompts and only_first + only_second == 0:
+        reach = exact_reach(prompts)
+        harm = Estimate(0.0, -reach, reach)
+    priced = pairs.drop_nulls(["device_byte_steps", "device_byte_steps_other", "full"])
+    cost = Estimate(None, None, None)
+    # A difference over some of the requests is not that of all: null unless all are known.
+    if priced.height == pairs.height > 0:
+        whole = priced["full"].to_numpy().mean()
+        cost = paired_bootstrap(
+            priced["device_byte_steps_other"].to_numpy() / whole,
+            priced["device_byte_steps"].to_numpy() / whole,
+            priced["prompt_id"].to_list(),
+            samples=samples,
+            seed=seed,
+        )
+    return {
+        "requests": pairs.height,
+        "prompts": prompts,
+        "harmed": int(first.sum()),
+        "other_harmed": int(second.sum()),
+        "only_harmed": only_first,
+        "only_other": only_second,
+        "harm_difference": harm.value,
+        "harm_low": None if harm.low is None else max(harm.low, -1.0),
+        "harm_high": None if harm.high is None else min(harm.high, 1.0),
+        "harm_p_value": mcnemar_exact(first, second),
+        "byte_steps_difference": cost.value,
+        "byte_steps_low": cost.low,
+        "byte_steps_high": cost.high,
+        "byte_steps_p_value": p_of_interval(cost, prompts),
+    }
+
+
+def live_tables(
+    live: pl.DataFrame, simulated: pl.DataFrame, samples: int, seed: int
+) -> dict[str, pl.DataFrame]:
+    """``policies_pooled`` and ``guard_tests`` of a run.
+
+    Args:
+        live: RUNS with source "live".
+        simulated: RUNS with source "simulation"; of the requests that ran live, the policies.
+        samples: bootstrap samples.
+        seed: of the resampling.
+    """
+    requests = live.select(TRACE_KEYS).unique()
+    simulated = simulated.join(requests, on=TRACE_KEYS, how="semi", maintain_order="left")
+    pooled = pool_conditions(pl.concat([live, simulated]), bootstrap_samples=samples, seed=seed)
+    return {
+        "policies_pooled": pooled,
+        "guard_tests": compare_with_guard(live, samples=samples, seed=seed),
+    }
+
+
+def p_of_interval(estimate: Estimate, units: int) -> float | None:
+    """Two-sided p-value against 0 of an estimate with a symmetric 95 % interval of Student's t.
+
+    Args:
+        estimate: the number and its interval, as `metrics.bootstrap_interval` makes it.
+        units: prompts behind it; one less are the degrees of freedom.
+    """
+    if estimate.value is None or estimate.low is None or estimate.high is None or units < 2:
+        return None
+    error = (estimate.high - estimate.low) / 2 / stats.t.ppf(0.975, units - 1)
+    if error <= 0:
+        return None
+    return float(2 * stats.t.sf(abs(estimate.value) / error, units - 1))

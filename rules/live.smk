@@ -49,6 +49,8 @@ rule summarize_live:
         differences="<results>/tables/simulation_differences.parquet",
         reasons="<results>/tables/simulation_reasons.parquet",
         tests="<results>/tables/policy_tests.parquet",
+        policies_pooled="<results>/tables/policies_pooled.parquet",
+        guard_tests="<results>/tables/guard_tests.parquet",
     log:
         "<results>/logs/summarize_live.log",
     benchmark:

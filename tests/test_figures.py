@@ -200,6 +200,22 @@ def harm_metrics():
     return pl.DataFrame(rows, schema_overrides={"ratio": pl.String, "task": pl.String})
 
 
+def certificate(tasks=("recall", "copy")):
+    """Every prompt is one request; nothing of 20 goes wrong at the conservative point."""
+    rows = []
+    keys = itertools.product(
+        tasks, PRESSES, RATIOS, ("promote", "continue"), plot_harm.POINT_MARKERS
+    )
+    for task, press, ratio, recovery, point in keys:
+        for risk, alpha in (("harm_left", 0.2), ("alarm", 0.5), ("missed_harm", 0.5)):
+            row = {"model": "tiny", "task": task, "press": press, "ratio": ratio, "risk": risk}
+            row |= {"recovery": recovery, "operating_point": point, "alpha": alpha}
+            row |= {"observed": 0.1 * list(plot_harm.POINT_MARKERS).index(point), "units": 20}
+            row |= {"requests": 20, "delta": 0.1, "certified": point == "conservative"}
+            rows.append(row)
+    return pl.DataFrame(rows)
+
+
 COST_OF = {"none": 0.4, "always_safe": 1.0, "guard": 0.7, "guard_promote": 1.4, "oracle_gate": 0.5}
 
 
@@ -210,6 +226,9 @@ def costs():
         keys["source"] = "simulation" if policy.startswith("oracle") else "live"
         harmed = with_interval("harmed", 0.5 - cost / 3, 0.1)
         rows.append(keys | harmed | with_interval("relative_byte_steps", cost, 0.1))
+        if policy == "none":  # the stored answers, from which the line of constant ratios is made
+            rows.append(rows[-1] | {"source": "simulation", "harmed": 0.4 * float(ratio)})
+            rows[-1] |= with_interval("relative_byte_steps", 1 - float(ratio), 0.1)
     return pl.DataFrame(rows)
 
 
@@ -237,6 +256,7 @@ DRAWN = {
     "harm_metrics": (plot_harm.plot_harm_metrics, harm_metrics),
     "harm_against_cost": (plot_harm.plot_harm_against_cost, costs),
     "simulation_gap": (plot_policies.plot_simulation_gap, both_sources),
+    "certificate": (plot_harm.plot_certificate, certificate),
 }
 
 
@@ -424,6 +444,55 @@ def test_a_policy_that_costs_more_than_never_compressing_is_drawn_open():
     is_open = {name for name, line in drawn.items() if line.get_markerfacecolor() == "white"}
     assert is_open == {"guard_promote", "oracle_gate"}
     assert drawn["always_safe"].get_ydata()[0] == pytest.approx(0.5 - 1 / 3)
+
+
+def test_constant_ratios_are_a_line_from_the_measured_ones_to_the_full_cache():
+    axes = plot_harm.plot_harm_against_cost(costs()).axes[0]
+    (line,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert line.get_xdata() == pytest.approx([0.25, 0.5, 1.0])
+    assert line.get_ydata() == pytest.approx([0.3, 0.2, 0.0])
+
+
+def test_what_is_certified_is_filled_and_has_its_bound():
+    figure = plot_harm.plot_certificate(certificate(["recall"]))
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [
+        "harmed and\nnot repaired, promote",
+        "harmed and\nnot repaired, continue",
+        "alarmed",
+    ]
+    axes = figure.axes[0]
+    assert len(axes.containers) == len(PRESSES) * len(RATIOS) * 3
+    for bar in axes.containers:
+        filled = bar.lines[0].get_markerfacecolor() != "white"
+        assert filled == (bar.get_label() == "conservative")
+        if bar.get_label() == "conservative":  # 0 of 20: 1 - 0.1 ** (1 / 20)
+            (segment,) = bar.lines[2][0].get_segments()
+            assert segment[:, 0] == pytest.approx([0, 1 - 0.1 ** (1 / 20)])
+
+
+def test_a_caption_says_which_prompts_a_figure_is_about():
+    for name, entry in FIGURES.items():
+        samples = ("test prompt", "all prompts of the run", "calibration requests")
+        assert any(sample in entry.caption.lower() for sample in samples), name
+
+
+def test_the_example_is_a_test_prompt():
+    """The predictor has seen the outcomes of the others."""
+    run = make_run(num_prompts=12, max_new_tokens=64, error_rate=0)
+    ids = run.prompts["prompt_id"]
+    tokens = run.tokens.select(*schema.TOKEN_KEYS, "token_id", "entropy", "llr", "audit_is_argmax")
+    tokens = tokens.with_columns(token_text=pl.lit("a"), hazard=pl.lit(0.9), mode=pl.lit(2))
+    for chosen in (ids[3], ids[8]):
+        splits = pl.DataFrame({"prompt_id": ids}).with_columns(
+            split=pl.when(pl.col("prompt_id") == chosen)
+            .then(pl.lit("test"))
+            .otherwise(pl.lit("train"))
+        )
+        figure = plot_failures.plot_example(
+            tokens, run.outcomes, splits, operating_point=POINTS["balanced"]
+        )
+        assert chosen in figure.get_suptitle()
 
 
 def test_the_predictor_is_drawn_pooled_and_by_press_against_both_references():

@@ -17,9 +17,13 @@ def main(
     tokens: list[Path],
     predictions_path: Path,
     controller: OperatingPoint,
+    hazard_of: str,
     target: Path,
 ) -> None:
-    """Write the timeline of every request; ``checkpoints`` go by the models' names."""
+    """Write the timeline of every request; ``checkpoints`` go by the models' names.
+
+    ``hazard_of`` is the predictor's target: the one that the thresholds belong to.
+    """
     columns = [name for name in TIMELINE if name not in ("token_text", "hazard", "mode")]
     rows = pl.scan_parquet(tokens, hive_partitioning=False).select(columns)
     predictions = read_table(predictions_path, PREDICTIONS)
@@ -28,7 +32,7 @@ def main(
         own = rows.filter(pl.col("model") == model).collect()
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
         texts = token_texts(tokenizer, own["token_id"])
-        parts.append(build_timeline(own, texts, predictions, controller))
+        parts.append(build_timeline(own, texts, predictions, controller, target=hazard_of))
     write_table(pl.concat(parts), target, TIMELINE)
 
 
@@ -41,5 +45,6 @@ if __name__ == "__main__":
         [Path(path) for path in source.tokens],
         Path(source.predictions),
         certificate.operating_point(params.operating_point),
+        certificate.target,
         Path(snakemake.output.timeline),
     )

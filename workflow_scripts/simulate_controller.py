@@ -33,7 +33,8 @@ def main(
             )
         )
         decode = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).decode
-        runs.append(simulate_model(frames, prompts, experiment, controller, decode, rivals, gate))
+        fitted = (controller, decode, rivals, gate)
+        runs.append(simulate_model(frames, prompts, experiment, *fitted, target=certificate.target))
     write_table(pl.concat(runs), target, RUNS)
 
 

@@ -12,7 +12,7 @@ from kvguard.compare_policies import (
     summarize_runs,
 )
 from kvguard.costs import memory_of_rewind
-from kvguard.policy_tests import compare_pairs
+from kvguard.policy_tests import compare_pairs, live_tables
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
 
 
@@ -24,11 +24,9 @@ def main(
     seed: int,
     targets: dict[str, Path],
 ) -> None:
-    """Write the targets ``policies`` (both sources), ``memory``, ``differences``, ``reasons``,
-    ``tests`` (policies in pairs).
+    """Write the targets; ``tables`` are simulation and outcomes.
 
-    ``tables`` are simulation and outcomes. Beside each policy stands what a constant ratio gives at
-    equal device byte-steps.
+    Beside each policy stands what a constant ratio gives at equal device byte-steps.
     """
     live = pl.read_parquet(live_paths, hive_partitioning=False)
     simulated = read_table(tables["simulation"], RUNS)
@@ -42,6 +40,8 @@ def main(
     traces = pl.read_parquet(trace_paths, hive_partitioning=False)
     write_table(constant_frontier(pl.concat(policies), measured=policies[1]), targets["policies"])
     write_table(pl.concat(pairs), targets["tests"])
+    for name, table in live_tables(live, simulated, bootstrap_samples, seed).items():
+        write_table(table, targets[name])
     write_table(memory_of_rewind(traces, live), targets["memory"])
     write_table(differences, targets["differences"])
     write_table(summarize_differences(differences), targets["reasons"])

@@ -33,7 +33,7 @@ def main(
             )
         )
         runs = simulated.filter(pl.col("model") == model)
-        results.append(summarize_model(frames, runs, experiment, points))
+        results.append(summarize_model(frames, runs, experiment, points, target=certificate.target))
     for name, target in targets.items():
         write_table(pl.concat([result[name] for result in results]), target)
 

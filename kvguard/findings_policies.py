@@ -1,0 +1,521 @@
+"""The sections of docs/findings.md about harm, policies, tests and certificates.
+
+Every function takes tables of a run and returns Markdown; `kvguard.findings` puts them together.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from kvguard.certificate import Certificate, upper_bound
+from kvguard.config import POLICIES
+from kvguard.markdown import counted, measured, number_or_dash, p_value, quote, table
+from kvguard.metrics import MIN_UNITS, wilson_interval
+from kvguard.paired_tests import Estimate, holm
+from kvguard.policy_tests import p_of_interval
+
+Tables = Mapping[str, pl.DataFrame]
+Row = Mapping[str, Any]
+
+HEADLINE_POLICIES = (
+    "none",
+    "verify_on_failure",
+    "clock_or_loop",
+    "guard",
+    "gate",
+    "lossless",
+    "always_safe",
+)
+"""Policies of the short table, in order; those that neither ran nor were simulated are left out."""
+
+SILENT_HARM_FLOOR = 0.05
+"""Silent harm counts as there where the whole interval lies above this share."""
+
+
+def condition(row: Row) -> str:
+    """Press and ratio in a table."""
+    return f"{row['press']} {row['ratio']}"
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows of one condition after the other, policies in the order of `config.POLICIES`."""
+    rows = list(rows)
+    conditions = list(dict.fromkeys(condition(row) for row in rows))
+    order = list(POLICIES)
+    return sorted(
+        rows, key=lambda row: (conditions.index(condition(row)), order.index(row["policy"]))
+    )
+
+
+# --- harm ----------------------------------------------------------------------------------------
+
+
+def harm_section(tables: Tables) -> str:
+    """What compression breaks: each task under each condition, and all tasks together."""
+    rows = tables["harm"].sort("press", "ratio", "task", maintain_order=True).to_dicts()
+    lines = []
+    for row in rows:
+        right = row["baseline_right"]
+        lines.append(
+            [
+                condition(row),
+                str(row["task"]),
+                "-" if right is None else f"{right} of {row['requests']}",
+                *(
+                    measured(row, name, percent=True)
+                    for name in ("harmed", "silent_harm", "rescued")
+                ),
+            ]
+        )
+    head = ["condition", "task", "right uncompressed", "harmed", "silently", "rescued"]
+    return (
+        "### What compression breaks\n\nCompression alone, all prompts of the run (nothing is "
+        "fitted here), as shares of requests. Rescued: wrong uncompressed and right compressed.\n\n"
+        + table(head, lines)
+    )
+
+
+# --- policies ------------------------------------------------------------------------------------
+
+
+def visible_section(tables: Tables) -> str:
+    """What a check of loops and overruns in finished answers gets, in one table."""
+    text = (
+        "### What checking only loops and overruns would have got\n\n"
+        "The row *check visible failures*: an answer that loops or runs out is checked, and "
+        "nothing else. Live test requests, all conditions together; the next section has each "
+        "condition."
+    )
+    return f"{text}\n\n{pooled_table(tables)}"
+
+
+def pooled_rows(tables: Tables, task: str | None = None) -> list[dict[str, Any]]:
+    """Rows of the headline policies over all live conditions: live, else simulated, by policy."""
+    rows = tables["policies_pooled"].filter(pl.col("task").eq_missing(pl.lit(task, pl.String)))
+    found = {}
+    for source in ("simulation", "live"):  # what ran live replaces what was simulated
+        for row in rows.filter(source=source, policy=pl.col("policy")).to_dicts():
+            if source == "live" or row["harmed"] is not None:
+                found[row["policy"]] = row
+    return [found[name] for name in HEADLINE_POLICIES if name in found]
+
+
+def pooled_table(tables: Tables, task: str | None = None) -> str:
+    """Harm left and costs of the headline policies over all live conditions, as Markdown."""
+    lines = [
+        [_named(row), *_shares(row), _byte_steps(row), *_costs(row)]
+        for row in pooled_rows(tables, task)
+    ]
+    return table(["policy", *_SHARES, "byte-steps", *_COSTS], lines)
+
+
+_SHARES = ("harmed", "silently", "rescued", "alarmed")
+_COSTS = ("peak MiB", "prefilled", "wasted", "checks", "seconds")
+
+
+def _named(row: Row) -> str:
+    label = POLICIES[row["policy"]].label
+    return label if row["source"] == "live" else f"{label} (simulated)"
+
+
+def _shares(row: Row) -> list[str]:
+    return [
+        counted(row, name, row["requests"])
+        for name in ("harmed", "silent_harm", "rescued", "alarmed")
+    ]
+
+
+def _byte_steps(row: Row) -> str:
+    if row["policy"] == "always_safe":
+        return "1 (reference)"
+    text = measured(row, "relative_byte_steps")
+    if row["relative_byte_steps_low"] is None and row["prompts"] >= MIN_UNITS:
+        text = text.replace("[too few prompts]", "(the same for every prompt)")
+    relative = row["relative_byte_steps"]
+    return f"**{text}**" if relative is not None and relative > 1 else text
+
+
+def _costs(row: Row) -> list[str]:
+    return [
+        number_or_dash(row["device_bytes_peak"], 2**-20, 1),
+        number_or_dash(row["tokens_prefilled"]),
+        number_or_dash(row["tokens_wasted"]),
+        number_or_dash(row["checks"], digits=1),
+        number_or_dash(row["seconds"], digits=2),
+    ]
+
+
+def visible_text(tables: Tables) -> str:
+    """The sentences beside `pooled_table`: harm that a check of the text misses, and the price."""
+    by_policy = {row["policy"]: row for row in pooled_rows(tables)}
+    sentences = []
+    alone = by_policy.get("none")
+    if alone is not None and alone["harmed"] is not None and alone["silent_harm"] is not None:
+        sentences.append(
+            f"Under compression alone {_count(alone, 'harmed')} of {alone['requests']} live test "
+            f"requests ({alone['prompts']} prompts under {alone['conditions']} conditions) are "
+            f"harmed, {_count(alone, 'silent_harm')} of them silently: a check of finished answers "
+            "for loops and overruns cannot see those."
+        )
+    for policy in ("verify_on_failure", "clock_or_loop", "guard", "lossless"):
+        row = by_policy.get(policy)
+        if row is None or row["harmed"] is None:
+            continue
+        relative = row["relative_byte_steps"]
+        cost = (
+            ""
+            if relative is None
+            else f", at {relative:.2f} of the device byte-steps of never compressing"
+        )
+        sentences.append(
+            f"*{_named(row)}* leaves {_count(row, 'harmed')} of {row['requests']} harmed{cost}."
+        )
+    losses = _dearer(tables)
+    return " ".join([*sentences, losses] if losses else sentences)
+
+
+def _count(row: Row, name: str) -> int:
+    return round(row[name] * row["requests"])
+
+
+def _dear_alone(rows: Iterable[Row]) -> str:
+    """Why compression alone can cost more byte-steps than never compressing."""
+    rows = list(rows)
+    full = {condition(row): row for row in rows if row["policy"] == "always_safe"}
+    said = []
+    for row in rows:
+        relative = row["relative_byte_steps"]
+        if row["policy"] != "none" or relative is None or relative <= 1:
+            continue
+        steps, own = full[condition(row)]["decode_steps"], row["decode_steps"]
+        said.append(f"{condition(row)} ({own:.0f} decode steps against {steps:.0f})")
+    if not said:
+        return ""
+    return (
+        " Compression alone costs more than never compressing where its answers are longer, or "
+        "where the prompt is so short that it saves no whole page of memory: "
+        f"{', '.join(said)}."
+    )
+
+
+def _dearer(tables: Tables) -> str:
+    """Where the guard costs more device memory over time than never compressing."""
+    live = tables["policies"].filter((pl.col("source") == "live") & (pl.col("policy") == "guard"))
+    known = live.drop_nulls("relative_byte_steps").to_dicts()
+    dear = [row for row in known if row["relative_byte_steps"] > 1]
+    if not known:
+        return ""
+    if not dear:
+        return "In no condition does the guard cost more byte-steps than never compressing."
+    named = ", ".join(f"{condition(row)} ({row['relative_byte_steps']:.2f})" for row in dear)
+    return (
+        f"In {len(dear)} of {len(known)} conditions the guard costs **more** device byte-steps "
+        f"than never compressing, so the full KV cache is the better choice there: {named}."
+    )
+
+
+def policy_table(rows: Iterable[Row]) -> str:
+    """Harm left and every cost of policies, one row per condition and policy, as Markdown."""
+    lines = [
+        [
+            condition(row),
+            _named(row),
+            *_shares(row),
+            _byte_steps(row),
+            _constant(row),
+            *_costs(row),
+        ]
+        for row in rows
+    ]
+    head = ["condition", "policy", *_SHARES, "byte-steps", "constant ratio", *_COSTS]
+    return table(head, lines)
+
+
+def _constant(row: Row) -> str:
+    value = row.get("constant_harmed")
+    return "-" if value is None else f"{value:.0%}"
+
+
+def policies_section(tables: Tables, described: Row) -> str:
+    """Every policy that ran live, and how far the simulation agrees."""
+    rows = in_order(tables["policies"].filter(pl.col("source") == "live").to_dicts())
+    every = described["guard"].get("check_every_tokens", 1)
+    requests = max((row["requests"] for row in rows), default=0)
+    text = (
+        f"### Every policy\n\nPolicies on {requests} test prompts a condition, through the engine; "
+        "the guard judges a request "
+        f"{f'every {every} tokens' if every > 1 else 'at every token'}, at the operating point "
+        f"`{described['live']['operating_point']}` that was chosen on calibration prompts. Shares "
+        "are of requests; costs are means per request (their intervals are in `tables/policies`). "
+        "Byte-steps: allocated device bytes summed over model steps, checks included, as a "
+        "multiple of the full KV cache's on the same prompts; bold where a policy costs more than "
+        "that. Constant ratio: the share of harmed requests that the press without a policy would "
+        "leave at the same byte-steps, between its measured ratios (ratio 0 included); a policy is "
+        "worth having where it leaves less. A dash: not known, or outside the measured ratios. "
+        f"`kvguard/policies.py` describes each policy.{_dear_alone(rows)}\n\n" + policy_table(rows)
+    )
+    counts = tables["simulation_reasons"].group_by("reason").agg(pl.col("requests").sum())
+    found = {str(row["reason"]): int(row["requests"]) for row in counts.to_dicts()}
+    same, unknown = found.pop("same", 0), found.pop("outcome unknown offline", 0)
+    unknown += found.pop("not simulated", 0)
+    text += (
+        f"\n\nOf the live requests whose outcome the simulation knows, {same} of "
+        f"{same + sum(found.values())} had the simulated alarm step and final tokens; of {unknown} "
+        "more it knows no outcome (a cache that no trace holds)."
+    )
+    for reason, count in sorted(found.items()):
+        text += f" {count}: {reason}."
+    return text
+
+
+def tasks_section(tables: Tables) -> str:
+    """The headline policies by task, all live conditions together; nothing with a single task."""
+    tasks = tables["policies_pooled"]["task"].drop_nulls().unique(maintain_order=True).to_list()
+    if len(tasks) < 2:
+        return ""
+    lines = [
+        [task, _named(row), *_shares(row), _byte_steps(row)]
+        for task in tasks
+        for row in pooled_rows(tables, task)
+        if row["policy"] in ("none", "verify_on_failure", "guard")
+    ]
+    return "### By task\n\nTest prompts of each task, all live conditions together.\n\n" + table(
+        ["task", "policy", *_SHARES, "byte-steps"], lines
+    )
+
+
+# --- tests ---------------------------------------------------------------------------------------
+
+
+def lead_section(tables: Tables, certificate: Certificate) -> str:
+    """The page's answers, one sentence each; the sections below say how they are known."""
+    made = sum(statement.certified for statement in certificate.statements)
+    points = [
+        _existence(tables["harm"])[0],
+        visible_text(tables),
+        _prediction(tables["harm_metrics"])[0],
+        _guard_tests(tables["guard_tests"])[0],
+        f"{made} of {len(certificate.statements)} statements about harm left and alarms are "
+        "certified.",
+    ]
+    return "### In short\n\n" + "\n".join(f"- {point}" for point in points if point)
+
+
+def tests_section(tables: Tables) -> str:
+    """Is there silent harm, is it foreseen, does the guard leave less: one test each."""
+    parts = (
+        _existence(tables["harm"]),
+        _prediction(tables["harm_metrics"]),
+        _guard_tests(tables["guard_tests"]),
+    )
+    return "\n\n".join(
+        ['### Three tests\n\nTwo-sided; "adjusted" is Holm\'s, within one test.']
+        + [details for _, details in parts]
+    )
+
+
+def _existence(harm: pl.DataFrame) -> tuple[str, str]:
+    """Harm and silent harm per condition, all tasks and prompts: the answer, and the details."""
+    lines = []
+    lightest: dict[object, bool] = {}
+    groups = harm.sort("model", "press", "ratio").group_by(
+        "model", "press", "ratio", maintain_order=True
+    )
+    for (model, press, ratio), part in groups:
+        requests = int(part["requests"].sum())
+        row: dict[str, Any] = {"press": press, "ratio": ratio}
+        for name in ("harmed", "silent_harm"):
+            count = round((part[name].fill_null(0) * part["requests"]).sum())
+            low, high = wilson_interval(count, requests)
+            row |= {name: count / requests, f"{name}_low": low, f"{name}_high": high}
+        found = row["silent_harm_low"] > SILENT_HARM_FLOOR
+        lightest.setdefault((model, press), found)
+        shares = [counted(row, name, requests) for name in ("harmed", "silent_harm")]
+        lines.append([condition(row), *shares, "yes" if found else "no"])
+    answer = (
+        f"At its lightest ratio {sum(lightest.values())} of {len(lightest)} presses do silent harm "
+        f"whose interval lies above {SILENT_HARM_FLOOR:.0%}."
+    )
+    head = ["condition", "harmed", "silently", f"above {SILENT_HARM_FLOOR:.0%}"]
+    return answer, (
+        f"**Existence.** All prompts, tasks together (Wilson intervals). {answer}\n\n"
+        + table(head, lines)
+    )
+
+
+def _prediction(metrics: pl.DataFrame) -> tuple[str, str]:
+    """AUROC at the same position, predictor minus clock and minus entropy, over all conditions."""
+    pooled = metrics.filter(
+        *(pl.col(name).is_null() for name in ("task", "press", "ratio")),
+        pl.col("metric") == "same_position",
+        pl.col("target") == "harm",
+        pl.col("predictor") == "hazard",
+    )
+    text = (
+        "**Prediction.** Test prompts: AUROC of harm at the same position under the same "
+        "condition, predictor minus reference, paired by prompt. "
+    )
+    rows = pooled.drop_nulls("difference").to_dicts()
+    if not rows:
+        answer = "Whether harm is foreseen is undefined here: no two requests can be compared."
+        return answer, text + answer
+    adjusted = holm([p_of_interval(_difference(row), _units(row)) for row in rows])
+    said, shown = [], []
+    for row, value in zip(rows, adjusted, strict=True):
+        name, low = row["compared_with"].replace("_", " "), row["difference_low"]
+        supported = value is not None and value < 0.05 and low is not None and low > 0
+        said.append(
+            f"Minus {name}: {measured(row, 'difference')}, adjusted p {p_value(value)}: "
+            f"{'supported' if supported else 'not supported'}."
+        )
+        shown.append(f"{'is' if supported else 'is not'} shown to beat {name}")
+    answer = f"At the same position the predictor {' and '.join(shown)}."
+    return answer, (
+        text
+        + " ".join(said)
+        + " The p-values come from the intervals, with as few degrees of freedom as the number of "
+        "harmed requests allows."
+    )
+
+
+def _difference(row: Row) -> Estimate:
+    return Estimate(row["difference"], row["difference_low"], row["difference_high"])
+
+
+def _units(row: Row) -> int:
+    """Prompts that are at least behind an AUROC: each is harmed, or not, once per condition."""
+    fewer = min(row["harmed"], row["requests"] - row["harmed"])
+    per_prompt = max(-(-row["requests"] // max(row["prompts"], 1)), 1)
+    return -(-fewer // per_prompt)
+
+
+def _guard_tests(tests: pl.DataFrame) -> tuple[str, str]:
+    """The guard against its rivals: exact McNemar on harm, paired bootstrap on byte-steps."""
+    text = (
+        "**Policies.** Live test requests: *guard* against each rival, harm by the exact McNemar "
+        "test, device byte-steps (as shares of the full KV cache's) by a paired bootstrap over "
+        "prompts, both adjusted over the rivals. Differences are guard minus rival: below 0 the "
+        "guard does better. Over all conditions a prompt makes one pair per condition; McNemar's "
+        "test takes these as independent, the intervals do not. All rivals in each condition are "
+        "in `tables/guard_tests`."
+    )
+    if tests.is_empty():
+        return "", text + " The guard did not run live in this run."
+    lines = []
+    shown = tests.filter(pl.col("press").is_null() | (pl.col("other") == "verify_on_failure"))
+    for row in shown.to_dicts():
+        lines.append(
+            [
+                "all" if row["press"] is None else condition(row),
+                POLICIES[row["other"]].label,
+                f"{row['harmed']} and {row['other_harmed']} of {row['requests']}",
+                f"{row['only_harmed']} / {row['only_other']}",
+                _span(row, "harm", percent=True),
+                p_value(row["harm_p_adjusted"]),
+                _span(row, "byte_steps"),
+                p_value(row["byte_steps_p_adjusted"]),
+            ]
+        )
+    head = ["condition", "rival", "harmed, guard and rival", "only guard / only rival"]
+    head += ["harm", "adjusted p", "byte-steps", "adjusted p"]
+    answers = []
+    for row in tests.filter(pl.col("press").is_null()).to_dicts():
+        if row["other"] in ("verify_on_failure", "lossless"):
+            p = row["harm_p_adjusted"]
+            sure = p is not None and p < 0.05
+            more = row["harm_difference"] is not None and row["harm_difference"] > 0
+            found = f"leaves {'more' if more else 'fewer'}" if sure else "is not shown to differ in"
+            cost = _span(row, "byte_steps")
+            answers.append(
+                f"Against *{POLICIES[row['other']].label}* the guard {found} harmed requests "
+                f"(adjusted p {p_value(p)}); byte-steps, guard minus rival: {cost}."
+            )
+    answer = " ".join(answers)
+    return answer, f"{text}\n\n{table(head, lines)}"
+
+
+def _span(row: Row, name: str, *, percent: bool = False) -> str:
+    value = row[f"{name}_difference"]
+    if value is None:
+        return "undefined"
+    if row[f"{name}_low"] is None:
+        return f"{value:.2f} (the same in every pair)"
+    renamed = {"x": value, "x_low": row[f"{name}_low"], "x_high": row[f"{name}_high"]}
+    return measured(renamed, "x", percent=percent)
+
+
+# --- certificate ---------------------------------------------------------------------------------
+
+
+def certificate_section(tables: Tables, certificate: Certificate, point: str) -> str:
+    """The certificate's summary, and a table of the deployed operating point."""
+    summary, *rest = certificate.text.splitlines()
+    points = "; ".join(rest[: len(certificate.points)])
+    rows = tables["certificate"].filter(operating_point=point)
+    keys = ["press", "ratio", "task"]
+    cells = []
+    for key, part in rows.group_by(keys, maintain_order=True):
+        by = {(row["recovery"], row["risk"]): row for row in part.to_dicts()}
+        alarms = [row for (_, risk), row in by.items() if risk == "alarm"]
+        left = [row for (_, risk), row in by.items() if risk == "harm_left"]
+        cells.append(
+            [
+                f"{key[0]} {key[1]}",
+                str(key[2]),
+                *(
+                    observed(by[recovery, "harm_left"]) if (recovery, "harm_left") in by else "-"
+                    for recovery in _recoveries(rows)
+                ),
+                observed(alarms[0]) if alarms else "-",
+                ", ".join(row["recovery"] for row in left if row["certified"]) or "nothing",
+                f"{left[0]['units_needed_at_zero']}" if left else "-",
+            ]
+        )
+    head = ["condition", "task"]
+    head += [f"harm left, {recovery}" for recovery in _recoveries(rows)]
+    head += ["alarmed", "certified", "prompts it takes at least"]
+    alphas = ", ".join(
+        f"{float(alpha):.0%} {words}"
+        for risk, words in (("harm_left", "harmed and not repaired"), ("alarm", "alarmed"))
+        for alpha in rows.filter(risk=risk)["alpha"].unique(maintain_order=True)
+    )
+    return (
+        "### What is certified\n\nShares that are called observed are those of the calibration "
+        "prompts, on which the settings were chosen: in sample. The statement beside each allows "
+        "for that. All statements are in `tables/certificate`.\n\n"
+        + quote(f"{summary} Operating points: {points}.")
+        + f"\n\nThe deployed operating point `{point}`, certified where at most {alphas} can be "
+        "said. In brackets the most that the prompts leave possible at the certificate's "
+        "confidence, for one statement alone. After `continue` a request that alarmed counts as "
+        "harmed, because no trace proves how it ends.\n\n" + table(head, cells)
+    )
+
+
+def _recoveries(rows: pl.DataFrame) -> list[str]:
+    return [str(name) for name in rows["recovery"].unique(maintain_order=True)]
+
+
+def observed(row: Row) -> str:
+    """A share of calibration prompts with its exact upper bound, where each is one request."""
+    if row["observed"] is None:
+        return "no such request"
+    bound = upper_bound(row)
+    most = "" if bound is None else f" [at most {bound:.0%}]"
+    return f"{row['observed']:.0%} of {row['units']}{most}"
+
+
+def sections(
+    tables: Tables, described: Row, certificate: Certificate
+) -> tuple[Sequence[str], Sequence[str]]:
+    """What stands before and behind the sections about the predictor; empty ones are left out."""
+    before = [
+        lead_section(tables, certificate),
+        harm_section(tables),
+        visible_section(tables),
+        policies_section(tables, described),
+        tasks_section(tables),
+        tests_section(tables),
+    ]
+    behind = [certificate_section(tables, certificate, described["live"]["operating_point"])]
+    return [text for text in before if text], behind
