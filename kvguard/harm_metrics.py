@@ -236,7 +236,9 @@ def _by_condition(
         if not bottom.any():
             continue
         concordant, pairs_ = top.reshape(size, size), bottom.reshape(size, size)
-        weights = panel.weights
+        seen = np.flatnonzero(pairs_.any(axis=0) | pairs_.any(axis=1))  # most units are elsewhere
+        concordant, pairs_ = (cell[np.ix_(seen, seen)] for cell in (concordant, pairs_))
+        weights = panel.weights[:, seen]
         drawn = [((weights @ cell) * weights).sum(axis=1) for cell in (concordant, pairs_)]
         with np.errstate(invalid="ignore", divide="ignore"):
             replicates = np.where(drawn[1] > 0, drawn[0] / drawn[1], np.nan)
@@ -287,7 +289,7 @@ def harm_table(panel: Panel, target: str, scores: Mapping[str, NDArray[Any]]) ->
     }
     any_score = next(iter(measured.values()))
     rows: list[tuple[dict[str, Any], Measured]] = []
-    for group, conditions in _groups(panel):
+    for group, conditions in condition_groups(panel):
         inside = np.isin(panel.condition, conditions)
         size = {
             "prompts": panel.table.filter(inside)["prompt_id"].n_unique(),
@@ -323,8 +325,8 @@ def harm_table(panel: Panel, target: str, scores: Mapping[str, NDArray[Any]]) ->
     return pl.DataFrame(finished, schema=HARM_TYPES)
 
 
-def _groups(panel: Panel) -> list[tuple[dict[str, str | None], Ints]]:
-    """All conditions; each task, each press, each condition."""
+def condition_groups(panel: Panel) -> list[tuple[dict[str, str | None], Ints]]:
+    """Groups of conditions, and the codes in each: all; each task, each press, each alone."""
     nothing: dict[str, str | None] = dict.fromkeys(("task", "model", "press", "ratio"))
     codes = panel.table.with_columns(code=pl.Series(panel.condition)).unique("code").sort("code")
     groups: list[tuple[dict[str, str | None], Ints]] = [(nothing, codes["code"].to_numpy())]

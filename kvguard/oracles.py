@@ -57,11 +57,27 @@ def is_proven(
     return np.asarray(prefix & ~tie_at_cut)
 
 
-def oracle_ending(name: str, requests: StoredRequests) -> Ending:
-    """How every request ends under an oracle; unknown where harm or its onset is."""
+def oracle_ending(
+    name: str, requests: StoredRequests, flagged: BoolArray | None = None
+) -> Ending:
+    """How every request ends under an oracle; unknown where harm or its onset is.
+
+    Args:
+        name: one of `ORACLES`.
+        requests: the traces.
+        flagged: (N,) acts on these requests instead of those that are harmed: what a forecast that
+            flags them would lead to. Not for ``oracle_onset`` and ``oracle_ratio``.
+
+    Raises:
+        ValueError: ``flagged`` with an oracle that needs to know more.
+    """
     table, own = requests.table, np.arange(len(requests.lengths))
     judged = table["harmed"].is_not_null().to_numpy()
     harmed = table["harmed"].fill_null(False).to_numpy()
+    if flagged is not None:
+        if name not in ("oracle_gate", "oracle_end"):
+            raise ValueError(f"flagged: for oracle_gate and oracle_end, got {name!r}")
+        judged, harmed = np.ones(len(own), np.bool_), flagged & (requests.baseline >= 0)
     lengths = requests.lengths.astype(np.int64)
     draft, kept = lengths.copy(), lengths.copy()
     promotes = np.zeros(len(own), np.bool_)
