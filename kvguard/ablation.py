@@ -116,7 +116,12 @@ def _ablation(study: Study, targets: Sequence[str]) -> pl.DataFrame:
                 "configured": name == configured,
             }
             try:
-                predictor = study.fit(target, columns, f"ablation {target}, {name}")
+                predictor = study.fit(
+                    target,
+                    columns,
+                    f"ablation {target}, {name}",
+                    normalised=True if name == "normalised" else None,
+                )
             except Refusal as refusal:
                 rows += compared(described, str(refusal), None, {})
                 continue
@@ -149,9 +154,10 @@ def _importance(study: Study, calibration: Rows, target: str, repeats: int = 10)
     weights = bootstrap_weights(rows, study.trainer.settings.bootstrap_samples, study.trainer.seed)
     prompts = np.unique(rows.keys["prompt_id"].to_numpy(), return_inverse=True)[1]
     rng = np.random.default_rng(study.trainer.seed)
+    press = rows.press
 
     def ranked(matrix: Features) -> Measured:
-        return auroc(Sample(predictor.log_odds(matrix), rows.label(target), prompts, weights))
+        return auroc(Sample(predictor.log_odds(matrix, press), rows.label(target), prompts, weights))
 
     base = ranked(rows.features)
     found: list[tuple[dict[str, Any], Measured]] = []

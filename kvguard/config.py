@@ -177,6 +177,7 @@ class Predictor(Section):
     feature_set: Literal[
         "full",
         "with_probes",
+        "normalised",
         "no_ratio",
         "no_repetition",
         "logit_only",

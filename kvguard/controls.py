@@ -78,7 +78,7 @@ def measure_controls(study: Study, calibration: Rows, target: str) -> pl.DataFra
                 for metric in ("same_position", "request"):
                     add(control, metric, 0.5, str(refusal), predictor_name)
                 continue
-            found = pooled(panel, fitted.log_odds(test.features))
+            found = pooled(panel, fitted.log_odds(test.features, test.press))
             for metric in ("same_position", "request"):
                 add(control, metric, 0.5, found[metric], predictor_name)
 
@@ -91,7 +91,7 @@ def measure_controls(study: Study, calibration: Rows, target: str) -> pl.DataFra
             "thresholds", calibration.keys["prompt_id"], "control: matched rate"
         )
         threshold = request_threshold(calibration, predictor, target, settings.false_alarm_rate)
-        hazard = predictor.predict(study.test.features)
+        hazard = predictor.predict(study.test.features, study.test.press)
         scored = score(study.test, hazard, target, study.weights)
         requests = scored.requests.table.filter(pl.col("press") != BASELINE)
         codes, harmed = scored.codes(requests["prompt_id"]), requests["harmed"].to_numpy()

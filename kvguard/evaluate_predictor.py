@@ -351,7 +351,9 @@ def evaluate_predictors(
     harm: list[pl.DataFrame] = []
     everyone = {target: _candidates(models, target) for target in models.predictors}
     for target, candidates in everyone.items():
-        hazards = {name: model.predict(test.features) for name, model in candidates.items()}
+        hazards = {
+            name: model.predict(test.features, test.press) for name, model in candidates.items()
+        }
         if target not in NO_HEADLINE:
             panel = build_panel(test, target, known, settings.bootstrap_samples, seed)
             if len(panel.table):
@@ -421,7 +423,7 @@ def request_threshold(
     calibration: Rows, model: Predictor, target: str, false_alarm_rate: float
 ) -> float:
     rows = calibration.take(calibration.compressed())
-    requests = score_requests(rows, model.predict(rows.features), target)
+    requests = score_requests(rows, model.predict(rows.features, rows.press), target)
     harmless = requests.table.filter(~pl.col("harmed"))["any_time"].to_numpy()
     return alarm_threshold(harmless, false_alarm_rate)
 

@@ -43,6 +43,7 @@ _NO_REPETITION = tuple(name for name in _NO_RATIO if name not in _REPETITION)
 FEATURE_SETS: dict[str, tuple[str, ...]] = {
     "full": schema.FEATURE_NAMES,
     "with_probes": _WITH_PROBES,
+    "normalised": _WITH_PROBES,
     "no_ratio": _NO_RATIO,
     "no_repetition": _NO_REPETITION,
     "logit_only": tuple(name for name in _NO_REPETITION if name != "relative_position"),
@@ -52,7 +53,8 @@ FEATURE_SETS: dict[str, tuple[str, ...]] = {
 }
 """Named ablation sets. From ``full`` to ``logit_only`` each one drops what the one before it drops,
 and more: the ratio, the probes, repetition, position. ``clock_repetition`` is what a clock and a
-loop detector know."""
+loop detector know. ``normalised`` reads the columns of ``with_probes``, the probes as ranks under
+their press (`probe_scale`)."""
 
 _SIGNALS = tuple(schema.SIGNALS)
 _ROLLED_COLUMNS = np.array([_SIGNALS.index(name) for name in ROLLED])

@@ -295,6 +295,8 @@ class KVGuard:
         Raises:
             CertificateError: the certificate does not speak of this model or this decoding.
         """
+        from kvguard.predictor import for_press
+
         self._statements(model, decoding)
         longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
         rows = self.batch_size or batch_size_for(model, longest)
@@ -320,7 +322,7 @@ class KVGuard:
         observer = GuardObserver(
             session,
             policy,
-            predictor=self.predictor,
+            predictor=for_press(self.predictor, press_use(self.press)["press_class"]),
             ratio=nominal_ratio(self.press),
             safe_ratio=self.safe_ratio,
             margin_nats=self.margin_nats,

@@ -24,7 +24,7 @@ from kvguard.harm import judge_harm
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
 from kvguard.policy_factory import make_policy
-from kvguard.predictor import Predictor
+from kvguard.predictor import Predictor, for_press
 from kvguard.presses import build_press
 from kvguard.probes import marked_tokens, reads_probes
 from kvguard.prompts import Example, Prompt, prompts_frame
@@ -94,7 +94,7 @@ def run_policy_shard(
     compressor = build_press(press, rule.press_ratio or ratio)
     scores = None
     if policy == "gate" and gate is not None:
-        scores = partial(gate_scores, gate)
+        scores = partial(gate_scores, gate, press=press.name)
     probes = (rule.needs_hazard and reads_probes(predictor)) or scores is not None
     session = Session(
         model.model,
@@ -109,7 +109,7 @@ def run_policy_shard(
     observer = GuardObserver(
         session,
         rule,
-        predictor=predictor,
+        predictor=for_press(predictor, press.name),
         probe_score=scores,
         ratio=float(rule.press_ratio or ratio),
         safe_ratio=float(guard.safe_ratio),

@@ -9,16 +9,17 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import xgboost
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.special import expit
 
 from kvguard import schema
 from kvguard.config import digest
+from kvguard.probe_scale import ProbeScale
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.float32]
@@ -72,6 +73,8 @@ class Predictor(BaseModel):
         feature_version: of the features that it was trained on.
         model: the booster or the coefficients.
         calibration: from log-odds to probability.
+        probe_scale: puts the probes on the press's own scale before anything reads them; None: they
+            are read as they are.
         provenance: data, seeds, parameters and library versions.
     """
 
@@ -86,13 +89,16 @@ class Predictor(BaseModel):
     feature_version: int
     model: dict[str, Any]
     calibration: CalibrationMap = CalibrationMap()
+    probe_scale: ProbeScale | None = None
     provenance: dict[str, Any] = {}
 
-    def predict(self, features: Features) -> NDArray[np.float32]:
+    def predict(self, features: Features, press: str | ArrayLike = "") -> NDArray[np.float32]:
         """Calibrated probability that the onset lies within the horizon, one per row.
 
         Args:
             features: (n, features) float32 in the order of `schema.FEATURE_NAMES`; NaN: missing.
+            press: of the requests, one name for all or (n,); read by ``probe_scale`` alone. Under a
+                press without a reference the probes count as missing.
 
         Returns:
             (n,) float32 in [0, 1]; higher is riskier.
@@ -100,9 +106,9 @@ class Predictor(BaseModel):
         Raises:
             ValueError: another number of columns.
         """
-        return self.calibration.apply(self.log_odds(features)).astype(np.float32)
+        return self.calibration.apply(self.log_odds(features, press)).astype(np.float32)
 
-    def log_odds(self, features: Features) -> Floats:
+    def log_odds(self, features: Features, press: str | ArrayLike = "") -> Floats:
         """Uncalibrated log-odds (n,), class weights undone; arguments as in `predict`."""
         if features.ndim != 2 or features.shape[1] != len(schema.FEATURE_NAMES):
             raise ValueError(
@@ -111,12 +117,19 @@ class Predictor(BaseModel):
             )
         if len(features) == 0:
             return np.zeros(0)
+        if self.probe_scale is not None:
+            features = self.probe_scale.scale(features, press)
         return self._score(features)
+
+    def content(self) -> dict[str, Any]:
+        """What its file holds; a scale only where there is one, as in files from before it."""
+        without = {"probe_scale"} if self.probe_scale is None else None
+        return self.model_dump(mode="json", exclude=without)
 
     @cached_property
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of the predictor's content."""
-        return digest(self.model_dump(mode="json"))
+        return digest(self.content())
 
     def __getstate__(self) -> dict[Any, Any]:
         """What was computed from the fields is computed again where it is unpickled."""
@@ -134,10 +147,41 @@ class Predictor(BaseModel):
         return _booster_score(self.model, columns)
 
 
+class PressPredictor(NamedTuple):
+    """A predictor that knows its press, as a guard has it: what it scores is of that press."""
+
+    predictor: Predictor
+    press: str
+
+    @property
+    def feature_version(self) -> int:
+        """Of the features that it was trained on."""
+        return self.predictor.feature_version
+
+    def predict(self, features: Features) -> NDArray[np.float32]:
+        """`Predictor.predict` under its press."""
+        return self.predictor.predict(features, self.press)
+
+
+Model = TypeVar("Model")
+
+
+def for_press(model: Model, press: str) -> Model | PressPredictor:
+    """A model for the requests of one press: as it is, unless it has a scale for each press.
+
+    Args:
+        model: any hazard model, or None.
+        press: its name in the configuration, or its class.
+    """
+    if isinstance(model, Predictor) and model.probe_scale is not None:
+        return PressPredictor(model, press)
+    return model
+
+
 def save_predictor(predictor: Predictor, path: str | Path) -> None:
     """Write a predictor as JSON, all or nothing."""
     with schema.atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(predictor.model_dump(mode="json"), separators=(",", ":")))
+        temporary.write_text(json.dumps(predictor.content(), separators=(",", ":")))
 
 
 def save_refusal(target: str, reason: str, path: str | Path) -> None:

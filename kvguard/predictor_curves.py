@@ -45,7 +45,7 @@ def predictor_curves(
         codes = np.unique(test.keys["prompt_id"].to_numpy())
         prompts = np.searchsorted(codes, part.keys["prompt_id"].to_numpy())
         for name, model in models.items():
-            scores = model.predict(part.features).astype(np.float64)
+            scores = model.predict(part.features, part.press).astype(np.float64)
             sample = Sample(scores, part.label(target), prompts, weights)
             if not sample.ranks_something:
                 continue

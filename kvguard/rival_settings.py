@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
 
 from kvguard import schema
@@ -79,12 +79,15 @@ def load_gate(path: str | Path) -> Predictor | None:
     return parse_predictor(gates["harm"], str(path)) if "harm" in gates else None
 
 
-def gate_scores(gate: Predictor, probes: NDArray[np.floating]) -> NDArray[np.float32]:
+def gate_scores(
+    gate: Predictor, probes: NDArray[np.floating], press: str | ArrayLike = ""
+) -> NDArray[np.float32]:
     """What a gate says of requests, live and of stored traces alike.
 
     Args:
         gate: from `load_gate`.
         probes: (n, probes) in the order of schema.PROBE_NAMES; NaN: undefined.
+        press: of the requests, one for all or (n,); for a gate with a scale of the press's own.
 
     Returns:
         (n,) the probability of harm, rounded so that it does not depend on the batch; NaN where
@@ -93,7 +96,7 @@ def gate_scores(gate: Predictor, probes: NDArray[np.floating]) -> NDArray[np.flo
     probes = np.where(np.isfinite(probes), probes, np.nan)
     features = np.full((len(probes), len(schema.FEATURE_NAMES)), np.nan, np.float32)
     features[:, [schema.FEATURE_NAMES.index(name) for name in PROBE_NAMES]] = probes
-    scores = np.round(gate.predict(features), 5)
+    scores = np.round(gate.predict(features, press), 5)
     return np.where(np.isnan(probes).all(axis=1), np.nan, scores).astype(np.float32)
 
 

@@ -26,6 +26,11 @@ class Rows(NamedTuple):
         """The rows where ``mask`` is true."""
         return Rows(self.keys.filter(mask), self.features[mask])
 
+    @property
+    def press(self) -> NDArray[np.str_]:
+        """(n,) the press of each token's request."""
+        return self.keys["press"].to_numpy().astype(np.str_)
+
     def label(self, target: str) -> Bools:
         """Whether the onset lies within the horizon; a token that nobody judged counts as no."""
         return as_bools(self.keys[f"hazard_{target}"])

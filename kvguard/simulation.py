@@ -198,7 +198,9 @@ def simulate_policies(
         exact = guard.safe_ratio == config.BASELINE_RATIO
         scores = None
         if name == "gate" and gate is not None:
-            scores = gate_scores(gate, trace_probes(requests.table))
+            scores = gate_scores(
+                gate, trace_probes(requests.table), requests.table["press"].to_numpy()
+            )
         replayed = replay(policy, requests, guard.check_every_tokens, scores)
         ending = _ending(policy, requests, replayed, exact)
         runs = ending_runs(name, requests, ending, guard.holdback_tokens)

@@ -297,7 +297,7 @@ def save_models(models: Models, folder: str | Path) -> None:
             save_refusal(target, reason, folder / MODEL_FILE.format(target=target))
     save_predictor(next(iter(models.predictors.values())), folder / DEFAULT_FILE)
     content = {
-        kind: {target: model.model_dump(mode="json") for target, model in by_target.items()}
+        kind: {target: model.content() for target, model in by_target.items()}
         for kind, by_target in models.baselines.items()
     }
     with schema.atomic_path(folder / BASELINES_FILE) as temporary:
@@ -356,9 +356,11 @@ def predict_tokens(
     )
     matrix = rows.select(schema.FEATURE_NAMES).to_numpy().astype(np.float32, order="C")
     keys = rows.select(*schema.TOKEN_KEYS, "split")
+    press = rows["press"].to_numpy()
     parts = [
         keys.with_columns(
-            pl.lit(target).alias("target"), pl.Series("hazard", model.predict(matrix), pl.Float32)
+            pl.lit(target).alias("target"),
+            pl.Series("hazard", model.predict(matrix, press), pl.Float32),
         )
         for target, model in predictors.items()
     ]

@@ -28,6 +28,7 @@ from kvguard.config import digest
 from kvguard.features import FEATURE_SETS
 from kvguard.leakage import LeakageCheck, assert_disjoint
 from kvguard.predictor import CalibrationMap, Floats, Predictor, lead_rows, survival_log_odds
+from kvguard.probe_scale import PROBE_COLUMNS, ProbeScale, fit_probe_scale
 from kvguard.rows import Bools, Rows, as_bools, eligible, outcome
 from kvguard.splits import Table, hash_order, read_splits
 
@@ -111,6 +112,7 @@ class Trainer:
         *,
         formulation: Formulation | None = None,
         parameters: Parameters | None = None,
+        normalised: bool | None = None,
     ) -> Predictor:
         """Fit one booster: a part of the train prompts chooses the rounds, all of them are fitted.
 
@@ -125,6 +127,8 @@ class Trainer:
             purpose: kept in the record of matrices.
             formulation: see the module; None: the configured one.
             parameters: of XGBoost; None: the configured ones.
+            normalised: probes as ranks under their press; None: where the configured feature set is
+                ``normalised``. The predictor then carries the scale.
 
         Raises:
             Refusal: fewer than `MIN_HARMED_PROMPTS` train prompts come before an onset.
@@ -133,6 +137,7 @@ class Trainer:
         settings = self.settings
         formulation = formulation or settings.formulation
         parameters = self.parameters if parameters is None else parameters
+        train, scale = self._scaled(train, feature_names, normalised)
         rows = train.take(eligible(train, target, settings))
         _enough(rows, target)
         self.leakage.check("fit", rows.keys["prompt_id"], purpose)
@@ -155,6 +160,7 @@ class Trainer:
                 "class_weight": weight,
                 "lead_bins": layout.bins,
             },
+            probe_scale=scale,
             provenance=_provenance(rows, target, self.seed)
             | {"rounds": rounds, "parameters": dict(parameters), "stopping_prompts": len(stopping)},
         )
@@ -187,6 +193,7 @@ class Trainer:
             "position": "relative_position",
         }
         names = tuple(feature_names) if kind == "logistic" else (single[kind],)
+        rows, scale = self._scaled(rows, names, None)
         data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]].astype(
             np.float64
         )
@@ -220,6 +227,7 @@ class Trainer:
                 "coefficients": coefficients.tolist(),
                 "intercept": intercept,
             },
+            probe_scale=scale,
             provenance=_provenance(rows, target, self.seed),
         )
 
@@ -228,6 +236,7 @@ class Trainer:
         judged = as_bools(train.keys[f"hazard_{target}"].is_not_null()) & train.compressed()
         first = as_bools(train.keys["position"] == 0)
         names = schema.PROBE_NAMES
+        train, scale = self._scaled(train, names, None)
         rows = train.take(judged & first)
         data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]]
         if not len(data) or np.isnan(data).all():
@@ -259,6 +268,7 @@ class Trainer:
                 "coefficients": fit.coef_[0].tolist(),
                 "intercept": float(fit.intercept_[0]),
             },
+            probe_scale=scale,
             provenance=_provenance(rows, target, self.seed),
         )
 
@@ -290,7 +300,7 @@ class Trainer:
             mapping = CalibrationMap(note=note)
         else:
             self.leakage.check("probability_calibration", used.keys["prompt_id"], purpose)
-            mapping = _fit_map(predictor.log_odds(used.features), labels, method)
+            mapping = _fit_map(predictor.log_odds(used.features, used.press), labels, method)
         return predictor.model_copy(update={"calibration": mapping, "provenance": provenance})
 
     def out_of_fold(
@@ -318,6 +328,7 @@ class Trainer:
             Refusal: fewer harmed prompts than twice the folds.
             LeakageError: as in `fit`.
         """
+        train, _ = self._scaled(train, feature_names, None)
         usable = eligible(train, target, self.settings)
         folds = _folds(train.take(usable), target, self.settings.search_folds)
         self.leakage.check("out_of_fold", train.keys["prompt_id"], purpose)
@@ -343,6 +354,21 @@ class Trainer:
             log_odds = survival_log_odds(margin.reshape(-1, bins)) if bins else margin
             scores[inside] = stats.rankdata(log_odds) / len(log_odds)
         return scores
+
+    def _scaled(
+        self, train: Rows, feature_names: Sequence[str], normalised: bool | None
+    ) -> tuple[Rows, ProbeScale | None]:
+        """Rows with their probes on each press's own scale, and that scale; None: as they are.
+
+        The scale is that of all compressed train requests: no outcome is read.
+        """
+        if normalised is None:
+            normalised = self.settings.feature_set == "normalised"
+        if not normalised or not set(feature_names) & set(schema.PROBE_NAMES):
+            return train, None
+        first = train.take(train.compressed() & as_bools(train.keys["position"] == 0))
+        scale = fit_probe_scale(first.features[:, PROBE_COLUMNS], first.press)
+        return train._replace(features=scale.scale(train.features, train.press)), scale
 
     def _stopped_fit(
         self, rows: Rows, layout: "_Layout", options: Mapping[str, Any]

@@ -51,10 +51,13 @@ class Study(NamedTuple):
         *,
         rows: Rows | None = None,
         formulation: Formulation | None = None,
+        normalised: bool | None = None,
     ) -> Predictor:
         """A predictor with the configured parameters, its probabilities not calibrated."""
         train = self.train if rows is None else rows
-        return self.trainer.fit(train, target, names, purpose, formulation=formulation)
+        return self.trainer.fit(
+            train, target, names, purpose, formulation=formulation, normalised=normalised
+        )
 
     def targets(self) -> list[str]:
         """The configured targets, those that can be trained first, the default in front."""
@@ -67,7 +70,10 @@ class Study(NamedTuple):
     ) -> tuple[dict[str, Measured], dict[str, int]]:
         """Ranking metrics on the test tokens that ``where`` selects, and how many there are."""
         scored = score(
-            self.test, predictor.predict(self.test.features), predictor.target, self.weights
+            self.test,
+            predictor.predict(self.test.features, self.test.press),
+            predictor.target,
+            self.weights,
         )
         rate = self.trainer.settings.false_alarm_rate
         found = measure(scored, where, false_alarm_rate=rate)

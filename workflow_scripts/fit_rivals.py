@@ -41,7 +41,7 @@ def main(
             .collect()
         )
     else:
-        score = pl.Series(gate_scores(gate, trace_probes(rows)))
+        score = pl.Series(gate_scores(gate, trace_probes(rows), rows["press"].to_numpy()))
         scores = rows.select(TRACE_KEYS).with_columns(score=score)
     save_rivals(fit_rivals(rows, scores, read_table(outcomes, OUTCOMES), known), target)
 
