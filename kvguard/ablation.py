@@ -157,7 +157,9 @@ def _importance(study: Study, calibration: Rows, target: str, repeats: int = 10)
     press = rows.press
 
     def ranked(matrix: Features) -> Measured:
-        return auroc(Sample(predictor.log_odds(matrix, press), rows.label(target), prompts, weights))
+        return auroc(
+            Sample(predictor.log_odds(matrix, press), rows.label(target), prompts, weights)
+        )
 
     base = ranked(rows.features)
     found: list[tuple[dict[str, Any], Measured]] = []

@@ -9,8 +9,8 @@ of other prompts.
   answers, and for a task without them, undefined.
 - ``entropy_line_mean``: mean entropy since the last line break, the break's own token included in
   the line that it ends.
-- ``runner_up``, ``runner_up_mean``: probability of the second choice, at this token and as a running
-  mean.
+- ``runner_up``, ``runner_up_mean``: probability of the second choice, at this token and as a
+  running mean.
 - ``entropy_copied_mean``: running mean of the entropy over tokens that stand, behind the same
   token as here, in the question too.
 """
@@ -135,6 +135,10 @@ def mark_tokens(
     )
     if known is None:
         return marked.drop("before").with_columns(copied=pl.lit(False))
-    return marked.join(
-        known, on=["prompt_id", "before", "token_id"], how="left", maintain_order="left"
-    ).with_columns(pl.col("copied").fill_null(False)).drop("before")
+    return (
+        marked.join(
+            known, on=["prompt_id", "before", "token_id"], how="left", maintain_order="left"
+        )
+        .with_columns(pl.col("copied").fill_null(False))
+        .drop("before")
+    )

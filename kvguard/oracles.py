@@ -57,9 +57,7 @@ def is_proven(
     return np.asarray(prefix & ~tie_at_cut)
 
 
-def oracle_ending(
-    name: str, requests: StoredRequests, flagged: BoolArray | None = None
-) -> Ending:
+def oracle_ending(name: str, requests: StoredRequests, flagged: BoolArray | None = None) -> Ending:
     """How every request ends under an oracle; unknown where harm or its onset is.
 
     Args:

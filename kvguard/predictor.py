@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import xgboost
@@ -19,13 +19,15 @@ from scipy.special import expit
 
 from kvguard import schema
 from kvguard.config import digest
-from kvguard.probe_scale import ProbeScale
+from kvguard.probe_scale import PROBE_COLUMNS, ProbeScale
 
 Floats = NDArray[np.float64]
 Features = NDArray[np.float32]
 
 FORMAT = 1
 """Version of the file's own layout."""
+
+_REMEMBERED = 1024  # requests whose ranks a `PressPredictor` keeps
 
 RULES = "rules"
 """What `KVGuard(predictor=...)` takes instead of a path to use `rules_predictor`."""
@@ -108,6 +110,11 @@ class Predictor(BaseModel):
         """
         return self.calibration.apply(self.log_odds(features, press)).astype(np.float32)
 
+    def predict_scaled(self, features: Features) -> NDArray[np.float32]:
+        """`predict` of features whose probes `probe_scale` has already put on their scale."""
+        log_odds = self._score(features) if len(features) else np.zeros(0)
+        return self.calibration.apply(log_odds).astype(np.float32)
+
     def log_odds(self, features: Features, press: str | ArrayLike = "") -> Floats:
         """Uncalibrated log-odds (n,), class weights undone; arguments as in `predict`."""
         if features.ndim != 2 or features.shape[1] != len(schema.FEATURE_NAMES):
@@ -147,11 +154,16 @@ class Predictor(BaseModel):
         return _booster_score(self.model, columns)
 
 
-class PressPredictor(NamedTuple):
-    """A predictor that knows its press, as a guard has it: what it scores is of that press."""
+class PressPredictor:
+    """A predictor that knows its press, as a guard has it: what it scores is of that press.
 
-    predictor: Predictor
-    press: str
+    The ranks of a request's probes are computed once and remembered: a decode loop asks for the
+    same request again and again.
+    """
+
+    def __init__(self, predictor: Predictor, press: str) -> None:
+        self.predictor, self.press = predictor, press
+        self._ranks: dict[bytes, NDArray[np.float32]] = {}
 
     @property
     def feature_version(self) -> int:
@@ -160,7 +172,21 @@ class PressPredictor(NamedTuple):
 
     def predict(self, features: Features) -> NDArray[np.float32]:
         """`Predictor.predict` under its press."""
-        return self.predictor.predict(features, self.press)
+        scale = self.predictor.probe_scale
+        if scale is None:
+            return self.predictor.predict(features)
+        probes = features[:, PROBE_COLUMNS]
+        keys = [row.tobytes() for row in probes]
+        unknown = [index for index, key in enumerate(keys) if key not in self._ranks]
+        if unknown:
+            if len(self._ranks) > _REMEMBERED:
+                self._ranks.clear()
+                unknown = list(range(len(keys)))
+            ranks = scale.ranks(probes[unknown], self.press)
+            self._ranks |= {keys[index]: rank for index, rank in zip(unknown, ranks, strict=True)}
+        scaled = features.copy()
+        scaled[:, PROBE_COLUMNS] = [self._ranks[key] for key in keys]
+        return self.predictor.predict_scaled(scaled)
 
 
 Model = TypeVar("Model")

@@ -9,6 +9,7 @@ of the same prompt still ranks higher.
 import logging
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,7 +49,7 @@ class ProbeScale(BaseModel):
                     raise ValueError(
                         f"presses.{press}: unknown probe {probe!r}; one of {schema.PROBE_NAMES}"
                     )
-                if any(one > other for one, other in zip(values, values[1:], strict=False)):
+                if any(one > other for one, other in pairwise(values)):
                     raise ValueError(f"presses.{press}.{probe}: values must ascend")
         return self
 

@@ -102,7 +102,7 @@ class SequencePredictor:
         own = self.weights
         values = _standardised(inputs, own["means"], own["scales"])
         size = self.hidden
-        from_input = values @ own["input"].T + own["input_bias"]  # (n, 3 hidden): reset, update, new
+        from_input = values @ own["input"].T + own["input_bias"]  # reset, update, new
         from_state = state @ own["hidden"].T + own["hidden_bias"]
         reset = expit(from_input[:, :size] + from_state[:, :size])
         update = expit(from_input[:, size : 2 * size] + from_state[:, size : 2 * size])
@@ -233,8 +233,9 @@ def _train(
 
     fitted = torch.from_numpy(np.flatnonzero(~watched))
     watching = torch.from_numpy(np.flatnonzero(watched))
-    best, kept, since, epoch = np.inf, _weights(gru, head), 0, 0
-    for epoch in range(1, settings.max_epochs + 1):
+    best, kept, since, epochs = np.inf, _weights(gru, head), 0, 0
+    while epochs < settings.max_epochs and since < settings.patience:
+        epochs += 1
         modules.train()
         for rows in fitted[torch.randperm(len(fitted))].split(settings.batch):
             optimiser.zero_grad()
@@ -246,9 +247,7 @@ def _train(
         since = 0 if now < best else since + 1
         if now < best:
             best, kept = now, _weights(gru, head)
-        if since >= settings.patience:
-            break
-    return kept, epoch
+    return kept, epochs
 
 
 def _weights(gru: torch.nn.GRU, head: torch.nn.Linear) -> dict[str, NDArray[Any]]:

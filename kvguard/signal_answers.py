@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from kvguard import config, schema
 from kvguard.answer_signals import Decode, Encode, answer_signals, entropy_levels, mark_tokens
-from kvguard.config import BASELINE
 from kvguard.harm import at_risk
 from kvguard.probe_scale import PROBE_COLUMNS, ProbeScale, fit_probe_scale
 from kvguard.rows import Rows, load_rows
@@ -131,10 +130,7 @@ def load_answers(
     unknown = pl.col("silent") & pl.col("steps_to_harm").is_null()
     harmed = pl.col("silent") & ~unknown
     labelled = keys.with_columns(
-        steps_to_harm=pl.when(unknown)
-        .then(-pl.col("position"))
-        .when(harmed)
-        .then("steps_to_harm"),
+        steps_to_harm=pl.when(unknown).then(-pl.col("position")).when(harmed).then("steps_to_harm"),
         hazard_harm=pl.when(harmed).then("hazard_harm").otherwise(False).fill_null(False),
         post_onset_harm=pl.when(unknown)
         .then(True)
@@ -216,5 +212,3 @@ def run_paths(results: Path, experiment: config.Config, table: str) -> list[Path
     from kvguard.integrity import expected_shards
 
     return [shard.path(results, table) for shard in expected_shards(experiment)]
-
-

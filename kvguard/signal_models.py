@@ -5,7 +5,7 @@ Settings are fixed; `choose` alone decides between models, by cross-validation o
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,9 @@ from sklearn.linear_model import LogisticRegression
 
 from kvguard import schema
 from kvguard.features import FEATURE_SETS
-from kvguard.metrics import undefined
 from kvguard.probe_scale import PROBE_COLUMNS
 from kvguard.sequence_predictor import SEQUENCE_SIGNALS, fit_sequence_predictor
-from kvguard.signal_answers import Answers, Bools, Floats, Ints, deal_folds
+from kvguard.signal_answers import Answers, Bools, Floats, deal_folds
 from kvguard.trainer import Refusal
 
 logger = logging.getLogger(__name__)

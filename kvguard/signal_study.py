@@ -81,7 +81,7 @@ class Sample(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What was chosen on the fit prompts: models, and their scores of those prompts, out of fold."""
+    """Models chosen on the fit prompts, and their scores of those prompts, out of fold."""
 
     models: dict[str, str]  # SELECTED, SELECTED_GATE -> name of a model
     out_of_fold: dict[str, Scores]  # log-odds, by SELECTED, SELECTED_GATE
