@@ -1,4 +1,4 @@
-"""The answers that `signal_study` analyses: tokens of requests that could be harmed, as arrays."""
+"""The answers that `signal_study` analyses: tokens of compressed requests, as arrays."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 
 
 class Answers(NamedTuple):
-    """Compressed requests that ended silently harmed or unharmed, token by token.
+    """Compressed requests, token by token.
 
     Attributes:
         rows: their tokens, sorted by `schema.TOKEN_KEYS`; the labels of ``harm`` in ``keys`` are
@@ -29,11 +29,10 @@ class Answers(NamedTuple):
         table: one row a request, in the order of ``rows``: `schema.TRACE_KEYS`, ``task``.
         lengths: (requests,) tokens.
         silent: (requests,) silently harmed.
+        ranked: (requests,) enters fits and rankings: right uncompressed, and silently harmed or
+            right. The others are scored, too.
         marked: what `answer_signals` needs, one row a token.
         llr: (tokens,) log-likelihood ratio of compressed over uncompressed; NaN: not audited.
-        everything: one row a compressed request, judged or not: ``prompt_id``, ``press``; the order
-            of ``probes``.
-        probes: (all compressed requests, probes).
         baseline: tokens of uncompressed answers: ``prompt_id`` and what `entropy_levels` needs.
     """
 
@@ -41,16 +40,20 @@ class Answers(NamedTuple):
     table: pl.DataFrame
     lengths: Ints
     silent: Bools
+    ranked: Bools
     marked: pl.DataFrame
     llr: Floats
-    everything: pl.DataFrame
-    probes: NDArray[np.float32]
     baseline: pl.DataFrame
 
     @property
     def prompts(self) -> NDArray[np.str_]:
         """(requests,) prompt of each."""
         return self.table["prompt_id"].to_numpy().astype(np.str_)
+
+    @property
+    def presses(self) -> NDArray[np.str_]:
+        """(requests,) press of each."""
+        return self.table["press"].to_numpy().astype(np.str_)
 
     @property
     def owner(self) -> Ints:
@@ -68,27 +71,14 @@ class Answers(NamedTuple):
 
     def scale(self, prompts: Sequence[str]) -> ProbeScale:
         """Every press's scale from the probes of these prompts; no outcome is read."""
-        chosen = self.everything["prompt_id"].is_in(list(prompts)).to_numpy()
-        return fit_probe_scale(
-            self.probes[chosen], self.everything["press"].to_numpy()[chosen].astype(np.str_)
-        )
+        chosen = self.table["prompt_id"].is_in(list(prompts)).to_numpy()
+        probes = self.rows.features[self.first[chosen]][:, PROBE_COLUMNS]
+        return fit_probe_scale(probes, self.presses[chosen])
 
     def signals(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """`answer_signals` of every token, with levels from these prompts."""
         known = self.baseline.filter(pl.col("prompt_id").is_in(list(prompts)))
         return answer_signals(self.marked, entropy_levels(known))
-
-    def take(self, requests: Bools) -> "Answers":
-        """Only some requests; references for scales and levels stay."""
-        tokens = requests[self.owner]
-        return self._replace(
-            rows=self.rows.take(tokens),
-            table=self.table.filter(requests),
-            lengths=self.lengths[requests],
-            silent=self.silent[requests],
-            marked=self.marked.filter(tokens),
-            llr=self.llr[tokens],
-        )
 
 
 def load_answers(
@@ -123,12 +113,12 @@ def load_answers(
         used=pl.col("risk") & (pl.col("silent_harm") | ~pl.col("harmed")),
     )
     keys = whole.keys.join(judged, on=schema.TRACE_KEYS, how="left", maintain_order="left")
-    used = compressed & keys["used"].fill_null(False).to_numpy()
-    if not used.any():
+    keys = keys.filter(compressed)
+    ranked = pl.col("used").fill_null(False)
+    if not keys.select(ranked.any()).item():
         raise ValueError("no compressed request was right uncompressed and judged for silent harm")
-    keys = keys.filter(used)
-    unknown = pl.col("silent") & pl.col("steps_to_harm").is_null()
-    harmed = pl.col("silent") & ~unknown
+    unknown = ranked & pl.col("silent") & pl.col("steps_to_harm").is_null()
+    harmed = ranked & pl.col("silent") & ~unknown
     labelled = keys.with_columns(
         steps_to_harm=pl.when(unknown).then(-pl.col("position")).when(harmed).then("steps_to_harm"),
         hazard_harm=pl.when(harmed).then("hazard_harm").otherwise(False).fill_null(False),
@@ -139,21 +129,22 @@ def load_answers(
         .otherwise(False),
     )
     table = labelled.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
-        task=pl.col("task").first(), silent=pl.col("silent").first(), length=pl.len()
+        task=pl.col("task").first(),
+        silent=pl.col("silent").first() & ranked.first(),
+        ranked=ranked.first(),
+        length=pl.len(),
     )
-    marked = _marked(labelled, whole.features[used], tokens, questions, decode, encode)
-    first = compressed & (whole.keys["position"] == 0).to_numpy()
+    marked = _marked(labelled, whole.features[compressed], tokens, questions, decode, encode)
     plain = ~compressed
     entropy = schema.FEATURE_NAMES.index("entropy")
     return Answers(
-        rows=Rows(labelled.drop("silent", "used"), whole.features[used]),
+        rows=Rows(labelled.drop("silent", "used"), whole.features[compressed]),
         table=table.select(*schema.TRACE_KEYS, "task"),
         lengths=table["length"].to_numpy().astype(np.int64),
-        silent=table["silent"].to_numpy().astype(np.bool_),
+        silent=table["silent"].fill_null(False).to_numpy().astype(np.bool_),
+        ranked=table["ranked"].to_numpy().astype(np.bool_),
         marked=marked,
         llr=marked["llr"].cast(pl.Float64).fill_null(np.nan).to_numpy(),
-        everything=whole.keys.filter(first).select("prompt_id", "press"),
-        probes=whole.features[first][:, PROBE_COLUMNS],
         baseline=whole.keys.filter(plain)
         .select("prompt_id", "press", "task", "position")
         .with_columns(pl.Series("entropy", whole.features[plain][:, entropy])),

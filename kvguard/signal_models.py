@@ -84,6 +84,8 @@ def fit_and_score(name: str, answers: Answers, fitted: Bools, seed: int) -> Scor
     Raises:
         Refusal: too few prompts with, or without, silent harm among those to fit on.
     """
+    known_prompts = np.unique(answers.prompts[fitted]).tolist()
+    fitted = fitted & answers.ranked
     for kind, wanted in (("silently harmed", True), ("unharmed", False)):
         prompts = len(np.unique(answers.prompts[fitted & (answers.silent == wanted)]))
         if prompts < MIN_SILENT_PROMPTS:
@@ -93,8 +95,7 @@ def fit_and_score(name: str, answers: Answers, fitted: Bools, seed: int) -> Scor
             )
     gate = name in GATE_MODELS
     how, blocks = (GATE_MODELS if gate else TOKEN_MODELS)[name]
-    prompts_ = np.unique(answers.prompts[fitted]).tolist()
-    data, names = _columns(answers, blocks, prompts_)
+    data, names = _columns(answers, blocks, known_prompts)
     owner = answers.owner
     if gate:
         data, owner = data[answers.first], np.arange(len(answers.lengths))
@@ -116,7 +117,7 @@ def fit_and_score(name: str, answers: Answers, fitted: Bools, seed: int) -> Scor
     if how == "logistic":
         return _logistic(data, labels, weights, use)
     scores = np.full(len(owner), np.nan)
-    press = answers.table["press"].to_numpy().astype(np.str_)[owner]
+    press = answers.presses[owner]
     for one in np.unique(press):
         inside, mine = press == one, use & (press == one)
         if labels[mine].any() and not labels[mine].all():
@@ -136,9 +137,8 @@ def _columns(
             parts.append(features[:, PROBE_COLUMNS])
             names += schema.PROBE_NAMES
         elif block == "ranks":
-            press = answers.table["press"].to_numpy().astype(np.str_)
             own = features[answers.first][:, PROBE_COLUMNS]
-            ranks = answers.scale(prompts).ranks(own, press)
+            ranks = answers.scale(prompts).ranks(own, answers.presses)
             parts.append(ranks[answers.owner])
             names += schema.PROBE_NAMES
         elif block == "levels":

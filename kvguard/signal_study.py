@@ -45,6 +45,9 @@ GOALS = {("token", ANSWER): 0.95, ("first token", ANSWER): 0.85}
 
 SELECTED, SELECTED_GATE = "selected", "selected_gate"
 
+MODEL_NAMES = (*TOKEN_MODELS, *GATE_MODELS)
+"""Every model that the study can fit."""
+
 SCORE_TYPES: dict[str, Any] = (
     dict.fromkeys(("sample", "moment", "score", "metric"), pl.String)
     | dict.fromkeys(("task", "model", "press", "ratio"), pl.String)
@@ -66,12 +69,13 @@ TRANSFER_TYPES: dict[str, Any] = dict.fromkeys(
 class Sample(NamedTuple):
     """Requests on which scores are compared.
 
-    ``requests``: (all requests,) which are in it; ``panel`` is theirs, ``single`` the same for one
-    score a request. ``scores``: by name, of all tokens or requests; ``chosen``: what stands behind
-    `SELECTED` and `SELECTED_GATE`, as text.
+    ``everyone``: (all requests,) those of its prompts; ``requests``: those that are ranked;
+    ``panel`` is theirs, ``single`` the same for one score a request. ``scores``: by name, of all
+    tokens; ``gates``: of all requests; ``chosen``: what stands behind chosen scores, as text.
     """
 
     name: str
+    everyone: Bools
     requests: Bools
     panel: Panel
     single: Panel
@@ -100,6 +104,7 @@ def build_study(
     splits: pl.DataFrame,
     *,
     models: Models | None = None,
+    names: Sequence[str] = MODEL_NAMES,
     folds: int = 5,
     inner_folds: int = 3,
     choice_folds: int = 4,
@@ -112,6 +117,7 @@ def build_study(
         answers: of `load_answers`.
         splits: `schema.SPLITS`.
         models: trained by the run; None leaves their scores out.
+        names: what to fit, of `MODEL_NAMES`; what is chosen is chosen among these.
         folds: of ``crossfit``.
         inner_folds: of a choice inside it.
         choice_folds: of the choice on train and calibration prompts.
@@ -124,16 +130,19 @@ def build_study(
     plain, plain_gates = _unfitted(answers)
 
     def quality(scores: Scores, requests: Bools, gate: bool) -> float | None:
+        requests = requests & answers.ranked
         panel = _panel(answers, requests, splits, 1, seed)
         found = _measure(_single(panel) if gate else panel, _of(answers, scores, requests, gate))
         return mean_over(panel, found[ANSWER], np.unique(panel.condition)).value
 
     def chosen_of(requests: Bools, count: int) -> tuple[dict[str, str], dict[str, float]]:
-        names = {SELECTED: [name for name in TOKEN_MODELS if name != CLOCK]}
-        names[SELECTED_GATE] = list(GATE_MODELS)
+        among = {
+            SELECTED: [name for name in names if name in TOKEN_MODELS and name != CLOCK],
+            SELECTED_GATE: [name for name in names if name in GATE_MODELS],
+        }
         best: dict[str, str] = {}
         qualities: dict[str, float] = {}
-        for role, candidates in names.items():
+        for role, candidates in among.items():
             one, values = choose(candidates, answers, requests, splits, count, seed, quality)
             qualities |= values
             if one is not None:
@@ -142,7 +151,7 @@ def build_study(
 
     # train and calibration prompts fit and choose, test prompts are scored
     scores, gates = dict(plain), dict(plain_gates)
-    for name in (*TOKEN_MODELS, *GATE_MODELS):
+    for name in names:
         try:
             made = fit_and_score(name, answers, fitted, seed)
         except Refusal as refusal:
@@ -170,6 +179,7 @@ def build_study(
             answers,
             splits,
             (plain, plain_gates),
+            names,
             folds,
             lambda requests: _with_others(chosen_of(requests, inner_folds)),
             seed,
@@ -205,14 +215,14 @@ def _crossfit(
     answers: Answers,
     splits: pl.DataFrame,
     plain: tuple[dict[str, Scores], dict[str, Scores]],
+    names: Sequence[str],
     folds: int,
     chosen_of: Any,
     seed: int,
 ) -> Sample:
     """Every prompt scored by models that never saw it, and chosen without it."""
     try:
-        names = [*TOKEN_MODELS, *GATE_MODELS]
-        found = out_of_fold(names, answers, sample.requests, splits, folds, seed)
+        found = out_of_fold(names, answers, sample.everyone, splits, folds, seed)
     except Refusal as refusal:
         logger.warning("no crossfit: %s", refusal)
         found = {}
@@ -304,8 +314,9 @@ def _single(panel: Panel) -> Panel:
 def _sample(
     name: str, answers: Answers, requests: Bools, splits: pl.DataFrame, samples: int, seed: int
 ) -> Sample:
-    panel = _panel(answers, requests, splits, samples, seed)
-    return Sample(name, requests, panel, _single(panel), {}, {}, {})
+    ranked = requests & answers.ranked
+    panel = _panel(answers, ranked, splits, samples, seed)
+    return Sample(name, requests, ranked, panel, _single(panel), {}, {}, {})
 
 
 def _of(answers: Answers, scores: Scores, requests: Bools, gate: bool) -> Floats:
@@ -533,7 +544,7 @@ def _left_out(
     scores = np.full(size, np.nan)
     parts: Sequence[tuple[Bools, Bools]]
     if sample.name == "test":
-        parts = [(~sample.requests & ~mine, sample.requests & mine)]
+        parts = [(~sample.everyone & ~mine, sample.everyone & mine)]
     else:
         parts = [((dealt != k) & ~mine, (dealt == k) & mine) for k in range(folds)]
     try:
