@@ -36,6 +36,7 @@ localrules:
     paper,
     record_run,
     render_report,
+    signals,
     write_manifest,
 
 
@@ -56,6 +57,14 @@ rule paper:
     input:
         rules.all.input,
         rules.figures.input,
+
+
+rule signals:
+    input:
+        collect(
+            "<results>/tables/signal_{table}.parquet",
+            table=["scores", "tests", "policies", "pairs", "ladder", "transfer"],
+        ),
 
 
 include: "rules/prepare.smk"

@@ -332,6 +332,7 @@ def analyze(
 commands.command()(cli_train.train)
 commands.command()(cli_train.calibrate)
 commands.command()(cli_train.eval_controller)
+commands.command()(cli_train.signals)
 
 
 @commands.command()

@@ -209,6 +209,31 @@ def eval_controller(
     print_frame(table, f"guard_promote with {path}, simulated on the test prompts", SHOWN_SETTINGS)
 
 
+def signals(
+    results_dir: ResultsDir = Path("results"),
+    output_dir: Annotated[Path | None, typer.Option(help="Default: tables of the results.")] = None,
+    config: Configs = None,
+    folds: Annotated[int, typer.Option(min=2, help="Of the cross-fitted columns.")] = 5,
+    bootstrap_samples: Annotated[int, typer.Option(min=10)] = 2000,
+) -> None:
+    """Compare signals of silent harm on a finished run, and what deciding on them buys.
+
+    Fits models on train and calibration prompts, reads the test prompts, and writes tables/signal_*.
+    """
+    from kvguard.schema import write_table
+    from kvguard.signal_report import study_run, target_rows
+
+    experiment = load_config(*config_layers(config)) if config else recorded_config(results_dir)
+    joblog.configure_logging()
+    tables = study_run(results_dir, experiment, folds=folds, bootstrap_samples=bootstrap_samples)
+    target = output_dir or results_dir / "tables"
+    for name, table in tables.items():
+        write_table(table, target / f"{name}.parquet")
+    for title, rows in target_rows(tables).items():
+        print_frame(rows, title)
+    cli_tables.console.print(f"wrote {', '.join(tables)} to {target}", soft_wrap=True)
+
+
 def predictor_and_points(path: Path | None) -> "tuple[Predictor, dict[str, OperatingPoint]]":
     """A predictor and its operating points: the certificate's where one belongs to it.
 

@@ -59,7 +59,7 @@ class ProbeScale(BaseModel):
         Args:
             probes: (n, probes) in the order of `schema.PROBE_NAMES`; NaN: undefined.
             press: the press's name, one for all or (n,). Case, underscores and the ending "Press"
-                make no difference.
+                make no difference; the name of a class stands for a reference called after it.
 
         Returns:
             (n, probes) float32 in [0, 1]; NaN where a probe is undefined, or its press has no
@@ -69,7 +69,7 @@ class ProbeScale(BaseModel):
         ranked = np.full(probes.shape, np.nan, np.float32)
         for name in np.unique(names):
             rows = np.flatnonzero(names == name)
-            references = self._by_plain_name.get(_plain(str(name)))
+            references = self._references(_plain(str(name)))
             if references is None:
                 _warn(str(name), sorted(self.presses))
                 continue
@@ -88,6 +88,11 @@ class ProbeScale(BaseModel):
         scaled = features.copy()
         scaled[:, PROBE_COLUMNS] = self.ranks(features[:, PROBE_COLUMNS], press)
         return scaled
+
+    def _references(self, press: str) -> list[NDArray[np.float64]] | None:
+        """Of a press by its own name, else of the first that is called after it: snapkv_w16."""
+        named = sorted(name for name in self._by_plain_name if press and name.startswith(press))
+        return self._by_plain_name.get(press, self._by_plain_name[named[0]] if named else None)
 
     @cached_property
     def _by_plain_name(self) -> dict[str, list[NDArray[np.float64]]]:

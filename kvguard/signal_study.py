@@ -44,6 +44,8 @@ GOALS = {("token", ANSWER): 0.95, ("first token", ANSWER): 0.85}
 """Goals of the mean over all conditions."""
 
 SELECTED, SELECTED_GATE = "selected", "selected_gate"
+FIXED_GATE = "gate_logistic_normalised"
+"""Beside what is chosen: one gate for all presses, which can score a press that it never saw."""
 
 MODEL_NAMES = (*TOKEN_MODELS, *GATE_MODELS)
 """Every model that the study can fit."""
@@ -491,7 +493,7 @@ def transfer_table(
     rows: list[dict[str, Any]] = []
     dealt = _dealt(answers, splits, folds)
     for sample in study.samples:
-        for role, name in choice.models.items():
+        for role, name in (choice.models | {"fixed gate": FIXED_GATE}).items():
             gate = name in GATE_MODELS
             panel = sample.single if gate else sample.panel
             whole = (sample.gates if gate else sample.scores).get(name)
@@ -554,4 +556,7 @@ def _left_out(
             scores[inside] = ranks_within(made[inside]) if len(parts) > 1 else made[inside]
     except Refusal as refusal:
         return str(refusal)
+    read = sample.requests & mine
+    if np.isnan(scores[read if gate else read[answers.owner]]).all():
+        return f"{name} needs outcomes of what is left out"
     return scores

@@ -66,3 +66,41 @@ rule summarize_live:
         library=library("summarize_live"),
     script:
         "../workflow_scripts/summarize_live.py"
+
+
+# A study of its own, not part of `all`: it fits models of its own and reads the test prompts again.
+rule study_signals:
+    input:
+        config="<results>/config.json",
+        checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
+        prompts="<results>/prompts/prompts.parquet",
+        traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
+        tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
+        features="<results>/features.parquet",
+        labels="<results>/labels.parquet",
+        outcomes="<results>/outcomes.parquet",
+        splits="<results>/splits.parquet",
+        baselines="<results>/models/baselines.json",
+        simulation="<results>/simulation.parquet",
+        live=every_live_run("<results>/live/{model}/{press}/{ratio}/{policy}/{shard}.parquet"),
+    output:
+        signal_scores="<results>/tables/signal_scores.parquet",
+        signal_tests="<results>/tables/signal_tests.parquet",
+        signal_policies="<results>/tables/signal_policies.parquet",
+        signal_pairs="<results>/tables/signal_pairs.parquet",
+        signal_ladder="<results>/tables/signal_ladder.parquet",
+        signal_transfer="<results>/tables/signal_transfer.parquet",
+    log:
+        "<results>/logs/study_signals.log",
+    benchmark:
+        "<results>/benchmarks/study_signals.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: 1
+    resources:
+        **job("train"),
+    params:
+        results=experiment.results_dir,
+        library=library("study_signals"),
+    script:
+        "../workflow_scripts/study_signals.py"

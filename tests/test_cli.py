@@ -109,6 +109,7 @@ COMMANDS = (
     "train",
     "calibrate",
     "eval-controller",
+    "signals",
     "live",
     "figures",
     "status",

@@ -14,7 +14,6 @@ from kvguard.signal_answers import Answers, deal_folds, load_answers
 from kvguard.signal_models import CLOCK, fit_and_score, out_of_fold
 from kvguard.signal_study import (
     ANSWER,
-    MODEL_NAMES,
     SELECTED,
     SELECTED_GATE,
     Study,
@@ -32,7 +31,10 @@ TASKS = ("copy", "recall")
 PRESSES = (("knorm", 0.0), ("snapkv", 1000.0))
 """Names, and the level of the probe that tells harm under that press."""
 
-NAMES = [name for name in MODEL_NAMES if name != "gru"]  # its own tests show what it learns
+NAMES = (
+    *(CLOCK, "logistic_entropy", "logistic_normalised", "trees_probes", "trees_normalised"),
+    *("gate_logistic_raw", "gate_logistic_normalised", "gate_press_normalised"),
+)
 QUICK: dict[str, Any] = {
     "names": NAMES,
     "folds": 3,
@@ -160,12 +162,12 @@ def test_the_study_finds_what_was_planted(run: Run, study: Study) -> None:
         expected = norm.cdf(SIGNAL * np.sqrt(7.2 / 2))
         mean = own["mean_entropy"]
         assert mean["low"] <= expected <= mean["high"], sample
-        assert own["gate_logistic_normalised"]["value"] > (0.6 if sample == "test" else 0.7)
+        assert own["gate_logistic_normalised"]["value"] > (0.55 if sample == "test" else 0.65)
         assert own["evicted_mass_mean"]["low"] <= norm.cdf(PROBE / np.sqrt(2)), sample
         assert own["oracle_llr"]["value"] > 0.98, "the oracle's line lies above all"
         assert own[SELECTED]["value"] > 0.85, sample
         assert own[SELECTED]["goal"] == 0.95
-        assert own["gate_trees_normalised"]["moment"] == "first token"
+        assert own["gate_press_normalised"]["moment"] == "first token"
         clock = pooled.filter(sample=sample, metric=ANSWER, score=CLOCK).row(0, named=True)
         assert clock["low"] <= 0.6
     crossfit = pooled.filter(sample="crossfit", metric=ANSWER, score="mean_entropy").row(
@@ -191,16 +193,19 @@ def test_the_study_finds_what_was_planted(run: Run, study: Study) -> None:
 def test_what_is_left_out_is_fitted_without_it(run: Run, study: Study) -> None:
     table = transfer_table(study, run.splits, folds=3)
     assert set(table["left_out"]) == {"task", "press"}
-    assert table.height == 2 * 2 * 4  # samples, chosen scores, two tasks and two presses
-    assert table["reason"].null_count() == table.height
-    gate = table.filter(score=SELECTED_GATE, sample="crossfit", left_out="press")
+    assert table.height == 2 * 3 * 4  # samples, scores, two tasks and two presses
+    gate = table.filter(score="fixed gate", sample="crossfit", left_out="press")
+    assert gate["reason"].null_count() == 2
     # the press's own scale needs no outcome of it, so the probe carries over
-    assert (gate["value"] > 0.65).all(), gate
-    assert (table["with_it"].is_not_null()).all()
+    assert (gate["value"] > 0.6).all(), gate
+    known = table.filter(pl.col("reason").is_null())
+    assert known["with_it"].null_count() == 0
+    by_press = table.filter(left_out="press", **{"is": "gate_press_normalised"})
+    assert (by_press["value"].is_null()).all(), "a model of each press knows nothing of another"
 
 
 def test_no_signal_is_no_finding() -> None:
-    run = make_run(60, seed=5, signal=0.0, probe=0.0)
+    run = make_run(48, seed=5, signal=0.0, probe=0.0)
     made = build_study(_load(run), run.splits, **QUICK)
     measured = {sample.name: measure_sample(sample, made.answers) for sample in made.samples}
     tests = difference_table(made, measured).filter(pl.col("family") == "A")
