@@ -218,7 +218,7 @@ def signals(
 ) -> None:
     """Compare signals of silent harm on a finished run, and what deciding on them buys.
 
-    Fits models on train and calibration prompts, reads the test prompts, and writes tables/signal_*.
+    Fits models on train and calibration prompts, reads test prompts, writes tables/signal_*.
     """
     from kvguard.schema import write_table
     from kvguard.signal_report import study_run, target_rows

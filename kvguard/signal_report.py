@@ -4,6 +4,7 @@ The tables and the plan they answer: docs/experiments/003-signals.md.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from kvguard.signal_answers import load_answers
 from kvguard.signal_policies import ladder_table, pair_table, policy_table
 from kvguard.signal_study import (
     ANSWER,
+    MODEL_NAMES,
     build_study,
     difference_table,
     measure_sample,
@@ -79,6 +81,7 @@ def study_run(
     *,
     folds: int = 5,
     bootstrap_samples: int = 2000,
+    names: Sequence[str] = MODEL_NAMES,
 ) -> dict[str, pl.DataFrame]:
     """All tables of `TABLES` for a results folder; nothing in it is changed.
 
@@ -87,6 +90,7 @@ def study_run(
         experiment: its configuration.
         folds: of the cross-fitted sample.
         bootstrap_samples: resamples of prompts.
+        names: models to fit, of `MODEL_NAMES`.
 
     Raises:
         FileNotFoundError: the run is not finished; names the missing file.
@@ -112,6 +116,7 @@ def study_run(
         answers,
         run.splits,
         models=models,
+        names=names,
         folds=folds,
         bootstrap_samples=bootstrap_samples,
         seed=seed,

@@ -28,8 +28,8 @@ from kvguard.splits import split_prompts
 from kvguard.trainer import Refusal
 
 TASKS = ("copy", "recall")
-PRESSES = (("knorm", 0.0), ("snapkv", 1000.0))
-"""Names, and the level of the probe that tells harm under that press."""
+PRESSES = (("knorm", "0.300", 0.0), ("snapkv", "0.150", 1000.0), ("snapkv", "0.300", 1000.0))
+"""Conditions, and the level of the probe that tells harm under that press."""
 
 NAMES = (
     *(CLOCK, "logistic_entropy", "logistic_normalised", "trees_probes", "trees_normalised"),
@@ -70,11 +70,10 @@ def make_run(prompts: int, seed: int, signal: float = SIGNAL, probe: float = PRO
         prompt_id = f"{prompt:016x}"
         ids.append(prompt_id)
         tasks.append(task)
-        for press, level in (("none", 0.0), *PRESSES):
+        for press, ratio, level in (("none", "0.000", 0.0), *PRESSES):
             length = int(rng.integers(6, 12))
             harmed = press != "none" and rng.random() < 0.5
-            keys = {"model": "m", "press": press, "ratio": "0.000" if press == "none" else "0.300"}
-            keys["prompt_id"] = prompt_id
+            keys = {"model": "m", "press": press, "ratio": ratio, "prompt_id": prompt_id}
             values = {name: rng.normal(size=length) for name in schema.FEATURE_NAMES}
             values |= {name: np.full(length, rng.normal()) for name in schema.PROBE_NAMES}
             base = 3.0 * (task == "copy")
@@ -173,7 +172,7 @@ def test_the_study_finds_what_was_planted(run: Run, study: Study) -> None:
     crossfit = pooled.filter(sample="crossfit", metric=ANSWER, score="mean_entropy").row(
         0, named=True
     )
-    assert (crossfit["prompts"], crossfit["conditions"]) == (100, 4)
+    assert (crossfit["prompts"], crossfit["conditions"]) == (100, 6)
     chosen = study.choice.models
     assert set(chosen) == {SELECTED, SELECTED_GATE}
     assert chosen[SELECTED] != CLOCK
@@ -242,7 +241,7 @@ def test_requests_that_cannot_be_harmed_are_scored_and_not_ranked(run: Run) -> N
     )
     answers = _load(run, outcomes=outcomes)
     own = answers.prompts == wrong
-    assert own.sum() == 2
+    assert own.sum() == 3
     assert not answers.ranked[own].any()
     assert answers.ranked[~own].all()
     scores = fit_and_score("logistic_entropy", answers, ~own, 0)
