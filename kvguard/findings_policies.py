@@ -52,28 +52,61 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
 
 
 def harm_section(tables: Tables) -> str:
-    """What compression breaks: each task under each condition, and all tasks together."""
-    rows = tables["harm"].sort("press", "ratio", "task", maintain_order=True).to_dicts()
+    """What compression breaks: each condition, by task and all tasks together."""
+    harm = tables["harm"].sort("press", "ratio", "task", maintain_order=True)
+    tasks = harm["task"].unique(maintain_order=True).to_list()
     lines = []
-    for row in rows:
-        right = row["baseline_right"]
+    for row in _by_condition(harm):
+        of_task = {part["task"]: part for part in row["tasks"]}
+        found = "yes" if row["above_floor"] else "no"
         lines.append(
             [
                 condition(row),
-                str(row["task"]),
-                "-" if right is None else f"{right} of {row['requests']}",
-                *(
-                    measured(row, name, percent=True)
-                    for name in ("harmed", "silent_harm", "rescued")
-                ),
+                *(_harmed_and_silent(of_task[task]) if task in of_task else "-" for task in tasks),
+                *(counted(row, name, row["requests"]) for name in ("harmed", "silent_harm")),
+                found,
+                str(row["rescued"]),
             ]
         )
-    head = ["condition", "task", "right uncompressed", "harmed", "silently", "rescued"]
+    head = ["condition", *map(str, tasks), "all: harmed", "all: silently"]
+    head += [f"silent above {SILENT_HARM_FLOOR:.0%}", "rescued"]
+    known = harm.drop_nulls("baseline_right").unique("task", maintain_order=True).to_dicts()
+    right = ", ".join(
+        f"{row['task']} {row['baseline_right']} of {row['requests']}"
+        for row in sorted(known, key=lambda row: tasks.index(row["task"]))
+    )
     return (
         "### What compression breaks\n\nCompression alone, all prompts of the run (nothing is "
-        "fitted here), as shares of requests. Rescued: wrong uncompressed and right compressed.\n\n"
+        f"fitted here). Right uncompressed: {right or 'no task has right answers'}. Cells are "
+        "requests that are harmed, in brackets the Wilson interval of their share, behind it those "
+        "that are harmed silently. Rescued: wrong uncompressed and right compressed.\n\n"
         + table(head, lines)
     )
+
+
+def _harmed_and_silent(row: Row) -> str:
+    silent = "undefined" if row["silent_harm"] is None else str(_count(row, "silent_harm"))
+    return f"{counted(row, 'harmed', row['requests'])}, {silent}"
+
+
+def _by_condition(harm: pl.DataFrame) -> list[dict[str, Any]]:
+    """Harm and silent harm of each condition, all tasks and prompts, and the rows by task."""
+    rows = []
+    groups = harm.sort("model", "press", "ratio").group_by(
+        "model", "press", "ratio", maintain_order=True
+    )
+    for (model, press, ratio), part in groups:
+        requests = int(part["requests"].sum())
+        row: dict[str, Any] = {"model": model, "press": press, "ratio": ratio}
+        row |= {"requests": requests, "tasks": part.to_dicts()}
+        for name in ("harmed", "silent_harm"):
+            count = round((part[name].fill_null(0) * part["requests"]).sum())
+            low, high = wilson_interval(count, requests)
+            row |= {name: count / requests, f"{name}_low": low, f"{name}_high": high}
+        row["rescued"] = round((part["rescued"].fill_null(0) * part["requests"]).sum())
+        row["above_floor"] = row["silent_harm_low"] > SILENT_HARM_FLOOR
+        rows.append(row)
+    return rows
 
 
 # --- policies ------------------------------------------------------------------------------------
@@ -309,39 +342,21 @@ def tests_section(tables: Tables) -> str:
         _prediction(tables["harm_metrics"]),
         _guard_tests(tables["guard_tests"]),
     )
-    return "\n\n".join(
-        ['### Three tests\n\nTwo-sided; "adjusted" is Holm\'s, within one test.']
-        + [details for _, details in parts]
-    )
+    head = '### Three tests\n\nTwo-sided; "adjusted" is Holm\'s, within one test. '
+    return head + "\n\n".join(details for _, details in parts)
 
 
 def _existence(harm: pl.DataFrame) -> tuple[str, str]:
-    """Harm and silent harm per condition, all tasks and prompts: the answer, and the details."""
-    lines = []
+    """Which presses do silent harm at their lightest ratio: the answer, and the details."""
     lightest: dict[object, bool] = {}
-    groups = harm.sort("model", "press", "ratio").group_by(
-        "model", "press", "ratio", maintain_order=True
-    )
-    for (model, press, ratio), part in groups:
-        requests = int(part["requests"].sum())
-        row: dict[str, Any] = {"press": press, "ratio": ratio}
-        for name in ("harmed", "silent_harm"):
-            count = round((part[name].fill_null(0) * part["requests"]).sum())
-            low, high = wilson_interval(count, requests)
-            row |= {name: count / requests, f"{name}_low": low, f"{name}_high": high}
-        found = row["silent_harm_low"] > SILENT_HARM_FLOOR
-        lightest.setdefault((model, press), found)
-        shares = [counted(row, name, requests) for name in ("harmed", "silent_harm")]
-        lines.append([condition(row), *shares, "yes" if found else "no"])
+    for row in _by_condition(harm):
+        lightest.setdefault((row["model"], row["press"]), row["above_floor"])
     answer = (
         f"At its lightest ratio {sum(lightest.values())} of {len(lightest)} presses do silent harm "
         f"whose interval lies above {SILENT_HARM_FLOOR:.0%}."
     )
-    head = ["condition", "harmed", "silently", f"above {SILENT_HARM_FLOOR:.0%}"]
-    return answer, (
-        f"**Existence.** All prompts, tasks together (Wilson intervals). {answer}\n\n"
-        + table(head, lines)
-    )
+    where = "All prompts, tasks together: the columns of the first table."
+    return answer, f"**Existence.** {where} {answer}"
 
 
 def _prediction(metrics: pl.DataFrame) -> tuple[str, str]:
@@ -452,48 +467,51 @@ def certificate_section(tables: Tables, certificate: Certificate, point: str) ->
     """The certificate's summary, and a table of the deployed operating point."""
     summary, *rest = certificate.text.splitlines()
     points = "; ".join(rest[: len(certificate.points)])
-    rows = tables["certificate"].filter(operating_point=point)
-    keys = ["press", "ratio", "task"]
-    cells = []
-    for key, part in rows.group_by(keys, maintain_order=True):
-        by = {(row["recovery"], row["risk"]): row for row in part.to_dicts()}
-        alarms = [row for (_, risk), row in by.items() if risk == "alarm"]
-        left = [row for (_, risk), row in by.items() if risk == "harm_left"]
-        cells.append(
+    rows = tables["certificate"].filter(
+        pl.col("operating_point") == point, pl.col("risk").is_in(["harm_left", "alarm"])
+    )
+    tasks = rows["task"].unique(maintain_order=True).to_list()
+    lines = []
+    for (press, ratio, recovery), part in rows.group_by(
+        "press", "ratio", "recovery", maintain_order=True
+    ):
+        cells = {(row["task"], row["risk"]): row for row in part.to_dicts()}
+        lines.append(
             [
-                f"{key[0]} {key[1]}",
-                str(key[2]),
+                f"{press} {ratio}",
+                str(recovery),
                 *(
-                    observed(by[recovery, "harm_left"]) if (recovery, "harm_left") in by else "-"
-                    for recovery in _recoveries(rows)
+                    _certified_cell(cells[task, "harm_left"], cells[task, "alarm"])
+                    if (task, "harm_left") in cells
+                    else "-"
+                    for task in tasks
                 ),
-                observed(alarms[0]) if alarms else "-",
-                ", ".join(row["recovery"] for row in left if row["certified"]) or "nothing",
-                f"{left[0]['units_needed_at_zero']}" if left else "-",
             ]
         )
-    head = ["condition", "task"]
-    head += [f"harm left, {recovery}" for recovery in _recoveries(rows)]
-    head += ["alarmed", "certified", "prompts it takes at least"]
-    alphas = ", ".join(
-        f"{float(alpha):.0%} {words}"
+    alphas = " and ".join(
+        f"at most {float(alpha):.0%} {words}"
         for risk, words in (("harm_left", "harmed and not repaired"), ("alarm", "alarmed"))
         for alpha in rows.filter(risk=risk)["alpha"].unique(maintain_order=True)
     )
+    needed = rows.filter(risk="harm_left")["units_needed_at_zero"].max()
     return (
         "### What is certified\n\nShares that are called observed are those of the calibration "
         "prompts, on which the settings were chosen: in sample. The statement beside each allows "
         "for that. All statements are in `tables/certificate`.\n\n"
         + quote(f"{summary} Operating points: {points}.")
-        + f"\n\nThe deployed operating point `{point}`, certified where at most {alphas} can be "
-        "said. In brackets the most that the prompts leave possible at the certificate's "
-        "confidence, for one statement alone. After `continue` a request that alarmed counts as "
-        "harmed, because no trace proves how it ends.\n\n" + table(head, cells)
+        + f"\n\nObserved at the deployed operating point `{point}`: harmed and not repaired, in "
+        "brackets the most that the prompts leave possible at the certificate's confidence (for "
+        "that statement alone), and alarmed. Bold: certified, which takes that "
+        f"{alphas} can be said; at least {needed} prompts, with nothing going wrong on them. After "
+        "`continue` a request that alarmed counts as harmed, because no trace proves how it ends."
+        "\n\n" + table(["condition", "recovery", *map(str, tasks)], lines)
     )
 
 
-def _recoveries(rows: pl.DataFrame) -> list[str]:
-    return [str(name) for name in rows["recovery"].unique(maintain_order=True)]
+def _certified_cell(left: Row, alarms: Row) -> str:
+    alarmed = "-" if alarms["observed"] is None else f"{alarms['observed']:.0%}"
+    text = f"{observed(left)}, {alarmed}"
+    return f"**{text}**" if left["certified"] else text
 
 
 def observed(row: Row) -> str:

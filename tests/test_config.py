@@ -70,7 +70,11 @@ def test_shipped_configuration() -> None:
         "streaming_llm",
         "knorm",
     }
-    assert [task.name for task in config.tasks] == ["recall", "needle", "copy"]
+    assert [task.name for task in config.tasks] == ["recall", "copy"]
+    # What a newcomer is to see: what costs nothing, the guard, what is exact; one shard a task.
+    expected = {"none", "verify_on_failure", "gate", "guard", "lossless", "always_safe"}
+    assert set(config.live.policies) == expected
+    assert len(config.shards) == len(config.live_shards) == len(config.tasks)
 
 
 def test_paper_is_two_models_and_sixteen_conditions() -> None:

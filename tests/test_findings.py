@@ -253,7 +253,8 @@ def test_every_policy_stands_beside_a_constant_ratio_of_equal_cost(
 def test_three_tests_say_what_is_supported(results: Path, tmp_path: Path) -> None:
     section = _section(_written(results, tmp_path), "Three tests")
     assert "1 of 1 presses do silent harm whose interval lies above 5%" in section
-    assert _line(section, "| snapkv 0.500 |").endswith("| 24 of 80 [21%, 41%] | yes |")
+    harm = _section(_written(results, tmp_path), "What compression breaks")
+    assert "| 32 of 80 [30%, 51%] | 24 of 80 [21%, 41%] | yes | 2 |" in harm
     # 20 harmed requests, two per prompt: at least 10 prompts. 2 * t.sf(2 * t.ppf(0.975, 9), 9)
     assert "Minus clock repetition: 0.20 [0.10, 0.30], adjusted p 0.003: supported." in section
     assert "Minus mean entropy: 0.05 [-0.05, 0.15], adjusted p 0.287: not supported." in section
@@ -303,8 +304,8 @@ def test_what_foresees_harm_is_said_by_the_interval_of_the_difference(
     assert f"| recall | {start} clock repetition |" in section  # its own group, and named
     assert "1 of 5 comparisons are left out: undefined, or too few prompts" in section
     assert "| copy |" not in section
-    harm = "| snapkv 0.500 | recall | 70 of 80 | 40% [30%, 50%] | 30% [20%, 40%] |"
-    assert harm in text
+    assert "Right uncompressed: recall 70 of 80." in text
+    assert "| snapkv 0.500 | 32 of 80 [30%, 50%], 24 |" in text
 
 
 def test_a_run_is_read_in_minutes(results: Path, tmp_path: Path) -> None:
@@ -375,7 +376,11 @@ def test_claims_follow_the_intervals(results: Path, tmp_path: Path) -> None:
     assert line.endswith("| above chance |")
     assert "No predictor was trained for `looping`: 0 train prompts" in text
     assert "Transfer between models: m is the only model." in text
-    assert "permuted requests | hazard | request | 0.50" in text
+    controls = schema.read_table(results / "tables" / "controls.parquet")
+    wrong = controls.drop_nulls("expected").filter(as_expected=False)
+    section = _section(text, "Controls that must fail")
+    assert "*permuted requests*" in section
+    assert section.count("\n| permuted") == wrong.filter(control="permuted requests").height
     assert "What is certified" in text
 
     shaken = metrics.with_columns(low=pl.lit(0.45), low_pointwise=pl.lit(0.45))
