@@ -22,6 +22,8 @@ from kvguard.config import (
     parse_config,
     ratio_text,
 )
+from kvguard.prompts import GENERATORS, load_tasks
+from kvguard.tasks import verify
 
 CHECKOUT = Path(__file__).parent.parent
 SHIPPED: dict[str, Any] = yaml.safe_load((CHECKOUT / "config.yaml").read_text())
@@ -92,6 +94,18 @@ def test_paper_is_two_models_and_sixteen_conditions() -> None:
     assert config.jobs.model.gpu == 1
     assert config.press("observed_attention").attention == "eager"
     assert config.press("snapkv").attention is None
+
+
+def test_task_families_holds_every_generated_kind() -> None:
+    """Tool calls and records too: no experiment for small models asks for them."""
+    config = load_config(CHECKOUT / "config.yaml", CHECKOUT / "experiments/task_families.yaml")
+    made = {name for name, entry in GENERATORS.items() if entry.__module__.endswith("generators")}
+    assert {task.kind for task in config.tasks} == made
+    assert {"tool_call", "records"} <= made
+    assert len({task.name for task in config.tasks}) == len(config.tasks)
+    drawn, _ = load_tasks([task.model_copy(update={"num_prompts": 2}) for task in config.tasks], 3)
+    assert len(drawn) == 2 * len(config.tasks)
+    assert all(verify(prompt.kind, prompt.spec, prompt.reference or "").right for prompt in drawn)
 
 
 def test_gsm8k_local_takes_its_paths_from_the_config(tmp_path: Path) -> None:
