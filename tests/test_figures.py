@@ -591,6 +591,15 @@ def test_figures_draw_what_the_simulation_says():
     experiment = load_config(Path(__file__).parents[1] / "config.yaml", overrides=overrides)
     frames = Frames(run.traces, run.tokens, run.outcomes, predictions)
     runs = simulate_model(frames, run.prompts, experiment, POINTS["balanced"], str)
+    guard = runs.filter(pl.col("policy") == "guard_promote", pl.col("press") != "none")
+    assert guard["alarmed"].any()
+    # The hazard is that of the predictor to which the thresholds belong, not of another target.
+    calm = predictions.with_columns(target=pl.lit("harm"), hazard=pl.lit(0.1, pl.Float32))
+    both = frames._replace(predictions=pl.concat([predictions, calm]))
+    calm_runs = simulate_model(
+        both, run.prompts, experiment, POINTS["balanced"], str, target="harm"
+    )
+    assert not calm_runs.filter(pl.col("policy") == "guard_promote")["alarmed"].any()
     summary_table = summarize_runs(runs, run.outcomes, bootstrap_samples=20)
     compressed = summary_table.filter(pl.col("press") != "none")
     live = compressed.with_columns(source=pl.lit("live"))
