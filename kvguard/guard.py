@@ -1,4 +1,8 @@
-"""KVGuard: a guard around a press, for ``model.generate``. Predict hazards, check, recover."""
+"""KVGuard: a guard around a press, for ``model.generate``. Predict hazards, check, recover.
+
+What runs the model is imported where a guard is made or called: kvpress imports datasets and
+pandas, transformers scikit-learn where it is installed, and importing `KVGuard` loads none of them.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,37 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from kvpress import BasePress
 from pydantic import ValidationError
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from kvguard import guard_files
-from kvguard.certified_use import certified_statements, press_use
-from kvguard.cold_cache import ColdKind
 from kvguard.config import POINT_NAMES, OperatingPoint, Tolerance
-from kvguard.engine import Session
-from kvguard.generate_options import (
-    call_in_progress,
-    decoding_of,
-    refuse_inputs,
-    stopping_of,
-)
-from kvguard.guard_observer import GuardObserver, HazardModel, Stopping, guarded
 from kvguard.guard_report import GuardError, GuardReport
 from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
-from kvguard.prefill import Prefix
-from kvguard.presses import nominal_ratio, phases, with_ratio
-from kvguard.requests import Completion, Request
 from kvguard.rivals import Lossless
-from kvguard.sampling import Decoding
 from kvguard.schema import FEATURE_VERSION, PROBE_NAMES
-from kvguard.slots import batch_size_for
 
 if TYPE_CHECKING:
+    from kvpress import BasePress
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
+
     from kvguard.certificate import Certificate, Statement
     from kvguard.drift import DriftMonitor
+    from kvguard.guard_observer import HazardModel, Stopping
+    from kvguard.prefill import Prefix
+    from kvguard.requests import Completion, Request
+    from kvguard.sampling import Decoding
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +107,13 @@ class KVGuard:
 
     def __init__(
         self,
-        press: BasePress | None,
+        press: "BasePress | None",
         *,
-        predictor: str | Path | HazardModel = "rules",
+        predictor: "str | Path | HazardModel" = "rules",
         policy: Literal["guard", "lossless"] = "guard",
         operating_point: str | OperatingPoint | Mapping[str, float] = "balanced",
         recovery: Recovery = "continue",
-        cold: ColdKind | Literal["none"] = "host",
+        cold: Literal["host", "disk", "none"] = "host",
         cold_folder: Path | None = None,
         safe_ratio: float = 0.0,
         margin_nats: float = 1e-4,
@@ -132,6 +125,10 @@ class KVGuard:
         task: str | None = None,
         streamer: Any = None,
     ) -> None:
+        from kvpress import BasePress
+
+        from kvguard.presses import phases, with_ratio
+
         if press is not None and not isinstance(press, BasePress):
             raise GuardError(f"press: a kvpress press, e.g. SnapKVPress(0.75), got {press!r}")
         phases(press)  # refuses a press by name, before any token is generated
@@ -196,13 +193,13 @@ class KVGuard:
 
     def __call__(
         self,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         input_ids: torch.Tensor,
         logits_processor: Any = None,
         stopping_criteria: Any = None,
-        generation_config: GenerationConfig | None = None,
+        generation_config: "GenerationConfig | None" = None,
         **model_kwargs: Any,
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    ) -> "torch.Tensor | GenerateDecoderOnlyOutput":
         """Decode a batch; transformers calls this with what it prepared.
 
         Args:
@@ -224,6 +221,16 @@ class KVGuard:
             GuardError: an option that the guard does not have.
             RuntimeError: every row failed.
         """
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+        from kvguard.generate_options import (
+            call_in_progress,
+            decoding_of,
+            refuse_inputs,
+            stopping_of,
+        )
+        from kvguard.requests import Request
+
         dropped = call_in_progress()
         refuse_inputs(model, input_ids, generation_config, model_kwargs | dropped)
         settings = generation_config or model.generation_config
@@ -271,14 +278,14 @@ class KVGuard:
 
     def run(
         self,
-        model: PreTrainedModel,
-        requests: Sequence[Request],
-        decoding: Decoding,
+        model: "PreTrainedModel",
+        requests: "Sequence[Request]",
+        decoding: "Decoding",
         *,
-        prefix: Prefix | None = None,
-        stopping: Stopping | None = None,
+        prefix: "Prefix | None" = None,
+        stopping: "Stopping | None" = None,
         streamer: Any = None,
-    ) -> list[Completion]:
+    ) -> "list[Completion]":
         """Decode requests of any lengths under the guard; sets `report`.
 
         Args:
@@ -295,7 +302,12 @@ class KVGuard:
         Raises:
             CertificateError: the certificate does not speak of this model or this decoding.
         """
+        from kvguard.certified_use import press_use
+        from kvguard.engine import Session
+        from kvguard.guard_observer import GuardObserver, guarded
         from kvguard.predictor import for_press
+        from kvguard.presses import nominal_ratio
+        from kvguard.slots import batch_size_for
 
         self._statements(model, decoding)
         longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
@@ -342,11 +354,13 @@ class KVGuard:
         return self.completions
 
     def _statements(
-        self, model: PreTrainedModel | None = None, decoding: Decoding | None = None
+        self, model: "PreTrainedModel | None" = None, decoding: "Decoding | None" = None
     ) -> "list[Statement]":
         """What the certificate says of this use; nothing where it gives no thresholds."""
         if self.certificate is None or self._point is None:
             return []
+        from kvguard.certified_use import certified_statements
+
         return certified_statements(
             self.certificate,
             self._point,
@@ -370,7 +384,7 @@ class KVGuard:
         press, ratio = uses.pop() if len(uses) == 1 else (None, None)
         return DriftMonitor(self.certificate, self._point, press=press, ratio=ratio)
 
-    def _watch_drift(self, requests: Sequence[Request]) -> None:
+    def _watch_drift(self, requests: "Sequence[Request]") -> None:
         """Tell the drift monitor of each new prompt's request, and the user when it warns."""
         if self.drift is None:
             return
@@ -399,13 +413,15 @@ class KVGuard:
         trained = getattr(self.predictor, "provenance", {}).get("conditions")
         if not trained:
             return
-        ratio = f"{nominal_ratio(self.press):.3f}"
+        from kvguard.certified_use import press_use
+
+        use = press_use(self.press)
         names = sorted({_plain(press) for press, _ in trained["presses"]})
-        own = _plain(press_use(self.press)["press_class"].removesuffix("Press"))
+        own = _plain(use["press_class"].removesuffix("Press"))
         own = next((name for name in names if name.startswith(own)), own)  # snapkv_w16 is a snapkv
         seen = {
             "press": (own, names),
-            "ratio": (ratio, sorted({ratio for _, ratio in trained["presses"]})),
+            "ratio": (use["ratio"], sorted({ratio for _, ratio in trained["presses"]})),
             "max_new_tokens": (max_new_tokens, trained["max_new_tokens"]),
         }
         for name, (value, known) in seen.items():
@@ -422,6 +438,7 @@ class KVGuard:
         Raises:
             GuardError: the press or the predictor cannot be written as JSON.
         """
+        from kvguard import guard_files
         from kvguard.certificate import save_certificate
         from kvguard.predictor import Predictor, save_predictor
 
@@ -450,6 +467,8 @@ class KVGuard:
         Raises:
             GuardError: there is none, or it names what this version does not have.
         """
+        from kvguard import guard_files
+
         settings = guard_files.read_settings(path)
         press, tolerance = settings.pop("press"), settings.pop("tolerance")
         if settings.pop("rules"):
@@ -485,12 +504,14 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-def _reads_probes(predictor: HazardModel | None) -> bool:
+def _reads_probes(predictor: "HazardModel | None") -> bool:
     """Whether a predictor reads what is measured at prefill."""
     return bool(set(getattr(predictor, "feature_names", ())) & set(PROBE_NAMES))
 
 
-def _load_predictor(given: str | Path | HazardModel) -> tuple[HazardModel, "Certificate | None"]:
+def _load_predictor(
+    given: "str | Path | HazardModel",
+) -> "tuple[HazardModel, Certificate | None]":
     """A predictor and the certificate beside it, which must speak of this predictor."""
     from kvguard.certificate import load_certificate
     from kvguard.predictor import load_predictor, rules_predictor

@@ -1,0 +1,101 @@
+"""Passes of the uncompressed model over what rows have drafted; on failure each row alone."""
+
+from typing import NamedTuple
+
+import torch
+
+from kvguard.audit import Answer, Check, check_answers
+from kvguard.engine import Session
+
+RECOVERABLE = (AssertionError, IndexError, RuntimeError, ValueError)
+"""Errors of a check, a recovery or a press (out of memory too) that end their own row alone."""
+
+
+class Checks(NamedTuple):
+    """What the checks of some rows came to.
+
+    Attributes:
+        found: row to its check, or to the error that prevented it.
+        notes: row to what went wrong with it and was survived.
+    """
+
+    found: dict[int, Check | Exception]
+    notes: dict[int, str]
+
+
+def run_checks(session: Session, tokens: dict[int, list[int]], *, fresh: bool = False) -> Checks:
+    """Check rows in one pass; where that fails, each row alone.
+
+    A row whose cold cache cannot be read, for want of device memory or else, is prefilled afresh.
+    What the checks cost is charged to their rows.
+
+    Args:
+        session: whose rows they are.
+        tokens: row to its generated tokens, from the first.
+        fresh: prefill prompt and answer, without reading the cold cache.
+    """
+    if not tokens:
+        return Checks({}, {})
+    answers = {}
+    for row, ids in tokens.items():
+        state = session.rows[row]
+        request = state.completion.request
+        cold = None if fresh else state.cold
+        ended = state.ended and len(ids) == session.lengths[row]
+        answers[row] = Answer(
+            request.prompt_ids, ids, request.seed, cold, ended, request.first_position
+        )
+    keep = any(session.rows[row].decode is not None for row in answers)
+    checks = Checks({}, {})
+    try:
+        done = _one_pass(session, list(answers.values()), keep)
+        checks.found.update(zip(answers, done, strict=True))
+    except RECOVERABLE as first:
+        free_memory(session.model.device, first)
+        for row, answer in answers.items():
+            checks.found[row] = _check_alone(session, row, answer, keep, checks.notes)
+    transient = {}
+    for row, check in checks.found.items():
+        if isinstance(check, Exception):
+            continue
+        completion = session.rows[row].completion
+        completion.checks += 1
+        completion.tokens_prefilled += check.tokens_prefilled
+        completion.bytes_moved += check.bytes_moved
+        transient[row] = check.device_bytes
+    session.meter.extra_pass(transient)
+    return checks
+
+
+def _check_alone(
+    session: Session, row: int, answer: Answer, keep_inputs: bool, notes: dict[int, str]
+) -> Check | Exception:
+    """One row's check; prefilled afresh where its cold cache cannot be read."""
+    attempts = [answer] if answer.cold is None else [answer, answer._replace(cold=None)]
+    for attempt in attempts:
+        try:
+            (check,) = _one_pass(session, [attempt], keep_inputs)
+        except RECOVERABLE as error:
+            failure: Exception = error
+            free_memory(session.model.device, error)
+            continue
+        if attempt is not answer:
+            notes[row] = f"the cold cache could not be read, recomputed: {failure}"
+        return check
+    return failure
+
+
+def _one_pass(session: Session, answers: list[Answer], keep_inputs: bool) -> list[Check]:
+    return check_answers(
+        session.model,
+        answers,
+        session.decoding,
+        prefix=session.prefix,
+        keep_inputs=keep_inputs,
+    )
+
+
+def free_memory(device: torch.device, error: BaseException) -> None:
+    """After an accelerator ran out of memory: give back what torch keeps for later."""
+    if isinstance(error, torch.OutOfMemoryError) and device.type == "cuda":
+        torch.cuda.empty_cache()
