@@ -14,13 +14,14 @@ import torch
 from kvpress import BasePress
 from numpy.typing import NDArray
 
-from kvguard.audit import Answer, Check, check_answers, first_rejected, harmful_token
+from kvguard.audit import Check, first_rejected, harmful_token
+from kvguard.checks import RECOVERABLE, free_memory, run_checks
 from kvguard.config import Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Session, Step, generate, synchronize
 from kvguard.features import FeatureState
 from kvguard.guard_report import GuardError, RowReport
-from kvguard.policies import AFTER_END, CHECKS, Action, Decision, Observation, Policy, is_alarm
+from kvguard.policies import AFTER_END, CHECKS, Action, Observation, Policy, is_alarm
 from kvguard.prefill import prefill
 from kvguard.presses import fresh, phases, with_ratio
 from kvguard.requests import Completion, Request
@@ -31,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 NEVER_DUE = np.iinfo(np.int64).max
 """`GuardObserver.due_at` of a row that needs no further decision."""
-
-RECOVERABLE = (AssertionError, IndexError, RuntimeError, ValueError)
-"""Errors of a recovery or a press (out of memory too) that end their own row and no other."""
 
 Stopping = Callable[[str, list[int], torch.Tensor], bool]
 """Key, generated tokens, raw logits of the last one; True ends the request."""
@@ -249,11 +247,11 @@ class GuardObserver:
             last = ended[index] & (counts[index] == ahead + 1)
             quiet = last & (decision.actions == Action.CONTINUE)
             if quiet.any():
-                decision = _overlay(decision, quiet, self.policy.finish(_rows(observation, quiet)))
-            for i in _where(decision.modes != self.modes[observation.rows]):
+                decision.replace_rows(quiet, self.policy.finish(observation.take(quiet)))
+            for i in np.flatnonzero(decision.modes != self.modes[observation.rows]):
                 row, position = int(observation.rows[i]), observation.positions[i]
                 self._set_mode(session, row, decision.modes[i], position)
-            for i in _where(decision.actions != Action.CONTINUE):
+            for i in np.flatnonzero(decision.actions != Action.CONTINUE):
                 action = Action(decision.actions[i])
                 actions.append((int(observation.rows[i]), action, int(decision.amount[i])))
                 going[index[i]] = False
@@ -344,13 +342,9 @@ class GuardObserver:
         self, session: Session, report: RowReport, what: str, error: BaseException
     ) -> None:
         """Note a failure that costs its own row something and the others nothing."""
-        self._free_memory(session, error)
+        free_memory(session.model.device, error)
         report.notes.append(f"{what}: {type(error).__name__}: {error}")
         logger.warning("request %s: %s: %s", report.key, what, error)
-
-    def _free_memory(self, session: Session, error: BaseException) -> None:
-        if isinstance(error, torch.OutOfMemoryError) and session.model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     # --- checks ---
 
@@ -393,70 +387,15 @@ class GuardObserver:
     def _run_checks(
         self, session: Session, tokens: dict[int, list[int]]
     ) -> dict[int, Check | Exception]:
-        """The checks of some rows' tokens, in one pass; where that fails, of each row alone.
-
-        A row whose cold cache cannot be read, for want of device memory or else, is recomputed.
-        """
-        if not tokens:
-            return {}
-        answers = {}
-        for row, ids in tokens.items():
-            state = session.rows[row]
-            request = state.completion.request
-            cold = None if self.policy.fresh_checks else state.cold
-            ended = state.ended and len(ids) == session.lengths[row]
-            answers[row] = Answer(
-                request.prompt_ids, ids, request.seed, cold, ended, request.first_position
-            )
-        keep = any(session.rows[row].decode is not None for row in answers)
-        found: dict[int, Check | Exception] = {}
-        try:
-            done = self._checked(session, list(answers.values()), keep)
-            found = dict(zip(answers, done, strict=True))
-        except RECOVERABLE as first:
-            self._free_memory(session, first)
-            for row, answer in answers.items():
-                found[row] = self._check_alone(session, row, answer, keep)
-        transient = {}
-        for row, check in found.items():
-            if isinstance(check, Exception):
-                continue
-            completion, report = session.rows[row].completion, self._report(session, row)
-            completion.checks += 1
-            completion.tokens_prefilled += check.tokens_prefilled
-            completion.bytes_moved += check.bytes_moved
-            transient[row] = check.device_bytes
-            if check.cache is not None:
+        """The checks of some rows' tokens, with what was survived noted in their reports."""
+        checks = run_checks(session, tokens, fresh=self.policy.fresh_checks)
+        for row, note in checks.notes.items():
+            self._report(session, row).notes.append(note)
+        for row, check in checks.found.items():
+            if not isinstance(check, Exception) and check.cache is not None:
+                report = self._report(session, row)
                 report.kv_bytes_peak = max(report.kv_bytes_peak or 0, check.device_bytes)
-        session.meter.extra_pass(transient)
-        return found
-
-    def _checked(self, session: Session, answers: list[Answer], keep_inputs: bool) -> list[Check]:
-        return check_answers(
-            session.model,
-            answers,
-            session.decoding,
-            prefix=session.prefix,
-            keep_inputs=keep_inputs,
-        )
-
-    def _check_alone(
-        self, session: Session, row: int, answer: Answer, keep_inputs: bool
-    ) -> Check | Exception:
-        """One row's check; recomputed where its cold cache cannot be read."""
-        attempts = [answer] if answer.cold is None else [answer, answer._replace(cold=None)]
-        for attempt in attempts:
-            try:
-                (check,) = self._checked(session, [attempt], keep_inputs)
-            except RECOVERABLE as error:
-                failure: Exception = error
-                self._free_memory(session, error)
-                continue
-            if attempt is not answer:
-                note = f"the cold cache could not be read, recomputed: {failure}"
-                self._report(session, row).notes.append(note)
-            return check
-        return failure
+        return checks.found
 
     def _resolve(self, session: Session, row: int, action: Action, check: Check) -> None:
         """Cut a row at the first token that its check rejects; go on as the action says."""
@@ -645,26 +584,6 @@ class GuardObserver:
             report.kv_padding_bytes_mean = float(completion.kv_bytes[:, 2].mean())
             report.kv_bytes_peak = max(report.kv_bytes_peak or 0, int(allocated.max()))
         return report
-
-
-def _where(mask: NDArray[np.bool_]) -> list[int]:
-    """Row numbers at which a mask holds."""
-    return [int(row) for row in np.flatnonzero(mask)]
-
-
-def _rows(observation: Observation, mask: NDArray[np.bool_]) -> Observation:
-    """An observation of some of its rows."""
-    return Observation(
-        *(None if column is None else column[mask] for column in observation)  # type: ignore[arg-type]
-    )
-
-
-def _overlay(decision: Decision, mask: NDArray[np.bool_], part: Decision) -> Decision:
-    """A decision with some of its rows replaced."""
-    decision.actions[mask] = part.actions
-    decision.amount[mask] = part.amount
-    decision.modes[mask] = part.modes
-    return decision
 
 
 def guarded(

@@ -104,6 +104,12 @@ class Observation(NamedTuple):
     probe: FloatArray | None = None
     """(n,) what the request's prefill says of its risk, higher is worse; None: nothing."""
 
+    def take(self, rows: NDArray[np.bool_]) -> "Observation":
+        """Those of the rows where the mask holds."""
+        return Observation(
+            *(None if column is None else column[rows] for column in self)  # type: ignore[arg-type]
+        )
+
 
 class Decision(NamedTuple):
     """What to do with the n rows of an observation."""
@@ -111,6 +117,11 @@ class Decision(NamedTuple):
     actions: NDArray[np.int8]  # (n,) Action
     amount: IntArray  # (n,) cache entries to drop, 0 unless PRUNE
     modes: NDArray[np.int8]  # (n,) controller.Mode after this token
+
+    def replace_rows(self, rows: NDArray[np.bool_], part: "Decision") -> None:
+        """Write another decision over the rows where the mask holds."""
+        for column, new in zip(self, part, strict=True):
+            column[rows] = new
 
 
 class Policy:

@@ -892,7 +892,7 @@ def test_an_answer_that_cannot_be_checked_fails_where_that_was_promised(
             raise torch.OutOfMemoryError("no memory for this row")
         return check_answers(model, answers, *arguments, **options)
 
-    monkeypatch.setattr("kvguard.guard_observer.check_answers", fails_for_one)
+    monkeypatch.setattr("kvguard.checks.check_answers", fails_for_one)
     done = watched(
         tiny_llama,
         requests,
@@ -962,7 +962,7 @@ def test_out_of_memory_while_verifying_is_survived(
     def exhausted(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no memory for this pass")
 
-    monkeypatch.setattr("kvguard.guard_observer.check_answers", exhausted)
+    monkeypatch.setattr("kvguard.checks.check_answers", exhausted)
     script = {requests[0].seed: {4: Action.REWIND}}
     done = watched(
         tiny_llama, requests, kvpress.KnormPress(0.5), lambda rows: Scripted(rows, script)
@@ -1061,7 +1061,7 @@ def test_a_recovery_that_cannot_write_its_cache_leaves_the_row_whole(
         failing["on"] = False
 
     monkeypatch.setattr(Slots, "_reserve", exhausted)
-    monkeypatch.setattr("kvguard.guard_observer.check_answers", check)
+    monkeypatch.setattr("kvguard.checks.check_answers", check)
     monkeypatch.setattr(GuardObserver, "observe", observed)
     script = {requests[0].seed: {4: Action.REWIND}}
     done = watched(
