@@ -118,7 +118,7 @@ def run(
     task: TaskName = None,
     model: Annotated[str | None, typer.Option(help="A model of the config.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draws other prompts.")] = None,
     config: Configs = None,
     results_dir: Annotated[
         Path | None, typer.Option(help="Where the prepared model is, or will be.")
@@ -352,7 +352,7 @@ def live(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A model of the config.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draws other prompts.")] = None,
     config: Configs = None,
     results_dir: Annotated[
         Path | None, typer.Option(help="Where the model and the predictor are.")
@@ -360,7 +360,7 @@ def live(
 ) -> None:
     """Run policies live on a few prompts, and show what each does and costs.
 
-    Where the results hold a run with these prompts, test prompts alone are taken.
+    Where the results hold a run, its test prompts are taken; with --seed new prompts are drawn.
     """
     import polars as pl
 
@@ -378,31 +378,22 @@ def live(
     from kvguard.compare_policies import summarize_runs
     from kvguard.detectors import detect_outcomes
     from kvguard.experiment import run_shard
-    from kvguard.live import run_policy_shard
-    from kvguard.prompts import load_task, prompts_frame
-    from kvguard.splits import prompts_of, read_splits
+    from kvguard.live import live_prompts, run_policy_shard
+    from kvguard.prompts import prompts_frame
 
-    split_file = (results_dir or Path(experiment.results_dir)) / "splits.parquet"
-    asked = experiment.tasks[0]
-    if split_file.is_file() and seed is None:
-        splits = read_splits(split_file)
-        stored = max(splits.filter(pl.col("task") == asked.name).height, num_prompts)
-        drawn, examples = load_task(
-            asked.model_copy(update={"num_prompts": stored}), experiment.seed
-        )
-        test = set(prompts_of(splits, "test"))
-        prompts = [prompt for prompt in drawn if prompt.prompt_id in test][:num_prompts]
-    else:
-        prompts, examples = load_task(asked, experiment.seed)
-    if len(prompts) < num_prompts:
-        raise ConfigError(
-            f"--num-prompts: {split_file} has {len(prompts)} test prompts of task {asked.name}, "
-            f"got {num_prompts}; give fewer, or --seed for prompts of your own"
-        )
-    loaded = _prepared_model(experiment, entry, results_dir, experiment.presses[0])
     folder = results_dir or Path(experiment.results_dir)
+    prompts, examples = live_prompts(experiment, num_prompts, None if seed is not None else folder)
+    chosen = experiment.presses[0]
+    loaded = _prepared_model(experiment, entry, results_dir, chosen)
     trained = folder / "models/hazard_predictor.json"
-    predictor, points = predictor_and_points(trained if trained.is_file() else None)
+    predictor, points = predictor_and_points(
+        trained if trained.is_file() else None,
+        press_class=chosen.press_class,
+        phase=chosen.phase,
+        ratio=ratio_text(compression_ratio),
+        task=experiment.tasks[0].name,
+        max_new_tokens=experiment.max_new_tokens(experiment.tasks[0].name),
+    )
     baseline = run_shard(
         loaded,
         prompts,
@@ -420,7 +411,7 @@ def live(
             loaded,
             prompts,
             examples,
-            press=experiment.presses[0],
+            press=chosen,
             ratio=ratio_text(compression_ratio),
             policy=name,
             shard=0,
@@ -436,7 +427,7 @@ def live(
     summary = summarize_runs(pl.concat(runs), outcomes, seed=experiment.seed)
     print_frame(
         summary,
-        f"{entry}, {experiment.presses[0].name} {ratio_text(compression_ratio)}, {num_prompts} "
+        f"{entry}, {chosen.name} {ratio_text(compression_ratio)}, {num_prompts} "
         f"prompts; hazard from {trained if trained.is_file() else 'rules'}",
         SHOWN_POLICIES,
     )

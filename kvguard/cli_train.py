@@ -234,10 +234,14 @@ def signals(
     cli_tables.console.print(f"wrote {', '.join(tables)} to {target}", soft_wrap=True)
 
 
-def predictor_and_points(path: Path | None) -> "tuple[Predictor, dict[str, OperatingPoint]]":
+def predictor_and_points(
+    path: Path | None, **use: object
+) -> "tuple[Predictor, dict[str, OperatingPoint]]":
     """A predictor and its operating points: the certificate's where one belongs to it.
 
-    Without a path it is the rule-based risk; without a certificate the built-in thresholds.
+    Without a path it is the rule-based risk; without a certificate the built-in thresholds. Fields
+    of `certificate.Use` say what the points are for; a line says where the certificate was made on
+    something else.
     """
     from kvguard.certificate import CertificateError, load_certificate
     from kvguard.guard import RULES_POINTS
@@ -262,6 +266,11 @@ def predictor_and_points(path: Path | None) -> "tuple[Predictor, dict[str, Opera
                 soft_wrap=True,
                 highlight=False,
             )
+            try:
+                for name in certificate.points if use else ():
+                    certificate.statements_about(name, **use)
+            except CertificateError as error:
+                cli_tables.console.print(f"[yellow]{escape(str(error))}[/]", soft_wrap=True)
             return predictor, {
                 str(name): p.operating_point for name, p in certificate.points.items()
             }

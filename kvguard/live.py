@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -27,10 +28,11 @@ from kvguard.policy_factory import make_policy
 from kvguard.predictor import Predictor, for_press
 from kvguard.presses import build_press
 from kvguard.probes import marked_tokens, reads_probes
-from kvguard.prompts import Example, Prompt, prompts_frame
+from kvguard.prompts import Example, Prompt, load_task, prompts_frame
 from kvguard.requests import Completion
 from kvguard.rival_settings import NO_GATE, gate_scores
 from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
+from kvguard.splits import prompts_of, read_splits
 
 
 def run_policy_shard(
@@ -154,6 +156,37 @@ def run_policy_shard(
         .with_columns(policy=pl.lit(policy), source=pl.lit("live"))
     )
     return check(conform(runs, RUNS), RUNS, "runs")
+
+
+def live_prompts(
+    experiment: config.Config, count: int, folder: Path | None
+) -> tuple[list[Prompt], list[Example]]:
+    """Prompts of the experiment's first task, and its few-shot examples.
+
+    Args:
+        experiment: its seed draws the prompts.
+        count: how many.
+        folder: of the results of a run: where it has splits, the prompts are of its test split, so
+            that a predictor trained there has not seen them. None: the first prompts of the task.
+
+    Raises:
+        ConfigError: the run has fewer test prompts of that task.
+    """
+    task = experiment.tasks[0]
+    path = None if folder is None else folder / "splits.parquet"
+    if path is None or not path.is_file():
+        return load_task(task.model_copy(update={"num_prompts": count}), experiment.seed)
+    splits = read_splits(path)
+    stored = max(splits.filter(pl.col("task") == task.name).height, count)
+    drawn, examples = load_task(task.model_copy(update={"num_prompts": stored}), experiment.seed)
+    test = set(prompts_of(splits, "test"))
+    prompts = [prompt for prompt in drawn if prompt.prompt_id in test]
+    if len(prompts) < count:
+        raise config.ConfigError(
+            f"--num-prompts: of the prompts of task {task.name}, {path} has {len(prompts)} in its "
+            f"test split, got {count}; give fewer, the run's --config, or --seed for new prompts"
+        )
+    return prompts[:count], examples
 
 
 def match_guard(

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import polars as pl
 import pytest
+from conftest import make_tiny_model, make_tiny_tokenizer
 from rich.console import Console
 from synthetic import make_run, write_run
 
-from kvguard import __version__, cli, cli_tables, evaluate_controller, schema
+from kvguard import __version__, cli, cli_tables, evaluate_controller, live, schema
 from kvguard.certificate import load_certificate
 from kvguard.config import ConfigError, load_config
 from kvguard.database import build_database
 from kvguard.feature_files import build_features
 from kvguard.labeling import build_labels
 from kvguard.predictor import rules_predictor, save_predictor
+from kvguard.prompts import load_tasks, prompts_frame
 from kvguard.splits import split_prompts
 from kvguard.workflow import (
     press_entry,
@@ -170,6 +172,62 @@ def test_live_compares_policies(short: str) -> None:
     assert {"none", "verify_all"} <= set(rows)
     excess_cfr = rows["verify_all"].split("│")[6]
     assert excess_cfr.strip().startswith("0.00"), "checked to the end, so nothing is left over"
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path) -> str:
+    """Options of a quick live run of the tiny model beside a run whose splits are there."""
+    make_tiny_model("llama").save_pretrained(tmp_path / "tiny_model")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "tiny_model")
+    task = {"kind": "gsm_symbolic", "num_prompts": 12, "few_shot": 0}
+    overlay = {
+        "models": [{"name": "tiny", "source": "local", "path": str(tmp_path / "tiny_model")}],
+        "tasks": [task],
+        "presses": [{"name": "knorm", "class": "KnormPress", "ratios": [0.5]}],
+        "seed": 5,
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(overlay))
+    experiment = load_config(CHECKOUT / "config.yaml", path)
+    prompts, _ = load_tasks(experiment.tasks, experiment.seed)
+    splits = split_prompts(prompts_frame(prompts), experiment.splits, experiment.seed)
+    schema.write_table(splits, tmp_path / "results/splits.parquet", schema.SPLITS)
+    return (
+        f"--press knorm --compression-ratio 0.9 --max-new-tokens 4 --policy none --config {path} "
+        f"--results-dir {tmp_path}/results"
+    )
+
+
+def test_live_takes_test_prompts_and_other_ones_with_a_seed(
+    tiny_run: str,
+    tmp_path: Path,
+    command: Callable[..., Ended],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    run_policy_shard = live.run_policy_shard
+
+    def recorded(model: Any, prompts: Any, *arguments: Any, **options: Any) -> pl.DataFrame:
+        asked[:] = [prompt.prompt_id for prompt in prompts]
+        return run_policy_shard(model, prompts, *arguments, **options)
+
+    monkeypatch.setattr(live, "run_policy_shard", recorded)
+    splits = schema.read_table(tmp_path / "results/splits.parquet", schema.SPLITS)
+    test = set(splits.filter(split="test")["prompt_id"])
+    line = f"kvguard live {tiny_run} --num-prompts 2"
+    done = command(line, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "knorm 0.900, 2 prompts; hazard from rules" in done.stdout
+    first = list(asked)
+    assert len(first) == 2
+    assert set(first) <= test
+    done = command(f"{line} --seed 6", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(asked) == 2
+    assert not set(asked) & set(splits["prompt_id"]), "another seed draws other prompts"
+    done = command(f"kvguard live {tiny_run} --num-prompts {len(test) + 1}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"has {len(test)} in its test split, got {len(test) + 1}" in done.stderr
 
 
 def test_train_then_eval_controller(results: Path, tmp_path: Path) -> None:
