@@ -99,7 +99,8 @@ def _show_version(wanted: bool) -> None:
 @commands.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),
     ] = False,
 ) -> None:
     """Guard compressed key-value caches: measure, predict, verify and rewind."""
@@ -177,10 +178,10 @@ def sweep(
     profile: Annotated[
         str | None, typer.Option(help="Snakemake workflow profile, e.g. profiles/slurm.")
     ] = None,
-    target: Annotated[str, typer.Option(help="all, figures, or a file.")] = "all",
+    target: Annotated[str, typer.Option(help="all, figures, or a file that a rule makes.")] = "all",
     dry_run: DryRun = False,
 ) -> None:
-    """Run the whole pipeline through Snakemake, resuming what is there."""
+    """Run the whole pipeline through Snakemake, going on from the results that exist."""
     layers = config_layers(config)
     over = sweep_overlay(layers, num_prompts, model, revision, results_dir)
     experiment = load_config(*layers, overrides=over)
@@ -207,7 +208,7 @@ def figures(
     cores: Cores = 2,
     dry_run: DryRun = False,
 ) -> None:
-    """Bring the figures up to date through Snakemake, with everything that they need."""
+    """Bring the figures and all that they need up to date through Snakemake."""
     arguments = ["figures", "--cores", str(cores), "--resources", "gpu=1"]
     arguments += ["--dry-run"] if dry_run else []
     _snakemake(
@@ -222,7 +223,7 @@ def status(
     config: Configs = None,
     results_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
 ) -> None:
-    """What is done and what is left, per stage."""
+    """Show how many jobs of each stage are done and left."""
     layers = config_layers(config)
     load_config(*layers)
     locked = stale_lock(layers, [f"results_dir={results_dir}"] if results_dir else [])
@@ -253,7 +254,7 @@ def verify(
     results_dir: ResultsDir = Path("results"),
     config: Configs = None,
     discard: Annotated[
-        bool, typer.Option(help="First remove what is damaged, so that the next run makes it anew.")
+        bool, typer.Option(help="Remove damaged files first; the next run makes them again.")
     ] = False,
 ) -> None:
     """Check the integrity of a results folder; the exit status is 1 when something is wrong."""
@@ -281,7 +282,7 @@ def verify(
             )
     if any(check.problems for check in checks):
         cli_tables.console.print(
-            "`kvguard verify --discard` removes what is damaged; the next run makes it anew"
+            "`kvguard verify --discard` removes what is damaged; the next run makes it again"
         )
         raise typer.Exit(1)
     cli_tables.console.print("nothing is wrong")
@@ -302,8 +303,10 @@ def analyze(
         str | None,
         typer.Option(help="`policies`, or a view of the database, e.g. failure_kinds, errors."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Show the first so many rows.")] = None,
-    written: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.table,
+    limit: Annotated[int | None, typer.Option(min=1, help="Print at most this many rows.")] = None,
+    written: Annotated[
+        Format, typer.Option("--format", help="Format of the output.")
+    ] = Format.table,
 ) -> None:
     """Print what each press and ratio did, with 95 % intervals, or what each policy did."""
     from kvguard.database import analyze as condition_table
@@ -371,7 +374,9 @@ def live(
     values = experiment.model_dump(mode="json", by_alias=True)
     experiment = parse_config(overlay(values, {"live": {"policies": policies}}))
     if ratio_text(compression_ratio) == BASELINE_RATIO:
-        raise ConfigError("--compression-ratio: a guard needs something to guard, give 0 < r < 1")
+        raise ConfigError(
+            "--compression-ratio: at 0 nothing is compressed, so nothing to guard; give 0 < r < 1"
+        )
     entry = _model_entry(experiment, model)
     joblog.configure_logging()
 
@@ -444,7 +449,7 @@ def findings(
         typer.Option(help="A page whose results, between two markers, become the first run's."),
     ] = None,
 ) -> None:
-    """Write in sentences what the tables of finished runs say about the predictor."""
+    """Write a Markdown page that states the results of finished runs in sentences."""
     from kvguard.findings import write_findings, write_results
 
     folders = results_dir or [Path("results")]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def train(
     results_dir: ResultsDir = Path("results"),
     num_prompts: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many prompts; default: all.")
+        int | None, typer.Option(min=1, help="Train on the first N prompts alone; default: all.")
     ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Default: models of the results, or a folder beside it.")
@@ -29,7 +29,7 @@ def train(
     config: Configs = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Train the hazard predictors on what a run generated, and say what they are worth."""
+    """Train the hazard predictors on a run's tables, and print their metrics on test prompts."""
     import polars as pl
 
     from kvguard.evaluate_predictor import evaluate_predictors
@@ -91,7 +91,7 @@ def train(
 
 
 def _replace_changed(source: Path, target: Path) -> list[str]:
-    """Move files whose content differs; what is the same keeps its time, so nothing reruns."""
+    """Move files whose content differs; equal ones keep their time, so nothing reruns."""
     from kvguard.schema import atomic_path
 
     changed = []
@@ -111,7 +111,7 @@ def calibrate(
     ] = None,
     config: Configs = None,
 ) -> None:
-    """Choose a predictor's operating points on calibration prompts; needed after a retrain.
+    """Choose a predictor's operating points on calibration prompts; needed after training again.
 
     The certificate is written beside the predictor. It counts as another use of these prompts.
     """

@@ -73,7 +73,7 @@ class ColdRow:
     """What one request has outside device memory.
 
     Attributes:
-        store: that allocates for it.
+        store: allocates its memory.
         prefix: entries of the prefix that the prompts share, one copy for all rows; or None.
         prompt: entries of the rest of the prompt.
         answer: entries of generated tokens, None before the first check.
@@ -172,7 +172,7 @@ class ColdStore:
         config: of the model.
         device: where the model is.
         dtype: of its entries.
-        kind: "host" memory, or "disk": a file in ``folder`` that has no name and goes with its row.
+        kind: "host" memory, or "disk": an unnamed file in ``folder``, deleted with its row.
         folder: for "disk"; None takes the system's folder of temporary files.
     """
 
@@ -218,7 +218,7 @@ class ColdStore:
         return Part(torch.empty(shape, dtype=self.dtype, pin_memory=pinned), 0)
 
     def _map_file(self, wanted: int) -> torch.Tensor:
-        """Bytes of a new file; the disk's blocks are taken now, so that no later write can fail."""
+        """Bytes of a new file; its disk blocks are allocated now, so no later write fails."""
         with tempfile.TemporaryFile(dir=self.folder, prefix="kvguard-") as file:
             os.posix_fallocate(file.fileno(), 0, wanted)
             return torch.frombuffer(mmap.mmap(file.fileno(), wanted), dtype=torch.uint8)
@@ -246,7 +246,7 @@ class ColdStore:
         return self._prefix[1]
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy from the device beside what it is doing; `wait` before the copy is read."""
+        """Copy from the device without waiting for it; call `wait` before reading the copy."""
         if self._stream is None:
             target.copy_(source)
             return
@@ -256,7 +256,7 @@ class ColdStore:
         source.record_stream(self._stream)
 
     def wait(self) -> None:
-        """Until everything copied out is there."""
+        """Wait until all copies from the device are complete."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -305,7 +305,7 @@ class Run(NamedTuple):
 
 @dataclass
 class _Pass:
-    """Stands in for ``past_key_values``: the drafts of several rows, one behind the other."""
+    """Takes the place of ``past_key_values``: the drafts of several rows, concatenated."""
 
     store: ColdStore
     rows: list[ColdRow]

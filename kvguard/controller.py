@@ -168,7 +168,7 @@ def at_rest(
 ) -> NDArray[np.bool_]:
     """(n,) where `step` over several tokens would stay in NORMAL and end with both counters at 0.
 
-    The usual case of a quiet request, told from one comparison instead of a step for each token.
+    The usual case of a quiet request, decided by one comparison instead of a step for each token.
 
     Args:
         state: (n,) before the tokens.

@@ -7,8 +7,8 @@ count, and so does every check and recovery. The prompt's own prefill, before it
 the same for every policy and is left out.
 
 The live guard measures these, the offline simulation computes them from a trace's measurements.
-Tokens prefilled, decode steps and dropped tokens are then those of a live run, token by token. The
-byte-steps of a request that a policy touched are an estimate, and a low one: padding is taken as
+Tokens prefilled, decode steps and dropped tokens then equal those of a live run. The
+byte-steps of a request in which a policy acted are a low estimate: padding is taken as
 measured in the trace, and what other rows of a live batch add (their checks, during which this row
 waits) and the two layers of a cold cache that a check brings to the device are left out.
 """
@@ -42,8 +42,8 @@ class MeteredSlots(Protocol):
 class CostMeter:
     """Charges what a batch allocates to its requests, once a pass of the model.
 
-    A pass is a decode step of the batch, a check of some rows' drafts, or a recovery's prefill: as
-    long as it takes, everything that is allocated stays so, that of rows which wait too. A row's
+    A pass is a decode step of the batch, a check of some rows' drafts, or a recovery's prefill.
+    While it runs, everything stays allocated, the entries of waiting rows as well. A row's
     share of the slots is its own pages and an equal part of the free ones (`Slots.row_bytes`); what
     a pass needs beyond the slots is charged to the rows that it is for. So the requests' shares sum
     to what the batch allocated. Host bytes are a row's cold cache and an equal part of a parked
@@ -53,7 +53,7 @@ class CostMeter:
     Args:
         slots: the caches.
         rows: one per active row, in order, each with a ``completion`` and its ``cold`` entries,
-            None where it has none; the session's own list, which changes as rows come and go.
+            None where it has none; the session's list, which changes as rows come and go.
     """
 
     def __init__(self, slots: MeteredSlots, rows: Sequence[Any]) -> None:
@@ -99,7 +99,7 @@ class CostMeter:
 class Cost(NamedTuple):
     """Costs of requests, arrays of one shape; NaN where undefined or unknown."""
 
-    device_byte_steps: FloatArray  # allocated, padding as measured, recovering passes included
+    device_byte_steps: FloatArray  # allocated, padding as measured, recovery passes included
     tokens_prefilled: FloatArray  # a shared prefix counts for every pass that starts with it
     decode_steps: FloatArray
     tokens_wasted: FloatArray  # generated, then dropped
@@ -284,7 +284,7 @@ MEMORY: dict[str, pl.DataType] = {
 
 
 def choose_guarded(runs: pl.DataFrame) -> dict[str, str]:
-    """The trace keys of a request that shows a rewind: the median one by when its alarm came.
+    """Trace keys of a typical rewound request: the one with the median alarm step.
 
     Args:
         runs: `schema.RUNS`; the rows of ``guard_promote`` that rewound exactly once count.
@@ -307,7 +307,7 @@ def memory_steps(trace: pl.DataFrame, runs: pl.DataFrame) -> pl.DataFrame:
     """Allocated bytes of one request's cache after each decode step, under each of `SHOWN`.
 
     A request of n tokens takes n - 1 decode steps: the first token comes from the prefill, and the
-    first token after a recovery from the pass that verified. The step after token s leaves s
+    first token after a recovery from the check's pass. The step after token s leaves s
     generated tokens in the cache (see `kvguard.costs`).
 
     Args:

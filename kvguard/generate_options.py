@@ -156,7 +156,7 @@ def refuse_inputs(
 
 
 def stopping_of(criteria: Any, input_ids: torch.Tensor) -> Stopping | None:
-    """A user's stopping criteria; length and end tokens are the engine's own business."""
+    """A user's stopping criteria; the engine itself ends rows at the length and at end tokens."""
     length = (MaxLengthCriteria, EosTokenCriteria)
     own = [one for one in criteria or [] if not isinstance(one, length)]
     if not own:

@@ -58,6 +58,9 @@ class KVGuard:
 
     >>> guard = KVGuard(SnapKVPress(0.75), policy="lossless", check_every_tokens=16)
 
+    A named operating point is the certificate's beside the predictor, and refused where the
+    certificate does not speak of the use; without a certificate, give thresholds.
+
     Args:
         press: any press that `docs/presses.md` lists as supported, or None.
         predictor: path of a trained predictor, a predictor object, or "rules": a risk made of
@@ -92,7 +95,7 @@ class KVGuard:
 
     Attributes:
         report: one `RowReport` a row of the last call, with ``total()`` and ``to_frame()``.
-        completions: one `kvguard.engine.Completion` a row of the last call, with every signal.
+        completions: one `kvguard.requests.Completion` a row of the last call, with every signal.
         drift: a `kvguard.drift.DriftMonitor` fed with every prompt's first request, or None
             without a certificate; ``drift.text`` says whether the certificate still applies.
         certificate: what came with the predictor, or None; ``certificate.text`` says it in words.

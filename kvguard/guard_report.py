@@ -16,20 +16,20 @@ class RowReport(BaseModel):
     """What the guard did with one request; counts of tokens and bytes are this request's alone.
 
     Attributes:
-        modes: (position, mode) whenever the mode changed; position counts generated tokens from 0.
+        modes: (position, mode) at the start and at each change; positions are of generated tokens.
         alarm_steps: generated tokens in the row when each alarm came.
         rewound_to: tokens kept by each rewind or restart.
-        unrecoverable: recoveries that reached behind tokens which had been streamed already.
+        unrecoverable: checks that rejected tokens which had been streamed already.
         tokens_wasted: generated, then dropped.
-        tokens_prefilled: of prompts, verifying passes and recoveries; a shared prefix counts.
+        tokens_prefilled: of prompts, checks and recoveries; a shared prefix counts.
         decode_steps: single-token passes, those of dropped tokens included.
         checks: passes of the uncompressed model over what had not been checked.
         kv_bytes_mean: bytes that the row's entries take, hidden ones too, mean over its decode
             steps; None without a step. Padding belongs to the batch and is left out.
         kv_bytes_peak: the largest of them, and of the caches that checks needed.
-        kv_padding_bytes_mean: memory allocated but empty for the row, so that its rows are equally
-            long: a long row, such as a rewound one, makes padding in the others.
-        seconds: of this request's prefill, recoveries and share of the decoding and watching.
+        kv_padding_bytes_mean: the row's share of memory that is allocated and empty: the end of its
+            last page, and free pages; mean over its decode steps.
+        seconds: of this request's prefill and recoveries, and its share of decoding and guarding.
         stop_reason: "eos", "length" or "stopped"; None on error.
         notes: what went wrong and was survived.
         error: why the request failed, None if it did not.
@@ -54,7 +54,7 @@ class RowReport(BaseModel):
 
 
 class GuardReport(list[RowReport]):
-    """What the guard did in one call, one `RowReport` a row."""
+    """What the guard did in one call: one `RowReport` per row."""
 
     def __repr__(self) -> str:
         alarmed = sum(bool(row.alarm_steps) for row in self)
@@ -79,7 +79,7 @@ class GuardReport(list[RowReport]):
         return counts | {name: sum(getattr(row, name) for row in self) for name in names}
 
     def to_frame(self) -> "pl.DataFrame":
-        """One row a row, a Polars frame."""
+        """A Polars frame with one row per request."""
         import polars as pl
 
         rows = [

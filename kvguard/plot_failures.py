@@ -268,7 +268,7 @@ def plot_trace(
         tokens: one row per generated token: ``position``, ``token_text``, ``entropy`` (nats),
             ``hazard`` (probability), ``mode`` (0, 1, 2 as in `MODES`), ``llr`` (nats; positive:
             compression likes the token more) and ``audit_is_argmax``. Null: not known.
-        press: whose colour the lines take.
+        press: gives the lines their colour.
         title: e.g. press, ratio and what went wrong.
         marks: name to position, e.g. {"first rejected": 6, "looping": 40}; None is left out.
         thresholds: (tau_low, tau_high) of the controller.

@@ -1,5 +1,5 @@
-"""Figures of harm: where compression does it, what it costs to undo, what foresees it, what is
-certified about it."""
+"""Figures of harm: where compression causes it, what undoing it costs, what predicts it, and what
+is certified about it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -104,7 +104,7 @@ def _right_of(rows: pl.DataFrame) -> str:
 
 @styled
 def plot_harm_metrics(metrics: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figure:
-    """How much better the predictor foresees harm than a clock with a loop detector, or entropy.
+    """How much better the predictor ranks harm than a clock with a loop detector, or entropy.
 
     Differences of AUROC, paired by prompt; above 0 the predictor is better, and an interval that
     includes 0 shows no difference.
@@ -195,9 +195,9 @@ COMPARED = {
 def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
     """Harm left by each policy against its device memory over time, relative to the full KV cache.
 
-    Lower left is better. A policy right of 1 costs more than never compressing: its mark is open.
-    The line is the press without a policy, between the ratios at which it was measured: a policy
-    below it leaves less harm than a constant ratio of the same cost.
+    Lower left is better. A policy to the right of 1 costs more than never compressing: its marker
+    is open. The line is the press without a policy, between the ratios at which it was measured: a
+    policy below it leaves less harm than a constant ratio of the same cost.
 
     Args:
         policies: `compare_policies.summarize_runs`: one row per (policy, model, press, ratio,

@@ -1,8 +1,8 @@
 """What a task is, and how an answer to it is judged.
 
 A task's kind names a generator (`prompts.GENERATORS`), which makes questions with a ``spec`` each,
-and a verifier here, which judges any text by that ``spec`` alone. The spec is plain JSON, so that a
-table of prompts is all that judging an answer takes.
+and a verifier here, which judges any text by that ``spec`` alone. The spec is plain JSON, so that
+an answer can be judged from the table of prompts alone.
 """
 
 import hashlib
@@ -77,7 +77,7 @@ def hex_digest(*parts: str) -> str:
 
 
 def words(text: str, separator: str | None = None) -> list[str]:
-    """A list written as a text."""
+    """The parts of a text, as a list."""
     return text.split(separator)
 
 
@@ -230,7 +230,7 @@ def constraint_text(constraint: Mapping[str, Any]) -> str:
 def _violation(constraint: Mapping[str, Any], text: str) -> int | None:
     """The character at which a constraint is first violated; None where it is obeyed.
 
-    A text without a word obeys nothing. What is missing is missing where the text ends.
+    A text without a word violates everything. What is missing counts as violated at the text's end.
     """
     kind, stripped = constraint["type"], text.strip()
     if not re.search(r"\w", text):

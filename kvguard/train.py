@@ -1,4 +1,4 @@
-"""Training: one hazard predictor per target, what is trained beside it, their files, predictions.
+"""Train one hazard predictor per target and its baselines; their files and predictions.
 
 How one predictor is fitted is `kvguard.trainer`.
 """

@@ -55,7 +55,7 @@ BASELINE_KINDS: tuple[BaselineKind, ...] = (
 
 
 class Refusal(ValueError):
-    """There is too little to learn a target from; the message says what is missing."""
+    """Too few rows to train a predictor of this target; the message says what is missing."""
 
 
 class _Layout(NamedTuple):
@@ -69,7 +69,7 @@ class _Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Trainer:
-    """Fits predictors, always the same way; make it with `make_trainer`.
+    """Fits every predictor in the same way; make it with `make_trainer`.
 
     Attributes:
         splits: `schema.SPLITS`.
@@ -542,7 +542,7 @@ def _conditions(rows: Rows) -> dict[str, Any]:
 
 
 def _folds(rows: Rows, target: str, folds: int) -> dict[str, int]:
-    """Fold of each prompt, the harmed ones dealt out evenly."""
+    """Fold of each prompt; harmed prompts are distributed evenly over the folds."""
     harmed = set(rows.keys.filter(outcome(rows, target))["prompt_id"])
     others = set(rows.keys["prompt_id"]) - harmed
     if len(harmed) < 2 * folds:

@@ -973,7 +973,7 @@ def test_out_of_memory_while_verifying_is_survived(
         assert any("OutOfMemoryError" in note for note in report.notes) == (key == "0")
 
 
-def test_non_finite_logits_are_mended_by_the_uncompressed_model(
+def test_non_finite_logits_are_recovered_by_the_uncompressed_model(
     tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=3)]
@@ -997,7 +997,7 @@ def test_non_finite_logits_are_mended_by_the_uncompressed_model(
     assert done["0"][0].token_ids == alone["0"].token_ids
 
 
-def test_a_mended_row_is_not_alarmed_again(
+def test_a_recovered_row_is_not_alarmed_again(
     tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = Request("0", ragged_requests(160)[0].prompt_ids, seed=1)
@@ -1083,14 +1083,14 @@ def test_a_press_that_fails_while_decoding_costs_one_row(tiny_llama: PreTrainedM
         for done in plain.values()
         if len(done.token_ids) >= 8
     )
-    mended = watched(
+    recovered = watched(
         tiny_llama,
         requests,
         press,
         lambda rows: make_policy("none", rows, max_new_tokens=NEW_TOKENS),
     )
     expected = uncompressed(tiny_llama, requests)
-    assert {key: completion.token_ids for key, (completion, _) in mended.items()} == expected
+    assert {key: completion.token_ids for key, (completion, _) in recovered.items()} == expected
 
 
 def test_a_model_with_gradients_is_guarded_too(tiny_llama: PreTrainedModel) -> None:
