@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +68,16 @@ PREFILL: dict[str, dict[str, Any]] = {
     "ThinKPress": {"window_size": 4},
 }
 DECODE = [name for name in PREFILL if name not in press_catalogue.PREFILL_ONLY]
+
+QUICK = ("AdaKVPress", "KnormPress", "SnapKVPress", "ThinKPress")
+"""One of each kind: hides entries, scores, has a window, zeroes channels. `make test-quick` runs
+these; `make test` runs every press."""
+
+
+def every_press(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test over presses; those that `make test-quick` leaves out are marked."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.matrix) for name in names]
+
 
 NEW_TOKENS = 20
 
@@ -242,7 +252,7 @@ _expected: dict[tuple[str, str], dict[str, Reference]] = {}
 
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("share", [False, True], ids=["undivided", "shared-prefix"])
-@pytest.mark.parametrize("name", PREFILL)
+@pytest.mark.parametrize("name", every_press(PREFILL))
 def test_prefill_compression_equals_generate(
     tiny_model: Callable[..., PreTrainedModel], name: str, share: bool, rows: int
 ) -> None:
@@ -268,7 +278,7 @@ def test_prefill_compression_equals_generate(
 
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("phase", ["decode", "both"])
-@pytest.mark.parametrize("name", DECODE)
+@pytest.mark.parametrize("name", every_press(DECODE))
 def test_compression_while_decoding_equals_generate(
     tiny_model: Callable[..., PreTrainedModel], name: str, phase: str, rows: int
 ) -> None:

@@ -13,7 +13,7 @@ from conftest import make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_engine import DECODE, PREFILL, ragged_requests, run, spec
+from test_engine import DECODE, PREFILL, every_press, ragged_requests, run, spec
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -119,7 +119,7 @@ def uncompressed(
     return {key: completion.token_ids for key, completion in done.items()}
 
 
-@pytest.mark.parametrize("name", PREFILL)
+@pytest.mark.parametrize("name", every_press(PREFILL))
 def test_alarmed_requests_end_as_if_never_compressed(
     tiny_model: Callable[..., PreTrainedModel], name: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_alarmed_requests_end_as_if_never_compressed(
 
 
 @pytest.mark.parametrize("phase", ["decode", "both"])
-@pytest.mark.parametrize("name", DECODE)
+@pytest.mark.parametrize("name", every_press(DECODE))
 def test_the_theorem_holds_for_compression_while_decoding(
     tiny_llama: PreTrainedModel, name: str, phase: str
 ) -> None:
