@@ -10,6 +10,7 @@ _PUBLIC = {
     "KVGuard": "guard",
     "GuardReport": "guard_report",
     "GuardError": "guard_report",
+    "CertificateError": "certificate",
     "RowReport": "guard_report",
     "OperatingPoint": "config",
     "Tolerance": "config",
