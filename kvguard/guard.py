@@ -208,12 +208,14 @@ class KVGuard:
         Args:
             model: a causal language model of a supported family.
             input_ids: (rows, length), padded on the left where ``attention_mask`` is 0.
-            logits_processor: temperature, top-k and top-p; others are refused by name.
+            logits_processor: temperature, top-k, top-p and min-p when sampling; repetition penalty,
+                no-repeat n-grams, suppressed and bad words, sequence bias, minimum lengths; others
+                are refused by name.
             stopping_criteria: called for each row alone: (1, length) ids with the row's left
                 padding, and the raw logits of the last token as scores. ``stop_strings`` needs a
                 tokenizer, which transformers does not hand on.
             generation_config: length, end tokens, sampling, output type.
-            model_kwargs: ``attention_mask`` is used, the caches are the guard's own.
+            model_kwargs: ``attention_mask`` is used; the guard makes its own caches.
 
         Returns:
             (rows, length + longest continuation) token ids, padded behind each row's end; or a
@@ -377,7 +379,7 @@ class KVGuard:
         )
 
     def _drift_monitor(self) -> "DriftMonitor | None":
-        """Watches alarms against those of the same press and ratio, or of all of them pooled."""
+        """A monitor that expects the alarm rate of this press and ratio, or of all pooled."""
         if self.certificate is None or self._point is None:
             return None
         from kvguard.drift import DriftMonitor
@@ -388,7 +390,7 @@ class KVGuard:
         return DriftMonitor(self.certificate, self._point, press=press, ratio=ratio)
 
     def _watch_drift(self, requests: "Sequence[Request]") -> None:
-        """Tell the drift monitor of each new prompt's request, and the user when it warns."""
+        """Count each new prompt's request in the drift monitor; log its warning."""
         if self.drift is None:
             return
         before = self.drift.drifted
@@ -490,9 +492,9 @@ class KVGuard:
             raise GuardError(f"{path}: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Settings travel, a streamer and what the last call left do not."""
-        left: dict[str, Any] = {"streamer": None, "report": GuardReport(), "completions": []}
-        return self.__dict__ | left
+        """Settings are pickled, a streamer and the results of the last call are not."""
+        empty: dict[str, Any] = {"streamer": None, "report": GuardReport(), "completions": []}
+        return self.__dict__ | empty
 
 
 _SAVED = (

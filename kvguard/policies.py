@@ -127,8 +127,8 @@ class Decision(NamedTuple):
 class Policy:
     """Compression alone: never acts. Base of all policies; as it is, ``none`` and ``constant``.
 
-    ``constant`` is the plainest rival: spend the guard's mean memory on a milder ratio, always. It
-    is the same policy under another `press_ratio`, which the caller works out.
+    ``constant`` spends the guard's device byte-steps on a milder ratio, the same for every request.
+    It is the same policy under another `press_ratio`, which the caller computes.
     """
 
     starts_safe: bool = False

@@ -320,7 +320,7 @@ class VerifyOnFailure(Policy):
 class ClockOrLoop(OneAlarm):
     """Alarm at a fixed number of tokens, or at a loop: what a predictor must beat.
 
-    The number is chosen on train prompts (`calibration.fit_rivals`).
+    The number is chosen on train prompts (`rival_settings.fit_rivals`).
     """
 
     action = Action.REWIND
