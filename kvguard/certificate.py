@@ -302,10 +302,19 @@ class Certificate(_Part):
                 for key in fields
             )
             raise CertificateError(
-                f"the certificate does not speak of {told}: calibrate again, or give thresholds of "
-                f"your own instead of {operating_point!r}, which nothing is certified of"
+                f"the certificate does not speak of {told}: {self.advice(operating_point)}"
             )
         return found
+
+    def advice(self, operating_point: str) -> str:
+        """What to do where the certificate does not speak of a use."""
+        point = self.operating_point(operating_point)
+        return (
+            f"a named operating point is for certified uses alone; calibrate again (`kvguard "
+            f"calibrate`), or use the thresholds of {operating_point!r} without a certificate: "
+            f"operating_point=OperatingPoint(tau_low={point.tau_low:g}, tau_high="
+            f"{point.tau_high:g}, k={point.k}, j={point.j})"
+        )
 
     def check_predictor(self, predictor: Predictor) -> None:
         """Check that the thresholds belong to this predictor.

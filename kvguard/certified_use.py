@@ -35,7 +35,7 @@ def certified_statements(
         recovery: what an alarm does.
         check_every_tokens: how often the predictor is asked.
         safe_ratio: fraction removed in SAFE; certificates are made at 0.
-        task: of the prompts; None: any.
+        task: of the prompts; None: the user judges which of the certificate's tasks they resemble.
         model: None: not known yet, as at the guard's construction.
         decoding: None: not known yet.
 
@@ -44,11 +44,13 @@ def certified_statements(
     """
     if not certificate.statements:
         return []
+    advice = certificate.advice(operating_point)
     use: dict[str, Any] = press_use(press)
     use |= {"check_every_tokens": check_every_tokens, "recovery": recovery}
     if safe_ratio > 0:
         raise CertificateError(
-            f"the certificate does not speak of safe_ratio={safe_ratio:g} (certified on 0)"
+            f"the certificate does not speak of safe_ratio={safe_ratio:g} (certified on 0): "
+            f"{advice}"
         )
     if task is not None:
         use["task"] = task
@@ -60,15 +62,14 @@ def certified_statements(
             raise CertificateError(
                 f"the certificate does not speak of the model loaded from {model.name_or_path!r}, "
                 f"where no {RECORD} says which it is; load the folder that the run prepared, "
-                "results/checkpoints/NAME, or give thresholds of your own"
+                f"results/checkpoints/NAME; else {advice}"
             )
         use["model_digest"] = digest
     found = certificate.statements_about(operating_point, **use)
     faults = [_differing_settings(press, one.use) for one in found]
     if all(faults):
         raise CertificateError(
-            f"the certificate does not speak of the press's {faults[0]}: calibrate again, or give "
-            "thresholds of your own"
+            f"the certificate does not speak of the press's {faults[0]}: {advice}"
         )
     return [one for one, fault in zip(found, faults, strict=True) if not fault]
 

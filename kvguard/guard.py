@@ -58,8 +58,8 @@ class KVGuard:
 
     >>> guard = KVGuard(SnapKVPress(0.75), policy="lossless", check_every_tokens=16)
 
-    A named operating point is the certificate's beside the predictor, and refused where the
-    certificate does not speak of the use; without a certificate, give thresholds.
+    A named operating point is the certificate's beside the predictor, for certified uses alone.
+    Thresholds as numbers, and ``predictor="rules"``, work with any model, press and length.
 
     Args:
         press: any press that `docs/presses.md` lists as supported, or None.
@@ -90,7 +90,8 @@ class KVGuard:
             tokens alone are released.
         batch_size: rows decoded together; None takes as many as memory allows.
         seed: of sampling; None draws one from torch's global generator at each call.
-        task: of the prompts, a name in the certificate; None: any of those that it speaks of.
+        task: of the prompts, a name in the certificate. None, for prompts of your own: whether they
+            resemble one of its tasks is yours to judge; ``statements`` has one of each.
         streamer: receives released tokens, one request at a time; or give it to ``generate``.
 
     Attributes:

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 import kvguard
-from kvguard.config import overlay
+from kvguard.config import load_config, overlay
 from kvguard.config_schema import config_schema
+from kvguard.workflow import certificate_uses
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +54,27 @@ def test_readme_states_the_two_commands_and_only_make_targets_that_exist():
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:    |`)make ([a-z0-9-]+)", readme))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_the_trained_guard_of_the_readme_is_a_certified_use_of_the_demo():
+    readme = (ROOT / "README.md").read_text()
+    example = readme[readme.index("# After `make demo`") :]
+    ratio, window = re.search(r"SnapKVPress\(([0-9.]+), window_size=(\d+)\)", example).groups()
+    longest = re.search(r"max_new_tokens=(\d+)", example)[1]
+    model = re.search(r'from_pretrained\("results/checkpoints/(.+?)"\)', example)[1]
+    assert "do_sample=False" in example
+    found = [
+        use
+        for use in certificate_uses(load_config(ROOT / "config.yaml"))
+        if use["press_class"] == "SnapKVPress"
+        and use["press_settings"] == {"kwargs": {"window_size": int(window)}}
+        and use["ratio"] == f"{float(ratio):.3f}"
+        and use["max_new_tokens"] == int(longest)
+        and use["model"] == model
+        and (use["recovery"], use["check_every_tokens"]) == ("continue", 8)
+        and use["decoding"] == "greedy"
+    ]
+    assert found
 
 
 def test_the_schema_of_the_configuration_is_fresh_and_accepts_every_experiment():
