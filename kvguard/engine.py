@@ -254,8 +254,8 @@ class Session:
     def choose(self) -> Step:
         """Take the next token of every active row from its logits.
 
-        Its signals are computed now, or, in a small batch, together with those of later steps: most
-        of what they cost there is the price of the calls. `compute_pending_signals` completes them.
+        Its signals are computed now, or, in a small batch, together with those of later steps
+        (`logits_buffers`). `compute_pending_signals` completes them.
         """
         started = time.perf_counter()
         active = self.active
@@ -398,7 +398,7 @@ class Session:
 
         Returns:
             False, with nothing changed, where the press has compressed since a rejected token was
-            fed, so that its entry cannot be told from the others.
+            fed, so that its entry cannot be separated from the others.
         """
         state, count = self.rows[row], int(self.lengths[row])
         if kept == count and state.ended:

@@ -162,7 +162,9 @@ class KVGuard:
             if predictor != "rules":
                 raise GuardError("predictor: policy='lossless' checks everything and needs none")
         else:
-            self.predictor, self.certificate = _load_predictor(predictor)
+            self.predictor, self.certificate = _load_predictor(
+                predictor, isinstance(operating_point, str)
+            )
             self.operating_point = _operating_point(
                 operating_point, self.certificate, rules=predictor == "rules"
             )
@@ -516,10 +518,14 @@ def _reads_probes(predictor: "HazardModel | None") -> bool:
 
 
 def _load_predictor(
-    given: "str | Path | HazardModel",
+    given: "str | Path | HazardModel", needs_certificate: bool
 ) -> "tuple[HazardModel, Certificate | None]":
-    """A predictor and the certificate beside it, which must speak of this predictor."""
-    from kvguard.certificate import load_certificate
+    """A predictor and the certificate beside it that speaks of it.
+
+    Raises:
+        CertificateError: it speaks of another predictor or cannot be read, and is needed.
+    """
+    from kvguard.certificate import CertificateError, load_certificate
     from kvguard.predictor import load_predictor, rules_predictor
 
     if isinstance(given, str) and given == "rules":
@@ -532,8 +538,13 @@ def _load_predictor(
         beside = path.with_name("certificate.json")
         if not beside.is_file():
             return predictor, None
-        certificate = load_certificate(beside)
-        certificate.check_predictor(predictor)
+        try:
+            certificate = load_certificate(beside)
+            certificate.check_predictor(predictor)
+        except CertificateError:
+            if needs_certificate:
+                raise
+            return predictor, None
         logger.info("%s", certificate.text)
         return predictor, certificate
     if given.feature_version != FEATURE_VERSION:

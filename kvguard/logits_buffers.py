@@ -1,7 +1,7 @@
 """The raw logits of a small batch's last steps, until their signals are computed together.
 
-Most of what the signals of a few rows cost is the price of the calls, so a small batch computes
-those of several steps in one.
+In a small batch the signals cost little more than the calls that compute them, so those of several
+steps are computed in one.
 """
 
 import numpy as np

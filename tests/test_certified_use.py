@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvguard import schema
 from kvguard.certificate import Certificate, CertificateError, Use, save_certificate
-from kvguard.config import load_config
+from kvguard.config import OperatingPoint, load_config
 from kvguard.guard import KVGuard
 from kvguard.models import RECORD
 from kvguard.predictor import Predictor, save_predictor
@@ -224,6 +224,10 @@ def test_a_certified_guard_survives_its_folder_and_a_pickle(
     certificate.write_text(json.dumps(stale | {"predictor_digest": "0" * 16}))
     with pytest.raises(CertificateError, match="calibrate again"):
         KVGuard.load(tmp_path / "guard")
+    predictor = tmp_path / "guard" / "hazard_predictor.json"
+    point = OperatingPoint(tau_low=0.2, tau_high=0.4, k=1, j=4)
+    own = KVGuard(press(), predictor=predictor, operating_point=point)
+    assert own.certificate is None, "of another predictor, and not needed for these thresholds"
 
 
 def test_a_pickled_guard_is_whole_in_another_process(trained: Path, tmp_path: Path) -> None:
