@@ -21,9 +21,22 @@ LEDGER = "calibration_ledger.jsonl"
 
 
 def read_ledger(path: str | Path) -> list[dict[str, Any]]:
-    """The entries so far, oldest first; none where there is no file."""
+    """The entries so far, oldest first; none where there is no file.
+
+    Raises:
+        ValueError: a line cannot be read; names it.
+    """
     path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    entries = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}, is damaged ({error}); remove the line: a certificate that "
+                f"it noted is no longer counted"
+            ) from None
+    return entries
 
 
 def record_plan(path: str | Path, plan: str, prompts_exist: bool) -> None:

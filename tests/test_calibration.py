@@ -360,6 +360,14 @@ def test_prompts_that_fitted_probabilities_do_not_certify(tables: Tables) -> Non
     assert certified(tables, used).prompts_certifying == len(calibration) - 20
 
 
+def test_a_damaged_line_of_the_ledger_is_named(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    record_plan(ledger, "plan a", prompts_exist=False)
+    ledger.write_text(ledger.read_text() + '{"event": "certif')
+    with pytest.raises(ValueError, match=r"ledger\.jsonl, line 2, is damaged"):
+        record_certificate(ledger, "plan a", "predictor", ["p"])
+
+
 def test_the_ledger_counts_looks_and_knows_what_came_first(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     record_plan(ledger, "plan a", prompts_exist=False)
