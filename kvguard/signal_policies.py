@@ -21,7 +21,7 @@ from kvguard.schema import TRACE_KEYS
 from kvguard.signal_models import GATE_MODELS, fit_and_score
 from kvguard.signal_study import SELECTED, SELECTED_GATE, Study, p_value
 from kvguard.simulation import ending_runs
-from kvguard.stored_requests import StoredRequests
+from kvguard.stored_requests import StoredRequests, tied_requests
 from kvguard.trainer import Refusal
 
 FLAGGED_SHARE = 0.9
@@ -45,7 +45,7 @@ _NUMBERS = dict.fromkeys(
 )
 POLICY_TYPES: dict[str, Any] = (
     dict.fromkeys(("source", "policy", "score", "press", "ratio"), pl.String)
-    | {"requests": pl.Int64}
+    | {"requests": pl.Int64, "excluded": pl.Int64}
     | _NUMBERS
     | {"threshold": pl.Float64, "within_budget": pl.Boolean}
 )
@@ -170,11 +170,14 @@ def policy_table(
         seed: of the resampling.
 
     Returns:
-        One row per source, policy, score and condition, and pooled (``press`` null).
+        One row per source, policy, score and condition, and pooled (``press`` null). Requests whose
+        ending no trace proves (`tied_requests`) are left out of every row, and counted in
+        ``excluded``.
     """
     sample = next(one for one in study.samples if one.name == "test")
     baseline = full_cache(requests)
     alone = requests.table.select(*TRACE_KEYS, none_harmed="harmed")
+    tied = tied_requests(requests)
     frames: list[tuple[dict[str, Any], pl.DataFrame]] = []
     for source, table in runs.items():
         shown = table.filter((pl.col("status") == "ok") & pl.col("policy").is_in(SHOWN))
@@ -202,7 +205,11 @@ def policy_table(
         wanted = pl.struct("press", "ratio").is_in(
             [{"press": press, "ratio": ratio} for press, ratio in conditions]
         )
-        joined = joined.filter(wanted)
+        joined = joined.filter(wanted).with_columns(
+            tied=pl.struct(TRACE_KEYS).is_in(
+                tied.select(pl.struct(TRACE_KEYS)).to_series().implode()
+            )
+        )
         groups: list[tuple[dict[str, Any], pl.DataFrame]] = [
             ({"press": None, "ratio": None}, joined)
         ]
@@ -211,9 +218,11 @@ def policy_table(
             for (press, ratio), part in joined.group_by("press", "ratio", maintain_order=True)
         ]
         for group, part in groups:
+            excluded = int(part["tied"].sum())
+            part = part.filter(~pl.col("tied"))
             if part.is_empty():
                 continue
-            found = summarize(part, baseline, samples, seed)
+            found = summarize(part, baseline, samples, seed) | {"excluded": excluded}
             cost = found["relative_byte_steps"]
             found["within_budget"] = None if cost is None else cost <= BUDGET
             if "flag" in part.columns:
@@ -255,7 +264,8 @@ def pair_table(
     rivals of one source, harm and cost apart. ``constant`` is a mixture of compression alone and
     the full cache that costs as much as the policy does in that condition, never more than all of
     it on the full cache: its harm is the mixture's share of compression alone's. ``probation`` and
-    others that no live run has are simulated, where the policy itself is simulated exactly.
+    others that no live run has are simulated; requests whose ending no trace proves
+    (`tied_requests`) are then left out.
     """
     baseline = full_cache(requests)
     alone = requests.table.filter(pl.col("press") != BASELINE).select(
@@ -267,6 +277,8 @@ def pair_table(
     rows: list[dict[str, Any]] = []
     for source, table in runs.items():
         usable = table.filter((pl.col("status") == "ok") & wanted)
+        if source == "simulation":
+            usable = usable.join(tied_requests(requests), on=TRACE_KEYS, how="anti")
         base = _costed(usable.filter(pl.col("policy") == policy), baseline)
         if base.is_empty():
             continue
@@ -280,7 +292,9 @@ def pair_table(
                     simulated = runs["simulation"].filter(
                         (pl.col("status") == "ok") & wanted & (pl.col("policy") == rival)
                     )
-                    other = _costed(simulated, baseline)
+                    other = _costed(
+                        simulated.join(tied_requests(requests), on=TRACE_KEYS, how="anti"), baseline
+                    )
             if other.is_empty():
                 continue
             family.append(

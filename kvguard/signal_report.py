@@ -183,7 +183,7 @@ def target_rows(tables: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
         "Families of tests": _interval(tests.filter(pl.col("family") != "-"), "difference"),
         "4. Harm removed and cost, all live conditions": _interval(
             policies.filter(pl.col("press").is_null())
-            .drop("press", "ratio", "harmed_low", "harmed_high")
+            .drop("press", "ratio", "harmed_low", "harmed_high", "within_budget")
             .rename({"relative_low": "relative_byte_steps_low"})
             .rename({"relative_high": "relative_byte_steps_high"}),
             "",

@@ -70,8 +70,8 @@ def make_run(prompts: int, seed: int, signal: float = SIGNAL, probe: float = PRO
         prompt_id = f"{prompt:016x}"
         ids.append(prompt_id)
         tasks.append(task)
+        length = int(rng.integers(6, 12))
         for press, ratio, level in (("none", "0.000", 0.0), *PRESSES):
-            length = int(rng.integers(6, 12))
             harmed = press != "none" and rng.random() < 0.5
             keys = {"model": "m", "press": press, "ratio": ratio, "prompt_id": prompt_id}
             values = {name: rng.normal(size=length) for name in schema.FEATURE_NAMES}
