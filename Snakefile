@@ -2,12 +2,19 @@
 #
 #   snakemake --cores 2 --resources gpu=1                                    config.yaml
 #   snakemake --configfile experiments/paper.yaml --workflow-profile profiles/slurm paper
+import os
+
 from snakemake.utils import min_version
 
 min_version("9.27")
 
 
 configfile: "config.yaml"
+
+
+if "KVGUARD_CONTAINER" in os.environ:  # an image made from envs/Dockerfile, for --sdm apptainer
+
+    containerized: os.environ["KVGUARD_CONTAINER"]
 
 
 include: "rules/common.smk"
@@ -38,6 +45,18 @@ localrules:
     render_report,
     signals,
     write_manifest,
+
+
+onstart:
+    record_plan()
+
+
+onsuccess:
+    log_summary()
+
+
+onerror:
+    log_summary()
 
 
 rule all:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvguard import __version__, cli_tables, cli_train, joblog
+from kvguard import __version__, cli_tables, cli_train, joblog, progress
 from kvguard.cli_options import Configs, Cores, DryRun, NumPrompts, ResultsDir, TaskName
 from kvguard.cli_tables import (
     SHOWN_POLICIES,
@@ -34,6 +34,7 @@ from kvguard.config import (
     Config,
     ConfigError,
     Press,
+    digest,
     load_config,
     overlay,
     parse_config,
@@ -222,28 +223,22 @@ def figures(
 def status(
     config: Configs = None,
     results_dir: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(help="Have Snakemake plan anew, instead of reading what the run planned."),
+    ] = False,
 ) -> None:
-    """Show how many jobs of each stage are done and left."""
+    """Show jobs done and left of each stage, how fast they go and how long the rest takes."""
     layers = config_layers(config)
-    load_config(*layers)
-    locked = stale_lock(layers, [f"results_dir={results_dir}"] if results_dir else [])
+    experiment = load_config(*layers, overrides={"results_dir": results_dir} if results_dir else {})
+    overrides = [f"results_dir={results_dir}"] if results_dir else []
+    locked = stale_lock(layers, overrides)
     if locked is not None:
         cli_tables.console.print(escape(locked), soft_wrap=True, highlight=False)
-    stages = run_status(
-        layers,
-        [f"results_dir={results_dir}"] if results_dir else [],
-    )
-    table = Table(title="jobs", title_justify="left")
-    table.add_column("stage")
-    for name in ("done", "left"):
-        table.add_column(name, justify="right")
-    for stage in stages:
-        style = "green" if stage.left == 0 else "yellow" if stage.done else None
-        table.add_row(stage.rule, str(stage.done), str(stage.left), style=style)
-    table.add_section()
-    done, left = sum(stage.done for stage in stages), sum(stage.left for stage in stages)
-    table.add_row("all", str(done), str(left))
-    cli_tables.console.print(table)
+    content = digest(experiment.model_dump(mode="json", by_alias=True))
+    recorded = None if plan else progress.read_plan(experiment.results_dir, content)
+    stages = run_status(layers, overrides) if recorded is None else recorded.stages
+    cli_tables.print_stages(stages, experiment.results_dir, recorded and recorded.started)
 
 
 # --- what a run left -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 from kvguard.config_types import ConfigError
+from kvguard.progress import duration, stage_pace
+from kvguard.workflow import StageStatus
 
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
@@ -46,6 +49,43 @@ SHOWN_POLICIES = (
     "decode_steps",
 )
 """What `eval-controller` and `live` print of their tables."""
+
+
+def print_stages(
+    stages: Sequence[StageStatus], results_dir: str | Path, started: float | None
+) -> None:
+    """Print jobs done and left per stage, the pace of the latest, and the time that is left.
+
+    Args:
+        stages: of the whole run.
+        results_dir: where the records of jobs are.
+        started: when the run started whose plan the stages are; None: of a plan made now.
+    """
+    table = Table(title="jobs", title_justify="left", caption_justify="left")
+    table.add_column("stage")
+    for name in ("done", "left", "a job", "at once", "tokens/s", "time left"):
+        table.add_column(name, justify="right")
+    total, unknown = 0.0, False
+    for stage in stages:
+        pace = stage_pace(results_dir, stage.rule) if stage.done else None
+        cells = ["-"] * 4
+        if pace is not None:
+            seconds = pace.seconds_left(stage.left)
+            total += seconds
+            rate = "-" if pace.tokens_per_second is None else f"{pace.tokens_per_second:,.0f}"
+            left = duration(seconds) if stage.left else "-"
+            cells = [duration(pace.seconds_per_job), f"{pace.at_once:.1f}", rate, left]
+        unknown = unknown or (pace is None and stage.left > 0)
+        style = "green" if stage.left == 0 else "yellow" if stage.done else None
+        table.add_row(stage.rule, str(stage.done), str(stage.left), *cells, style=style)
+    table.add_section()
+    done, left = sum(stage.done for stage in stages), sum(stage.left for stage in stages)
+    time_left = ("at least " if unknown else "") + duration(total) if left else "-"
+    table.add_row("all", str(done), str(left), "", "", "", time_left)
+    if started is not None:
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
+        table.caption = f"planned by the run that started at {at}; --plan asks Snakemake anew"
+    console.print(table)
 
 
 def print_answers(rows: "pl.DataFrame", title: str) -> None:

@@ -1,14 +1,22 @@
 # Helpers of the rules: the checked configuration, wildcards, resources, digests of library code.
 import re
+from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 from kvguard.code_digest import code_digest, data_digest, definition_digest
 from kvguard.config import BASELINE, POLICIES, ConfigError, digest, parse_config
 from kvguard.figures import FIGURES
+from kvguard.progress import PlannedJob, run_summary, write_plan
 from kvguard.splits import check_split_sizes
-from kvguard.workflow import certificate_uses
+from kvguard.workflow import certificate_uses, workflow_folder
+
+FOLDER = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent
+"""Of this workflow, which another one may use as a module from wherever it is."""
+if not (FOLDER / "workflow_scripts").is_dir():
+    FOLDER = workflow_folder()  # a module from a host: the scripts that were installed are the same
 
 
 def read_config(values):
@@ -50,12 +58,40 @@ def library(rule, only=None):
 
     `only` maps a dict literal of the library, "module.NAME", to the one entry that the job reads.
     """
-    return code_digest(Path(workflow.basedir) / "workflow_scripts" / f"{rule}.py", only)
+    return code_digest(FOLDER / "workflow_scripts" / f"{rule}.py", only)
+
+
+# What a plan asks again for every one of its ten thousand jobs is computed once. Nobody changes what
+# these return: Snakemake writes it into its records.
+
+
+@cache
+def plain_experiment():
+    """The configuration as plain built-ins."""
+    return experiment.model_dump(mode="json", by_alias=True)
+
+
+@cache
+def shard_list():
+    """Places of the prompts of each shard, and the task that they belong to."""
+    ends, places = [], []
+    for task in experiment.tasks:
+        ends.append(((ends[-1][0] if ends else 0) + task.num_prompts, task.name))
+    for shard in experiment.shards:
+        task = next(name for end, name in ends if shard.start < end)
+        places.append([shard.start, shard.stop, task])
+    return places
+
+
+@cache
+def live_shard_list():
+    """Task, part and number of parts of each live shard."""
+    return [list(shard) for shard in experiment.live_shards]
 
 
 def section(name):
     """One section of the configuration as plain built-ins, which Snakemake can compare."""
-    return experiment.model_dump(mode="json", by_alias=True)[name]
+    return plain_experiment()[name]
 
 
 def part(*names, task=None, **fields):
@@ -63,7 +99,7 @@ def part(*names, task=None, **fields):
 
     `fields` are sections of which only some fields count, `task` names the one task that does.
     """
-    values = experiment.model_dump(mode="json", by_alias=True)
+    values = plain_experiment()
     chosen = {name: values[name] for name in names}
     for name, kept in fields.items():
         chosen[name] = {field: values[name][field] for field in kept}
@@ -74,21 +110,23 @@ def part(*names, task=None, **fields):
 
 def shard_places(wildcards):
     """First and last place, and task, of the prompts that one shard holds."""
-    places, first = experiment.shards[int(wildcards.shard)], 0
-    for task in experiment.tasks:
-        first += task.num_prompts
-        if places.start < first:
-            return [places.start, places.stop, task.name]
+    return shard_list()[int(wildcards.shard)]
 
 
 def live_places(wildcards):
     """Task, part and number of parts of the test prompts that one live shard holds."""
-    return list(experiment.live_shards[int(wildcards.shard)])
+    return live_shard_list()[int(wildcards.shard)]
+
+
+@cache
+def plain_model(name):
+    """One model's entry as plain built-ins."""
+    return experiment.model(name).model_dump(mode="json")
 
 
 def model_settings(wildcards, *names):
     """Fields of one model's entry; all of them when no names are given."""
-    settings = experiment.model(wildcards.model).model_dump(mode="json")
+    settings = plain_model(wildcards.model)
     return {name: settings[name] for name in names} if names else settings
 
 
@@ -109,9 +147,15 @@ def press_settings(wildcards):
     """What decides how one press compresses, None for the baseline; its other ratios do not."""
     if wildcards.press == BASELINE:
         return None
-    return experiment.press(wildcards.press).model_dump(
+    return plain_press(wildcards.press) | {"ratios": [wildcards.ratio]}
+
+
+@cache
+def plain_press(name):
+    """One press's entry as plain built-ins, without its ratios."""
+    return experiment.press(name).model_dump(
         mode="json", by_alias=True, exclude={"ratios", "live_ratios"}
-    ) | {"ratios": [wildcards.ratio]}
+    )
 
 
 def every_trace(pattern, compressed=False):
@@ -213,7 +257,7 @@ def figure_digest(name):
 
 def captions():
     """Texts beside the report's figures and tables."""
-    return sorted((Path(workflow.basedir) / "reports" / "captions").glob("*.rst"))
+    return sorted((FOLDER / "reports" / "captions").glob("*.rst"))
 
 
 def every_table(suffix):
@@ -230,6 +274,34 @@ def table_report(name):
         subcategory=TABLES[name],
         labels={"table": name.replace("_", " ")},
     )
+
+
+def planned_jobs():
+    """Every job of this run's plan that writes files, and what has become of it."""
+    plan, failed = workflow.dag, set()
+    for job in workflow.scheduler.failed:
+        failed.update(job.jobs if job.is_group() else [job])
+    for job in plan.jobs:
+        if not plan.needrun(job):
+            state = "reused"
+        elif plan.finished(job):
+            state = "ran"
+        else:
+            state = "failed" if job in failed else "left"
+        if job.output:
+            files = [[str(path) for path in paths] for paths in (job.output, job.log)]
+            yield PlannedJob(job.rule.name, dict(job.wildcards_dict), *files, state)
+
+
+def record_plan():
+    """Keep what this run sets out to do where `kvguard status` finds it."""
+    write_plan(experiment.results_dir, planned_jobs(), digest(plain_experiment()))
+
+
+def log_summary():
+    """Say at the end what ran, what was reused, and what failed and where its log is."""
+    for line in run_summary(planned_jobs()):
+        logger.info(line)
 
 
 LARGE_TABLES = ("timeline", "outcomes", "simulation", "predictions", "splits")

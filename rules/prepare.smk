@@ -29,6 +29,7 @@ rule prepare_model:
         "<results>/logs/prepare_model/{model}.log",
     benchmark:
         "<results>/benchmarks/prepare_model/{model}.tsv"
+    cache: "omit-software"
     conda:
         "../envs/kvguard.yaml"
     threads: experiment.jobs.model.threads
