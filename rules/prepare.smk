@@ -27,9 +27,7 @@ rule prepare_model:
         checkpoint=directory("<results>/checkpoints/{model}"),
     log:
         "<results>/logs/prepare_model/{model}.log",
-    benchmark:
-        "<results>/benchmarks/prepare_model/{model}.tsv"
-    cache: "omit-software"
+    cache: "omit-software"  # which Snakemake allows to no rule with a benchmark
     conda:
         "../envs/kvguard.yaml"
     threads: experiment.jobs.model.threads

@@ -147,7 +147,14 @@ def smollm2(smollm2_folder: Path) -> LoadedModel:
     return load_model(smollm2_folder, dtype="float32", device="cpu", attention="sdpa")
 
 
-WORKFLOW_TESTS = ("test_pipeline", "test_cli", "test_install", "test_interruptions", "test_slurm")
+WORKFLOW_TESTS = (
+    "test_pipeline",
+    "test_cli",
+    "test_install",
+    "test_interruptions",
+    "test_slurm",
+    "test_module_use",
+)
 """Modules whose tests start Snakemake, the command line or another environment."""
 
 
