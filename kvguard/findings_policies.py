@@ -209,7 +209,7 @@ def visible_text(tables: Tables) -> str:
 
 
 def _count(row: Row, name: str) -> int:
-    return round(row[name] * row["requests"])
+    return round(float(row[name]) * int(row["requests"]))
 
 
 def _dear_alone(rows: Iterable[Row]) -> str:
@@ -400,8 +400,9 @@ def _difference(row: Row) -> Estimate:
 
 def _units(row: Row) -> int:
     """Prompts that are at least behind an AUROC: each is harmed, or not, once per condition."""
-    fewer = min(row["harmed"], row["requests"] - row["harmed"])
-    per_prompt = max(-(-row["requests"] // max(row["prompts"], 1)), 1)
+    requests, prompts = int(row["requests"]), int(row["prompts"])
+    fewer = min(int(row["harmed"]), requests - int(row["harmed"]))
+    per_prompt = max(-(-requests // max(prompts, 1)), 1)
     return -(-fewer // per_prompt)
 
 
@@ -493,7 +494,7 @@ def certificate_section(tables: Tables, certificate: Certificate, point: str) ->
         for risk, words in (("harm_left", "harmed and not repaired"), ("alarm", "alarmed"))
         for alpha in rows.filter(risk=risk)["alpha"].unique(maintain_order=True)
     )
-    needed = rows.filter(risk="harm_left")["units_needed_at_zero"].max()
+    needed = max(rows.filter(risk="harm_left")["units_needed_at_zero"].to_list(), default=0)
     return (
         "### What is certified\n\nShares that are called observed are those of the calibration "
         "prompts, on which the settings were chosen: in sample. The statement beside each allows "

@@ -126,21 +126,20 @@ def plot_policies(policies: pl.DataFrame, *, presses: Sequence[str] = ()) -> Fig
     models = in_order(policies["model"])
     conditions = conditions_in_order(policies, styles)
     ratios = sorted({ratio for _, ratio in conditions})
-    shown = len(conditions)
+    shown, columns = len(conditions), len(POLICY_METRICS) // 2
     height = max(0.2, 0.055 * min(shown, 8) + 0.03 * max(shown - 8, 0) + 0.08) * len(names)
     figure = Figure(
-        figsize=(1.45 * len(POLICY_METRICS) + 1.5, height * len(models) + 1.1),
+        figsize=(1.4 * columns + 1.7, 2 * (height + 0.45) * len(models) + 0.6),
         layout="constrained",
     )
-    grid = figure.subplots(
-        len(models), len(POLICY_METRICS), squeeze=False, sharex="col", sharey=True
-    )
-    for row, model in enumerate(models):
+    grid = figure.subplots(2 * len(models), columns, squeeze=False, sharey=True)
+    for at, model in enumerate(models):
         of_model = policies.filter(pl.col("model") == model).to_dicts()
-        for axes, (metric, (title, unit)) in zip(grid[row], POLICY_METRICS.items(), strict=True):
+        panels = grid[2 * at : 2 * at + 2].ravel()
+        for axes, (metric, (title, unit)) in zip(panels, POLICY_METRICS.items(), strict=True):
             for entry in of_model:
-                at = conditions.index((entry["press"], entry["ratio"]))
-                place = names.index(entry["policy"]) + 0.72 * ((at + 0.5) / shown - 0.5)
+                here = conditions.index((entry["press"], entry["ratio"]))
+                place = names.index(entry["policy"]) + 0.72 * ((here + 0.5) / shown - 0.5)
                 size = _ratio_size(ratios, entry["ratio"])
                 style = styles[entry["press"]]
                 horizontal_interval(axes, entry, metric, place, style, True, size, _UNITS[unit])
@@ -152,17 +151,17 @@ def plot_policies(policies: pl.DataFrame, *, presses: Sequence[str] = ()) -> Fig
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.grid(axis="x")
             axes.tick_params(axis="y", length=0)
-            if row == 0:
-                axes.set_title(title, fontsize=7.5)
+            axes.set_title(title, fontsize=7.5)
         if len(models) > 1:
-            grid[row][0].set_ylabel(model)
+            for row in (2 * at, 2 * at + 1):
+                grid[row][0].set_ylabel(model)
     grid[0][0].set_yticks(range(len(names)), [policy_style(name).label for name in names])
     grid[0][0].set_ylim(len(names) - 0.5, -0.5)
-    for row in range(len(models)):
+    for row in range(2 * len(models)):
         for label, name in zip(grid[row][0].get_yticklabels(), names, strict=True):
             label.set_color(policy_style(name).colour)
     figure.legend(
-        handles=_condition_handles(conditions, styles), loc="outside upper right", ncols=8
+        handles=_condition_handles(conditions, styles), loc="outside upper right", ncols=6
     )
     figure.supxlabel(
         f"per request, {count_text(policies['requests'])} requests a point, 95 % intervals",
