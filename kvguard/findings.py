@@ -14,7 +14,7 @@ import polars as pl
 
 from kvguard import schema
 from kvguard.certificate import load_certificate
-from kvguard.config import parse_config
+from kvguard.config import config_part
 from kvguard.findings_policies import pooled_table, sections, visible_text
 from kvguard.markdown import above, bracket, changed, difference, pointwise, table, verdict
 from kvguard.policy_tests import live_tables
@@ -137,13 +137,19 @@ def _derived(folder: Path, described: Mapping[str, Any]) -> dict[str, pl.DataFra
     """The tables of `DERIVED`: those of the run, or made now as `summarize_live` makes them."""
     if all((folder / "tables" / f"{name}.parquet").is_file() for name in DERIVED):
         return {name: _read(folder, name) for name in DERIVED}
-    experiment = parse_config(described)
+    # Files that the configuration names (a model, questions) need not be on this machine.
+    tasks = [
+        {"kind": "gsm_symbolic", "name": task["name"], "num_prompts": task["num_prompts"]}
+        for task in described["tasks"]
+    ]
+    named = ("presses", "live", "splits", "predictor", "seed")
+    experiment = config_part({name: described[name] for name in named} | {"tasks": tasks})
     live = pl.concat(
         schema.read_table(
-            folder / "live" / model.name / press / ratio / policy / f"{shard:02d}.parquet",
+            folder / "live" / model["name"] / press / ratio / policy / f"{shard:02d}.parquet",
             schema.RUNS,
         )
-        for model in experiment.models
+        for model in described["models"]
         for press, ratio in experiment.live_conditions
         for policy in experiment.live.policies
         for shard in range(len(experiment.live_shards))
