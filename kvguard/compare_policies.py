@@ -19,6 +19,7 @@ RELATIVE = "relative_byte_steps"
 """Device byte-steps over those of the full KV cache (``always_safe``) on the same prompts."""
 
 IntArray = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
 SHARES = ("harmed", "silent_harm", "rescued", "alarmed", "cfr", "accuracy", "agreement")
@@ -246,7 +247,8 @@ def constant_frontier(table: pl.DataFrame, measured: pl.DataFrame | None = None)
     The measured ratios of a press, ratio 0 included, are points (mean device byte-steps, measure)
     under the policy ``none``. Between two neighbouring points the measure is interpolated
     linearly, as if requests were dealt out between the two ratios at random; outside the measured
-    range it is null.
+    range it is null, and so it is beside simulated rows whose policy touched a request: their
+    byte-steps are a low estimate (see `kvguard.costs`), which would flatter the policy.
 
     Args:
         table: rows like those of `summarize_runs`.
@@ -266,7 +268,7 @@ def constant_frontier(table: pl.DataFrame, measured: pl.DataFrame | None = None)
         own = points.filter(
             (pl.col("model") == model) & pl.col("press").is_in([press, config.BASELINE])
         ).sort(spent)
-        bytes_ = part[spent].cast(pl.Float64).to_numpy()
+        bytes_ = np.where(_estimated(part), np.nan, part[spent].cast(pl.Float64).to_numpy())
         columns = {}
         for name in (name for name in measures if name in own.columns):
             line = own.drop_nulls(name)
@@ -277,6 +279,15 @@ def constant_frontier(table: pl.DataFrame, measured: pl.DataFrame | None = None)
             columns[f"constant_{name}"] = pl.Series(found).fill_nan(None)
         frames.append(part.with_columns(**columns))
     return pl.concat(frames).sort("order").drop("order")
+
+
+def _estimated(rows: pl.DataFrame) -> BoolArray:
+    """(n,) whether a row's device byte-steps are the simulation's estimate."""
+    if "source" not in rows.columns:
+        return np.zeros(rows.height, np.bool_)
+    acts = [pl.col(name).fill_null(1) > 0 for name in ("alarmed", "checks") if name in rows.columns]
+    touched = (pl.col("source") == "simulation") & pl.any_horizontal(acts)
+    return rows.select(touched.fill_null(True)).to_series().to_numpy()
 
 
 def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:

@@ -190,17 +190,20 @@ def live_prompts(
 
 
 def match_guard(
-    simulated: pl.DataFrame, policy: str, *, model: str, press: str, ratio: str
+    runs: pl.DataFrame, policy: str, *, model: str, press: str, ratio: str
 ) -> dict[str, Any]:
     """What makes a rival comparable to ``guard_promote`` in one condition: arguments of a live run.
 
-    ``random`` gets the share of requests that the guard alarms as ``alarm_rate``. ``constant`` gets
-    as ``constant_ratio`` the mildest ratio at which the press costs the guard's mean device
-    byte-steps (`costs.matched_ratio`), between those measured at its ratios, ratio 0 included.
-    Other policies need nothing.
+    ``random`` gets the share of requests that the simulated guard alarms as ``alarm_rate``.
+    ``constant`` gets as ``constant_ratio`` the mildest ratio at which the press costs the mean
+    device byte-steps that the guard was measured to cost live (`costs.matched_ratio`), between the
+    press's ratios, ratio 0 included, on the same prompts. The simulation's byte-steps of a request
+    that the guard touched are a low estimate and would give a rival less memory. Other policies
+    need nothing.
 
     Args:
-        simulated: RUNS with source "simulation", with ``none`` and ``guard_promote``.
+        runs: RUNS: with source "simulation" ``guard_promote`` for its alarms and ``none``, whose
+            costs are the measured traces'; for ``constant`` with source "live" ``guard_promote``.
         policy: one of config.POLICY_NAMES.
         model: of the condition.
         press: of the condition.
@@ -211,31 +214,33 @@ def match_guard(
     """
     if policy not in ("random", "constant"):
         return {}
-    ran = simulated.filter((pl.col("status") == "ok") & (pl.col("model") == model))
+    source = "simulation" if policy == "random" else "live"
+    where = f"{model} {press} {ratio}"
+    ran = runs.filter((pl.col("status") == "ok") & (pl.col("model") == model))
     guard = ran.filter(
         (pl.col("policy") == "guard_promote")
+        & (pl.col("source") == source)
         & (pl.col("press") == press)
         & (pl.col("ratio") == ratio)
     )
     if not guard.height:
-        raise ValueError(f"no simulated guard_promote for {model} {press} {ratio}")
+        raise ValueError(f"no guard_promote with source {source!r} for {where}")
     if policy == "random":
         return {"alarm_rate": float(guard["alarmed"].to_numpy().mean())}
+    alone = (pl.col("policy") == "none") & (pl.col("source") == "simulation")
     measured = (
-        ran.filter((pl.col("policy") == "none") & pl.col("press").is_in([press, config.BASELINE]))
+        ran.filter(alone & pl.col("press").is_in([press, config.BASELINE]))
+        .join(guard.select("prompt_id"), on="prompt_id", how="semi")
         .group_by("ratio")
         .agg(pl.col("device_byte_steps").mean())
         .drop_nulls()
     )
-    wanted = guard["device_byte_steps"]
-    if wanted.null_count() or not measured.height:
-        raise ValueError(
-            f"the device byte-steps of guard_promote for {model} {press} {ratio} are not known"
-        )
+    if guard["device_byte_steps"].null_count() or not measured.height:
+        raise ValueError(f"the device byte-steps of guard_promote for {where} are not known")
     found = matched_ratio(
         measured["ratio"].cast(pl.Float64).to_numpy(),
         measured["device_byte_steps"].to_numpy(),
-        float(wanted.to_numpy().mean()),
+        float(guard["device_byte_steps"].to_numpy().mean()),
     )
     return {"constant_ratio": f"{found:.3f}"}
 

@@ -208,6 +208,16 @@ def policy_files(wildcards):
         files["certificate"] = "<results>/models/certificate.json"
     if wildcards.policy in ("random", "constant"):
         files["simulation"] = "<results>/simulation.parquet"
+    if wildcards.policy == "constant":
+        live = "<results>/live/{model}/{press}/{ratio}/guard_promote/{shard}.parquet"
+        shards = [f"{shard:02d}" for shard in range(len(experiment.live_shards))]
+        files["guard_runs"] = collect(
+            live,
+            model=wildcards.model,
+            press=wildcards.press,
+            ratio=wildcards.ratio,
+            shard=shards,
+        )
     if wildcards.policy in ("clock_or_loop", "gate"):
         files["rivals"] = "<results>/models/rivals.json"
     if wildcards.policy == "gate":

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from kvguard import joblog
 from kvguard.certificate import load_certificate
 from kvguard.config import Config, Press, config_part
@@ -16,7 +18,7 @@ from kvguard.splits import prompts_of, read_splits
 
 
 def main(
-    experiment: Config, params: dict[str, Any], inputs: dict[str, Path], target: Path, job: Any
+    experiment: Config, params: dict[str, Any], inputs: dict[str, Any], target: Path, job: Any
 ) -> None:
     """Run the shard; params and inputs go by the rule's names, ``job`` are its wildcards."""
     press = Press.model_validate(params["press"])
@@ -24,13 +26,14 @@ def main(
     task, part, parts = params["places"]
     test = set(prompts_of(read_splits(inputs["splits"]), "test"))
     prompts = [p for p in read_prompts(inputs["prompts"]) if p.task == task and p.prompt_id in test]
-    needs: dict[str, Any] = {}
+    needs: dict[str, Any] = {"policy": job.policy, "ratio": job.ratio, "shard": int(job.shard)}
     if "predictor" in inputs:
         certificate = load_certificate(inputs["certificate"])
         needs["predictor"] = load_predictor(inputs["predictor"])
         needs["controller"] = certificate.operating_point(experiment.live.operating_point)
     if "simulation" in inputs:
-        runs = read_table(inputs["simulation"], RUNS)
+        matched = [inputs["simulation"], *inputs.get("guard_runs", [])]
+        runs = pl.concat(read_table(path, RUNS) for path in matched)
         needs |= match_guard(runs, job.policy, model=job.model, press=job.press, ratio=job.ratio)
     if "rivals" in inputs:
         fitted = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
@@ -42,9 +45,6 @@ def main(
         prompts[part::parts],
         read_examples(inputs["examples"])[task],
         press=press,
-        ratio=job.ratio,
-        policy=job.policy,
-        shard=int(job.shard),
         experiment=experiment,
         baseline=read_table(inputs["outcomes"], OUTCOMES),
         **needs,
@@ -54,6 +54,6 @@ def main(
 
 if __name__ == "__main__":
     snakemake = joblog.start_job()
-    inputs = {name: Path(path) for name, path in snakemake.input.items()}
-    params, target = dict(snakemake.params.items()), Path(snakemake.output.runs)
-    main(config_part(params["experiment"]), params, inputs, target, snakemake.wildcards)
+    inputs, params = dict(snakemake.input.items()), dict(snakemake.params.items())
+    target, job = Path(snakemake.output.runs), snakemake.wildcards
+    main(config_part(params["experiment"]), params, inputs, target, job)
