@@ -15,8 +15,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvguard.schema import atomic_path
-
 BLOCK = re.compile(r"(<!-- generated: ([a-z0-9_]+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 COMMAND = "make bench"
 
@@ -119,8 +117,9 @@ def fill(document: str, bench: Path) -> str:
 def main(document: Path, bench: Path) -> None:
     """Fill the document in place."""
     text = fill(document.read_text(encoding="utf-8"), bench)
-    with atomic_path(document) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    temporary = document.with_name(f"{document.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(document)
 
 
 if __name__ == "__main__":

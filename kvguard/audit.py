@@ -26,9 +26,10 @@ from kvguard.prefill import (
     matching_prefix,
 )
 from kvguard.sampling import Decoding, token_scores
+from kvguard.signals import log_total, peaks
 
 LM_HEAD_ROWS = 128
-"""Positions whose logits are computed at once in a teacher-forced pass."""
+"""Positions whose logits are computed at once in a teacher-forced pass, at most."""
 
 GAP_LIMIT = 1e4
 """Nats; stands for the infinite gap of a token outside the nucleus."""
@@ -103,9 +104,13 @@ def teacher_forced(
 
 
 def logits_in_chunks(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Logits (<= 128, vocabulary) of consecutive positions, so that all never exist at once."""
-    for start in range(0, len(hidden), LM_HEAD_ROWS):
-        yield model.lm_head(hidden[start : start + LM_HEAD_ROWS])
+    """Logits (<= 128, vocabulary) of consecutive positions, so that all never exist at once.
+
+    All parts are about as long: the matrix is read for every one, however short.
+    """
+    parts = -(-len(hidden) // LM_HEAD_ROWS)
+    for part in hidden.tensor_split(max(1, parts)):
+        yield model.lm_head(part)
 
 
 class Audit(NamedTuple):
@@ -184,14 +189,15 @@ class Check(NamedTuple):
         audit: of the tokens from ``start`` on.
         hidden: after the final norm: row i predicts token ``start + i``; one for each judged token
             and, unless the answer has ended, one for the token that comes next.
-        entries: (layers, 2, heads, n, head_dim) of the tokens from ``start`` on, on the device; the
-            last token's is missing where the answer has ended.
+        entries: (layers, 2, heads, n, head_dim) of the tokens from ``start`` on, in host memory
+            where they were run over a cold cache and there was room; the last token's is missing
+            where the answer has ended.
         inputs: per layer (1, n, hidden size) what the attention was given; None where not asked.
         cache: the whole uncompressed cache, where a fresh pass made one.
         tokens_prefilled: tokens that the check had to run.
         bytes_moved: brought to the device, this row's share.
-        device_bytes: that the check needed for this row: two layers of its cold cache and the
-            entries of the tokens that it ran; or the fresh cache.
+        device_bytes: that the check needed for this row: two layers of its cold cache, the tokens
+            that it ran among them (`Run.device_bytes`); or the fresh cache.
     """
 
     start: int
@@ -264,7 +270,7 @@ def check_answers(
             cache=None,
             tokens_prefilled=count,
             bytes_moved=0 if run is None else moved * answer.cold.length // total,
-            device_bytes=0 if run is None else _device_bytes(answer.cold, count),
+            device_bytes=0 if run is None else run.device_bytes,
         )
     return [found[number] for number in range(len(answers))]
 
@@ -299,12 +305,6 @@ def _check_afresh(
         bytes_moved=0,
         device_bytes=cache_bytes(scored.cache),
     )
-
-
-def _device_bytes(cold: ColdRow, count: int) -> int:
-    """What a check of ``count`` tokens holds on the device for a row."""
-    layer = cold.store.bytes_per_token // cold.store.layers
-    return int(2 * layer * cold.length + cold.store.bytes_per_token * count)
 
 
 def judge(
@@ -355,7 +355,13 @@ def judge(
         done += len(logits)
         raw = logits.float()
         own = chosen[part, None]
-        logprobs.append(raw.gather(1, own)[:, 0] - raw.logsumexp(dim=1))
+        peak, best = peaks(raw)
+        logit = raw.gather(1, own)[:, 0]
+        logprobs.append(logit - peak - log_total(raw, peak))
+        argmaxes.append(best == own[:, 0])
+        if decoding.takes_argmax:
+            gaps.append(peak - logit)
+            continue
         scores = token_scores(
             raw,
             seeds[part],
@@ -364,7 +370,6 @@ def judge(
             None if before is None else before[part],
         )
         gaps.append(scores.amax(dim=1) - scores.gather(1, own)[:, 0])
-        argmaxes.append(raw.argmax(dim=1) == own[:, 0])
     columns = (
         torch.cat(logprobs).cpu().numpy(),
         torch.cat(gaps).clamp(max=GAP_LIMIT).cpu().numpy(),

@@ -2,10 +2,11 @@
 
 A press evicts entries from the device, not from the machine. Before it does, each layer's keys and
 values are copied to host memory, pinned where the model is on CUDA, or to a memory-mapped file. A
-check runs drafted tokens over them, layer by layer: at most the layer at work and the next one are
-on the device. The entries of the tokens that were run are appended, so that the next check starts
-behind them. Drafts of several rows, of any lengths, are one pass. VeriCache (arXiv 2605.17613)
-verifies drafts of a compressed cache the same way.
+check runs drafted tokens over them, layer by layer: the layer at work and the next one are on the
+device (`kvguard.cold_layers`), and the entries of the tokens that were run leave it as they are
+made. They are appended, so that the next check starts behind them. Drafts of several rows, of any
+lengths, are one pass. VeriCache (arXiv 2605.17613) verifies drafts of a compressed cache the same
+way.
 """
 
 import mmap
@@ -13,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
+from kvguard.cold_layers import ColdLayers, layer_bytes
 from kvguard.prefill import Prefix, attention_layers, forget_masks, layer_tensors
 
 ColdKind = Literal["host", "disk"]
@@ -43,7 +45,9 @@ class Part:
     """Entries of consecutive tokens in every layer, outside device memory.
 
     Attributes:
-        entries: (layers, 2, heads, capacity, head_dim), keys before values.
+        entries: (layers, 2, capacity, heads, head_dim), keys before values. Tokens come before
+            heads, so that the filled ones of a layer lie in one piece and parts can be put one
+            behind the other without a further copy.
         tokens: how many of the capacity are filled.
     """
 
@@ -57,15 +61,18 @@ class Part:
 
     def layer(self, number: int) -> torch.Tensor:
         """One layer's filled entries, a view (2, heads, tokens, head_dim)."""
-        return self.entries[number, :, :, : self.tokens]
+        return self.entries[number, :, : self.tokens].transpose(1, 2)
 
-    def to_device(self, number: int, device: torch.device) -> torch.Tensor:
-        """One layer's filled entries on a device; (2, heads, tokens, head_dim)."""
-        if self.entries.device == device:
-            return self.layer(number)
-        # The whole of it is contiguous, and so copied straight from pinned memory.
-        whole = self.entries[number].to(device, non_blocking=True)
-        return whole[:, :, : self.tokens]
+    def copy_layer(self, number: int, target: torch.Tensor) -> None:
+        """Copy one layer's filled entries, to the device beside what it is doing.
+
+        Args:
+            number: of the layer.
+            target: (2, tokens, heads, head_dim); keys and values each in one piece.
+        """
+        for kind in range(2):
+            source = self.entries[number, kind, : self.tokens]
+            target[kind].copy_(source, non_blocking=True)
 
 
 @dataclass
@@ -115,14 +122,14 @@ class ColdRow:
 
     def park(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Copy out one layer's entries of the prompt, (heads, prompt tokens, head_dim) each."""
-        self.store.copy_out(self.prompt.entries[layer, 0], keys)
-        self.store.copy_out(self.prompt.entries[layer, 1], values)
+        self.store.copy_out(self.prompt.entries[layer, 0], keys.transpose(0, 1))
+        self.store.copy_out(self.prompt.entries[layer, 1], values.transpose(0, 1))
 
     def append(self, entries: torch.Tensor, hidden: torch.Tensor) -> None:
         """Park further generated tokens.
 
         Args:
-            entries: (layers, 2, heads, tokens, head_dim) on the device.
+            entries: (layers, 2, heads, tokens, head_dim) on any device.
             hidden: (hidden size,) after the final norm, at the last of them.
 
         Raises:
@@ -132,19 +139,18 @@ class ColdRow:
         if count > 0:
             self._reserve(start + count)
             assert self.answer is not None
-            self.answer.entries[:, :, :, start : start + count] = entries.to(
-                self.answer.entries.device
-            )
+            new = entries.transpose(2, 3).to(self.answer.entries.device)
+            self.answer.entries[:, :, start : start + count] = new
             self.answer.tokens = start + count
         self.hidden = hidden
 
     def _reserve(self, tokens: int) -> None:
-        capacity = 0 if self.answer is None else self.answer.entries.shape[3]
+        capacity = 0 if self.answer is None else self.answer.entries.shape[2]
         if tokens <= capacity:
             return
         wider = self.store.allocate(max(tokens, 2 * capacity, FIRST_BLOCK_TOKENS))
         if self.answer is not None:
-            wider.entries[:, :, :, : self.tokens] = self.answer.entries[:, :, :, : self.tokens]
+            wider.entries[:, :, : self.tokens] = self.answer.entries[:, :, : self.tokens]
             wider.tokens = self.tokens
         self.answer = wider
 
@@ -152,15 +158,20 @@ class ColdRow:
         """The uncompressed cache, on the device.
 
         Args:
-            further: (layers, 2, heads, n, head_dim) entries behind those parked.
+            further: (layers, 2, heads, n, head_dim) entries behind those parked, on any device.
         """
         self.store.wait()
-        cache = DynamicCache()
+        cache, length = DynamicCache(), self.length
+        count = 0 if further is None else further.shape[3]
         for layer in range(self.store.layers):
-            parts = [part.to_device(layer, self.store.device) for part in self.parts]
+            whole = self.store.on_device(length + count)
+            start = 0
+            for part in self.parts:
+                part.copy_layer(layer, whole[:, start : start + part.tokens])
+                start += part.tokens
             if further is not None:
-                parts.append(further[layer])
-            keys, values = torch.cat(parts, dim=2)
+                whole[:, length:] = further[layer].transpose(1, 2).to(self.store.device)
+            keys, values = whole.transpose(1, 2)
             cache.update(keys[None], values[None], layer)
         return cache
 
@@ -192,9 +203,9 @@ class ColdStore:
         self.layers, self.heads, self.head_dim = config.num_hidden_layers, int(heads), int(size)
         self.device, self.dtype, self.kind, self.folder = device, dtype, kind, folder
         self._prefix: tuple[Prefix, Part] | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def bytes_per_token(self) -> int:
@@ -207,7 +218,7 @@ class ColdStore:
         Raises:
             MemoryError, OSError, RuntimeError: there is no room.
         """
-        shape = (self.layers, 2, self.heads, tokens, self.head_dim)
+        shape = (self.layers, 2, tokens, self.heads, self.head_dim)
         wanted = tokens * self.bytes_per_token
         if self.kind == "disk":
             return Part(self._map_file(wanted).view(self.dtype).view(shape), 0)
@@ -216,6 +227,24 @@ class ColdStore:
             raise MemoryError(f"{wanted} bytes of host memory wanted, {free} are free")
         pinned = self.device.type == "cuda"
         return Part(torch.empty(shape, dtype=self.dtype, pin_memory=pinned), 0)
+
+    def on_device(self, tokens: int) -> torch.Tensor:
+        """Uninitialised room for one layer's entries, (2, tokens, heads, head_dim)."""
+        shape = (2, tokens, self.heads, self.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def stage(self, tokens: int) -> Part | None:
+        """Pinned memory that drafted tokens' entries leave the device for; None: they stay.
+
+        They stay where the model is on the host already, or where there is no room.
+        """
+        if self.stream is None:
+            return None
+        shape = (self.layers, 2, tokens, self.heads, self.head_dim)
+        try:
+            return Part(torch.empty(shape, dtype=self.dtype, pin_memory=True), tokens)
+        except REFUSALS:
+            return None
 
     def _map_file(self, wanted: int) -> torch.Tensor:
         """Bytes of a new file; its disk blocks are allocated now, so no later write fails."""
@@ -240,41 +269,25 @@ class ColdStore:
             part = self.allocate(len(prefix.token_ids))
             part.tokens = len(prefix.token_ids)
             for layer, (keys, values) in enumerate(layer_tensors(prefix.cache)):
-                self.copy_out(part.entries[layer, 0], keys[0])
-                self.copy_out(part.entries[layer, 1], values[0])
+                self.copy_out(part.entries[layer, 0], keys[0].transpose(0, 1))
+                self.copy_out(part.entries[layer, 1], values[0].transpose(0, 1))
             self._prefix = (prefix, part)
         return self._prefix[1]
 
     def copy_out(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy from the device without waiting for it; call `wait` before reading the copy."""
-        if self._stream is None:
+        if self.stream is None:
             target.copy_(source)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
-        source.record_stream(self._stream)
+        source.record_stream(self.stream)
 
     def wait(self) -> None:
         """Wait until all copies from the device are complete."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def fetch(
-        self, parts: Sequence[Part], layer: int
-    ) -> tuple[dict[int, torch.Tensor], torch.cuda.Event | None]:
-        """Start copying a layer of some parts to the device.
-
-        Returns:
-            By the part's identity (2, heads, tokens, head_dim), and what to wait for before use.
-        """
-        if self._stream is None:
-            return {id(part): part.to_device(layer, self.device) for part in parts}, None
-        with torch.cuda.stream(self._stream):
-            found = {id(part): part.to_device(layer, self.device) for part in parts}
-            event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        return found, event
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
 class Draft(NamedTuple):
@@ -294,33 +307,44 @@ class Run(NamedTuple):
 
     Attributes:
         hidden: (n, hidden size) after the final norm.
-        entries: (layers, 2, heads, n, head_dim) of the tokens, on the device.
+        entries: (layers, 2, heads, n, head_dim) of the tokens; in host memory where there was room.
         inputs: per layer (1, n, hidden size) what the attention was given; None where not asked.
+        device_bytes: that the pass needed for this draft beyond what is kept: two layers of the
+            row's cold cache with its tokens, and whatever of the tokens stays on the device.
     """
 
     hidden: torch.Tensor
     entries: torch.Tensor
     inputs: list[torch.Tensor] | None
+    device_bytes: int
 
 
-@dataclass
 class _Pass:
-    """Takes the place of ``past_key_values``: the drafts of several rows, concatenated."""
+    """Stands in for ``past_key_values``: the drafts of several rows, one behind the other.
 
-    store: ColdStore
-    rows: list[ColdRow]
-    counts: list[int]
-    entries: list[torch.Tensor] = field(default_factory=list)
+    Args:
+        store: of the rows.
+        rows: their cold caches.
+        counts: tokens of each row's draft.
+        buffered: read the cold caches through `ColdLayers`, as a device that is not the host must.
+    """
+
     is_compileable = False
 
-    def __post_init__(self) -> None:
-        distinct = {id(part): part for row in self.rows for part in row.parts}
-        self._parts = list(distinct.values())
-        self._next = self.store.fetch(self._parts, 0)
+    def __init__(
+        self, store: ColdStore, rows: list[ColdRow], counts: list[int], *, buffered: bool
+    ) -> None:
+        self.store, self.rows, self.counts = store, rows, counts
+        parts = [row.parts for row in rows]
+        self.layers = ColdLayers(store, parts, counts) if buffered else None
+        self.staged = store.stage(sum(counts))
+        self._kept: list[torch.Tensor] = []  # per layer, where they are not staged
         self.bytes_moved = 0
-        if self.store.device.type != "cpu" or self.store.kind == "disk":
-            per_token = self.store.bytes_per_token
-            self.bytes_moved = sum(part.tokens for part in self._parts) * per_token
+        if store.device.type != "cpu" or store.kind == "disk":
+            distinct = {id(part): part.tokens for listed in parts for part in listed}
+            self.bytes_moved = sum(distinct.values()) * store.bytes_per_token
+        if self.staged is not None:
+            self.bytes_moved += sum(counts) * store.bytes_per_token
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Part of the interface that models expect of a cache."""
@@ -329,9 +353,20 @@ class _Pass:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, _: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the drafted tokens' entries, (1, heads, tokens, head_dim) each."""
-        self.entries.append(torch.cat([keys, values]))
+        """Take the drafted tokens' entries, (1, heads, tokens, head_dim) each."""
+        if self.staged is None:
+            self._kept.append(torch.cat([keys, values]))
+        else:
+            self.store.copy_out(self.staged.entries[layer, 0], keys[0].transpose(0, 1))
+            self.store.copy_out(self.staged.entries[layer, 1], values[0].transpose(0, 1))
         return keys, values
+
+    def entries(self) -> torch.Tensor:
+        """(layers, 2, heads, tokens, head_dim) of all drafted tokens, after the pass."""
+        if self.staged is None:
+            return torch.stack(self._kept)
+        self.store.wait()
+        return self.staged.entries.transpose(2, 3)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -348,28 +383,56 @@ class _Pass:
         Returns:
             (1, tokens, query heads, head_dim).
         """
-        ready, event = self._next
-        if event is not None:
-            torch.cuda.current_stream(self.store.device).wait_event(event)
-            for tensor in ready.values():
-                tensor.record_stream(torch.cuda.current_stream(self.store.device))
-        if layer + 1 < self.store.layers:
-            self._next = self.store.fetch(self._parts, layer + 1)
+        if self.layers is not None:
+            self.layers.begin(layer)
         mixed, start = [], 0
-        for row, count in zip(self.rows, self.counts, strict=True):
+        for number, (row, count) in enumerate(zip(self.rows, self.counts, strict=True)):
             part = slice(start, start + count)
             start += count
-            cold = [ready[id(each)] for each in row.parts]
             new = torch.stack([key[0, :, part], value[0, :, part]])
-            mixed.append(_attend_row(query[0, :, part], [*cold, new], scale))
+            if self.layers is None:
+                parts = [each.layer(layer) for each in row.parts]
+                mixed.append(_attend_parts(query[0, :, part], [*parts, new], scale))
+            else:
+                whole = self.layers.row(number, new)
+                mixed.append(_attend_whole(query[0, :, part], whole, scale))
+        if self.layers is not None:
+            self.layers.end(layer)
         return torch.cat(mixed, dim=1).transpose(0, 1)[None]
 
 
-def _attend_row(query: torch.Tensor, parts: list[torch.Tensor], scale: float) -> torch.Tensor:
+def _beyond(count: int, rows: int, device: torch.device) -> torch.Tensor:
+    """(rows, count) bool: which of its own draft's tokens a query must not see."""
+    beyond = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
+    return beyond.repeat(rows // count, 1)
+
+
+def _attend_whole(query: torch.Tensor, whole: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of one row's last tokens over all its entries, in one call.
+
+    Args:
+        query: (query heads, n, head_dim).
+        whole: (2, heads, tokens, head_dim), the last n of them the queries' own.
+        scale: factor on the scores.
+
+    Returns:
+        (query heads, n, head_dim).
+    """
+    count = query.shape[1]
+    grouped = query.reshape(whole.shape[1], -1, query.shape[2])
+    mask = torch.zeros(grouped.shape[1], whole.shape[2], dtype=query.dtype, device=query.device)
+    mask[:, -count:].masked_fill_(_beyond(count, len(mask), query.device), -torch.inf)
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        grouped[None], whole[0][None], whole[1][None], attn_mask=mask, scale=scale
+    )
+    return mixed[0].reshape(query.shape)
+
+
+def _attend_parts(query: torch.Tensor, parts: list[torch.Tensor], scale: float) -> torch.Tensor:
     """Causal attention of one row's last tokens over its parts, of which the last is their own.
 
     The query heads that share a key head are concatenated on the query axis, so grouped keys
-    and values are read once and never repeated.
+    and values are read once, where they lie, and never repeated.
 
     Args:
         query: (query heads, n, head_dim).
@@ -381,19 +444,9 @@ def _attend_row(query: torch.Tensor, parts: list[torch.Tensor], scale: float) ->
     """
     heads, size = parts[0].shape[1], parts[0].shape[3]
     count = query.shape[1]
-    grouped = query.reshape(heads, -1, size)  # (heads, query heads per head x n, head_dim)
-    beyond = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
-    beyond = beyond.repeat(grouped.shape[1] // count, 1)
-    if query.device.type != "cpu":
-        whole = torch.cat(parts, dim=2)
-        mask = torch.zeros(beyond.shape[0], whole.shape[2], dtype=query.dtype, device=query.device)
-        mask[:, -count:].masked_fill_(beyond, -torch.inf)
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            grouped[None], whole[0][None], whole[1][None], attn_mask=mask, scale=scale
-        )[0]
-        return mixed.reshape(query.shape)
-    scaled = grouped * scale
+    scaled = query.reshape(heads, -1, size) * scale  # (heads, query heads per head x n, head_dim)
     scores = torch.cat([torch.matmul(scaled, part[0].transpose(1, 2)) for part in parts], dim=2)
+    beyond = _beyond(count, scores.shape[1], query.device)
     scores[:, :, -count:].masked_fill_(beyond, -torch.inf)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     mixed, start = torch.zeros_like(scaled), 0
@@ -468,7 +521,8 @@ def run_drafts(
     def keep(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         inputs.append(kwargs["hidden_states"])
 
-    running = _Pass(store, [draft.row for draft in drafts], counts)
+    buffered = store.device.type != "cpu"
+    running = _Pass(store, [draft.row for draft in drafts], counts, buffered=buffered)
     with ExitStack() as stack:
         stack.enter_context(attention_of(model, ATTENTION_NAME))
         if keep_inputs:
@@ -482,11 +536,16 @@ def run_drafts(
             use_cache=True,
             kvguard_cold=running,
         )
-    entries = torch.stack(running.entries)  # (layers, 2, heads, tokens, head_dim)
+    entries = running.entries()  # (layers, 2, heads, tokens, head_dim)
+    stays = running.staged is None and buffered
+    needed = layer_bytes(store, [draft.row.parts for draft in drafts], counts)
     runs, start = [], 0
-    for count in counts:
+    for count, size in zip(counts, needed, strict=True):
         part = slice(start, start + count)
         start += count
         own = [each[:, part] for each in inputs] if keep_inputs else None
-        runs.append(Run(output.last_hidden_state[0, part], entries[:, :, :, part], own))
+        size += store.bytes_per_token * count if stays else 0
+        size += sum(each.nbytes for each in own or ())
+        run = Run(output.last_hidden_state[0, part], entries[:, :, :, part], own, size)
+        runs.append(run)
     return Runs(runs, running.bytes_moved)

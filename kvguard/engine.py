@@ -411,12 +411,17 @@ class Session:
         assert check.entries is not None
         first, last = start - check.start, kept - check.start
         self.compute_pending_signals()
-        self.slots.replace_tail(row, fed - start, check.entries[:, :, :, first:last])
+        logits = self.model.lm_head(check.hidden[last : last + 1])[0]
+        verified = check.entries[:, :, :, first:last]
+        if verified.device != self.slots.device:  # they left it while the check ran
+            verified = verified.to(self.slots.device)
+            state.completion.bytes_moved += verified.nbytes
+        self.slots.replace_tail(row, fed - start, verified)
         if state.decode is not None:
             assert check.inputs is not None
             state.decode.replace_tail(fed - start, check.inputs, first, last)
         self.park(row, kept, check)
-        self._cut(row, kept, self.model.lm_head(check.hidden[last : last + 1])[0])
+        self._cut(row, kept, logits)
         return True
 
     def park(self, row: int, kept: int, check: Check) -> None:
@@ -435,7 +440,8 @@ class Session:
         first, last = state.cold.tokens - check.start, kept - check.start
         try:
             state.cold.append(check.entries[:, :, :, first:last], check.hidden[last].clone())
-            state.completion.bytes_moved += (last - first) * state.cold.store.bytes_per_token
+            if check.entries.device == self.slots.device:  # else the check has counted them
+                state.completion.bytes_moved += (last - first) * state.cold.store.bytes_per_token
         except REFUSALS as error:
             state.cold = None
             state.completion.notes.append(

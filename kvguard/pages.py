@@ -36,8 +36,11 @@ class Pool:
         self.free: list[int] = []
         self.transient_bytes = 0  # largest that a change of the blocks needed beside them
 
-    def _block(self, pages: int) -> torch.Tensor:
-        return torch.zeros((pages, *self.page_shape), device=self.device, dtype=self.dtype)
+    def _block(self, pages: int, written: int = 0) -> torch.Tensor:
+        """Pages of zeros, but for the first ``written``, which the caller fills."""
+        block = torch.empty((pages, *self.page_shape), device=self.device, dtype=self.dtype)
+        block[written:].zero_()
+        return block
 
     def _hidden(self, pages: int) -> torch.Tensor:
         return torch.zeros((pages, *self.page_shape[:2]), device=self.device, dtype=torch.bool)
@@ -69,7 +72,8 @@ class Pool:
         first = self.sizes[0]
         joins = in_one_block or (total - first) * TAIL_SHARE > first
         # Both before any change: the device may have no room for them.
-        wider = [self._block(total if joins else total - first) for _ in range(2)]
+        copied = before if joins else before - first
+        wider = [self._block(total if joins else total - first, copied) for _ in range(2)]
         self.transient_bytes = max(self.transient_bytes, 2 * wider[0].nbytes)
         for blocks, grown in zip((self.keys, self.values), wider, strict=True):
             done = 0
@@ -88,7 +92,7 @@ class Pool:
         total = len(used) + len(used) // SLACK
         sources = self.by_block(np.asarray(used, dtype=np.int64))
         for blocks in (self.keys, self.values):
-            kept = self._block(total)
+            kept = self._block(total, len(used))
             for block, (targets, pages) in zip(blocks, sources, strict=True):
                 moved = block.index_select(0, pages)
                 self.transient_bytes = max(self.transient_bytes, kept.nbytes + moved.nbytes)
@@ -131,7 +135,7 @@ class Pool:
         heads, _, size = self.page_shape
         parts = []
         for blocks in (self.keys, self.values):
-            whole = self._block(len(pages))
+            whole = self._block(len(pages), len(pages))
             for block, (targets, places) in zip(blocks, sources, strict=True):
                 whole.index_copy_(0, targets, block.index_select(0, places))
             entries = whole.transpose(0, 1).reshape(heads, len(pages) * PAGE_ENTRIES, size)

@@ -122,11 +122,12 @@ def prefill_prefix(model: PreTrainedModel, token_ids: Sequence[int]) -> Prefix:
 
 
 def extend_prefix(prefix: Prefix | None, model: PreTrainedModel) -> DynamicCache:
-    """A cache that starts with the prefix's entries; appending copies, the prefix stays."""
+    """A cache that starts with the prefix's entries, not copied; appending makes new tensors."""
     cache = DynamicCache(config=model.config)
     if prefix is not None:
-        for layer, (keys, values) in enumerate(layer_tensors(prefix.cache)):
-            cache.update(keys, values, layer)
+        for layer, (keys, values) in zip(cache.layers, layer_tensors(prefix.cache), strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
     return cache
 
 

@@ -155,6 +155,32 @@ def _masses(
     return mean, alternatives, weighted
 
 
+def log_total(logits: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the sum of exp(logit - peak) over the vocabulary.
+
+    On a CPU in memory that stays, a few rows at a time.
+
+    Args:
+        logits: (rows, vocabulary) float32.
+        peak: (rows,) the largest of each row.
+
+    Returns:
+        (rows,) at least 0; a token's log-probability is its logit less its row's peak and this.
+    """
+    rows, vocabulary = logits.shape
+    if logits.device.type != "cpu":
+        return logits.logsumexp(dim=1) - peak
+    block = max(1, min(rows, _BLOCK_ENTRIES // vocabulary))
+    shifted = _scratch(block, vocabulary)[0]
+    sums = []
+    for start in range(0, rows, block):
+        part = logits[start : start + block]
+        held = shifted[: len(part)]
+        torch.sub(part, peak[start : start + block, None], out=held)
+        sums.append(held.exp_().sum(dim=1))
+    return torch.cat(sums).log()
+
+
 def _scratch(rows: int, vocabulary: int) -> torch.Tensor:
     """Uninitialised (2, rows, vocabulary) memory of this thread."""
     wanted = 2 * rows * vocabulary
