@@ -80,7 +80,8 @@ def main() -> None:
                 for every in given.every:
                     _, reports = run(model, ready, "lossless", press, ratio, every)
                     key = dict(zip(KEYS, (press, ratio, tokens, every), strict=True))
-                    row = key | {"requests": given.requests} | acceptance(reports)
+                    row: dict[str, Any] = {**key, "requests": given.requests}
+                    row |= acceptance(reports)
                     rows = [other for other in rows if place(other) != place(row)] + [row]
                     rows.sort(key=place)
                     write(given.output, {"acceptance": rows})

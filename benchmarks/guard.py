@@ -32,6 +32,7 @@ import torch
 import xgboost
 from generation import PRESS, load_embedded, load_experiment
 from measuring import FOLDER, machine, say, write
+from numpy.typing import NDArray
 
 from kvguard import engine, logits_buffers
 from kvguard.config import GuardSettings, OperatingPoint
@@ -134,7 +135,7 @@ class Overhead:
 
     def __init__(self, rows: int, every: int) -> None:
         self.rows, self.every = rows, every
-        self.spent: list[np.ndarray] = []
+        self.spent: list[NDArray[np.float64]] = []
         self.bare: list[float] = []
 
     def session(

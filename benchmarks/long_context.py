@@ -154,7 +154,8 @@ def middle(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
     """Every policy's costs over those of never compressing."""
     medians = {name: middle(runs) for name, runs in rounds.items()}
-    full, found = medians["always_safe"], {}
+    full = medians["always_safe"]
+    found: dict[str, dict[str, Any]] = {}
     for name, values in medians.items():
         columns = ("device_byte_steps", "device_bytes_peak", "tokens_per_second")
         each = [

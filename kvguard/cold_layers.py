@@ -12,7 +12,7 @@ not wait for: many layers would be there at once.
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -120,10 +120,12 @@ class ColdLayers:
         """Start copying a layer, once the one that had its buffers is done with."""
         number, stream = layer % len(self._sets), self.store.stream
         into = self._sets[number]
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
+        with ExitStack() as stack:
             released = self._released[number]
-            if stream is not None and released is not None:
-                stream.wait_event(released)
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))
+                if released is not None:
+                    stream.wait_event(released)
             for key, part in self._shared.items():
                 part.copy_layer(layer, into.shared[key])
             for target, own in zip(into.own, self._own, strict=True):
