@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kvguard import config, schema
 from kvguard.config import BASELINE
 from kvguard.predictor import Features
+from kvguard.row_batches import read_matrix, taken
 from kvguard.splits import Table, prompts_of, scan_table
 
 Bools = NDArray[np.bool_]
@@ -24,7 +25,7 @@ class Rows(NamedTuple):
 
     def take(self, mask: Bools) -> "Rows":
         """The rows where ``mask`` is true."""
-        return Rows(self.keys.filter(mask), self.features[mask])
+        return Rows(self.keys.filter(mask), taken(self.features, mask))
 
     @property
     def press(self) -> NDArray[np.str_]:
@@ -49,7 +50,8 @@ def load_rows(
 ) -> Rows:
     """Features and labels of one split's tokens, sorted by `schema.TOKEN_KEYS`.
 
-    From files only the rows of the split are read.
+    From files only the rows of the split are read, and the features a block at a time; a large
+    matrix lies in a temporary file (`row_batches`).
 
     Args:
         features: `schema.FEATURES`.
@@ -62,8 +64,9 @@ def load_rows(
     """
     ids = prompts_of(splits, split) if isinstance(split, str) else sorted(split)
     chosen = pl.LazyFrame({"prompt_id": ids}, schema={"prompt_id": pl.String})
+    places = scan_table(features).select(schema.TOKEN_KEYS).with_row_index("row")
     left, right = (
-        scan_table(table).join(chosen, on="prompt_id", how="semi") for table in (features, labels)
+        table.join(chosen, on="prompt_id", how="semi") for table in (places, scan_table(labels))
     )
     lengths = [part.select(pl.len()).collect().item() for part in (left, right)]
     joined = left.join(right, on=schema.TOKEN_KEYS, how="inner").sort(schema.TOKEN_KEYS).collect()
@@ -74,7 +77,14 @@ def load_rows(
             f"features and labels do not belong together: {lengths[0]} and {lengths[1]} tokens, "
             f"{len(joined)} in both"
         )
-    matrix = joined.select(schema.FEATURE_NAMES).to_numpy().astype(np.float32, order="C")
+    rows = joined["row"].to_numpy()
+    if isinstance(features, pl.DataFrame):
+        matrix = features[rows].select(schema.FEATURE_NAMES).to_numpy()
+        matrix = matrix.astype(np.float32, order="C")
+    else:
+        target = np.full(scan_table(features).select(pl.len()).collect().item(), -1, np.int64)
+        target[rows] = np.arange(len(rows))
+        matrix = read_matrix(features, list(schema.FEATURE_NAMES), target)
     tasks = splits.select("prompt_id", "task")
     keys = joined.select(list(schema.LABELS))
     return Rows(keys.join(tasks, on="prompt_id", how="left", maintain_order="left"), matrix)

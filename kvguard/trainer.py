@@ -27,8 +27,16 @@ from kvguard import config, schema
 from kvguard.config import digest
 from kvguard.features import FEATURE_SETS
 from kvguard.leakage import LeakageCheck, assert_disjoint
-from kvguard.predictor import CalibrationMap, Floats, Predictor, lead_rows, survival_log_odds
+from kvguard.predictor import (
+    CalibrationMap,
+    Features,
+    Floats,
+    Predictor,
+    lead_rows,
+    survival_log_odds,
+)
 from kvguard.probe_scale import PROBE_COLUMNS, ProbeScale, fit_probe_scale
+from kvguard.row_batches import BLOCK_ROWS, quantile_matrix
 from kvguard.rows import Bools, Rows, as_bools, eligible, outcome
 from kvguard.splits import Table, hash_order, read_splits
 
@@ -39,6 +47,8 @@ MIN_HARMED_PROMPTS = 4
 """Train prompts with a token before an onset that a target needs; with fewer it is refused."""
 
 LEAD_BINS = 4
+BASELINE_ROWS = 2_000_000
+"""Rows that a score beside the booster is fitted on; of more, every second, third and so on."""
 MAX_CLASS_WEIGHT = 50.0
 _ROWS_PER_THREAD = 100_000
 BaselineKind = Literal[
@@ -194,9 +204,10 @@ class Trainer:
         }
         names = tuple(feature_names) if kind == "logistic" else (single[kind],)
         rows, scale = self._scaled(rows, names, None)
-        data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]].astype(
-            np.float64
-        )
+        columns = [schema.FEATURE_NAMES.index(name) for name in names]
+        every = -(-len(labels) // BASELINE_ROWS)  # of more rows an even share says the same
+        labels = labels[::every]
+        data = rows.features[::every][:, columns].astype(np.float64)
         known = ~np.isnan(data).all(axis=0)  # a probe that no request has says nothing
         means, scales = np.zeros(len(names)), np.ones(len(names))
         means[known] = np.nanmean(data[:, known], axis=0)
@@ -211,7 +222,7 @@ class Trainer:
             intercept = float(fit.intercept_[0] + np.log(odds))  # undoes the balanced weights
         else:
             sign = 1.0 if roc_auc_score(labels, standardised[:, 0]) >= 0.5 else -1.0
-            harmed = as_bools(rows.keys[f"steps_to_{target}"].is_not_null())
+            harmed = as_bools(rows.keys[f"steps_to_{target}"].is_not_null())[::every]
             if kind != "position" and not harmed.all():  # which request, not how far along it is
                 sign = 1.0 if roc_auc_score(harmed, standardised[:, 0]) >= 0.5 else -1.0
             coefficients, intercept = np.array([sign]), 0.0
@@ -499,18 +510,23 @@ def _matrix(
     rows: Rows, layout: _Layout, weight: float, reference: xgboost.QuantileDMatrix | None
 ) -> xgboost.QuantileDMatrix:
     at_risk, labels = _expand(rows, layout)
-    data = rows.features[:, layout.columns]
-    if layout.bins:
-        data = lead_rows(data, layout.bins)[at_risk]
     weights = np.where(labels, weight, 1.0)
-    return xgboost.QuantileDMatrix(
-        data, labels, weight=weights / weights.mean(), ref=reference, nthread=1
-    )
+
+    def data(start: int, stop: int) -> Features:
+        part = rows.features[start:stop][:, layout.columns]
+        if not layout.bins:
+            return part
+        return lead_rows(part, layout.bins)[at_risk[start * layout.bins : stop * layout.bins]]
+
+    ends = np.cumsum(at_risk.reshape(-1, max(layout.bins, 1)).sum(axis=1))
+    return quantile_matrix(data, ends, labels, weights / weights.mean(), reference)
 
 
 def _provenance(rows: Rows, target: str, seed: int) -> dict[str, Any]:
     labels = outcome(rows, target)
-    content = hashlib.sha256(np.ascontiguousarray(rows.features).tobytes())
+    content = hashlib.sha256()
+    for start in range(0, len(rows.features), BLOCK_ROWS):
+        content.update(np.ascontiguousarray(rows.features[start : start + BLOCK_ROWS]))
     content.update(labels.tobytes())
     prompts = rows.keys["prompt_id"].unique().sort().to_list()
     content.update("".join(prompts).encode())
