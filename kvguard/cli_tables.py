@@ -80,7 +80,7 @@ def print_stages(
         table.add_row(stage.rule, str(stage.done), str(stage.left), *cells, style=style)
     table.add_section()
     done, left = sum(stage.done for stage in stages), sum(stage.left for stage in stages)
-    time_left = ("at least " if unknown else "") + duration(total) if left else "-"
+    time_left = ("at least " if unknown else "") + duration(total) if left and total else "-"
     table.add_row("all", str(done), str(left), "", "", "", time_left)
     if started is not None:
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
