@@ -7,8 +7,9 @@ import torch
 from kvguard.audit import Answer, Check, check_answers
 from kvguard.engine import Session
 
-RECOVERABLE = (AssertionError, IndexError, RuntimeError, ValueError)
-"""Errors of a check, a recovery or a press (out of memory too) that end their own row alone."""
+RECOVERABLE = (AssertionError, IndexError, MemoryError, OSError, RuntimeError, ValueError)
+"""Errors of a check, a recovery or a press (out of memory too, on the device, on the host or on the
+disk of the cold cache) that end their own row alone."""
 
 
 class Checks(NamedTuple):
