@@ -12,9 +12,9 @@ min_version("9.27")
 configfile: "config.yaml"
 
 
-if "KVGUARD_CONTAINER" in os.environ:  # an image made from envs/Dockerfile, for --sdm apptainer
+if os.environ.get("KVGUARD_CONTAINER"):  # an image made from envs/Dockerfile, for --sdm apptainer
 
-    containerized: os.environ["KVGUARD_CONTAINER"]
+    containerized: os.environ.get("KVGUARD_CONTAINER")
 
 
 include: "rules/common.smk"
