@@ -39,14 +39,15 @@ SHOWN_SETTINGS = (
 SHOWN_POLICIES = (
     "policy",
     "requests",
+    "harmed",
+    "silent_harm",
     "alarmed",
     "cfr",
     "agreement",
-    "excess_cfr",
-    "excess_error",
-    "tokens_prefilled",
+    "relative_byte_steps",
+    "checks",
     "tokens_wasted",
-    "decode_steps",
+    "seconds",
 )
 """What `eval-controller` and `live` print of their tables."""
 
@@ -94,46 +95,34 @@ def print_answers(rows: "pl.DataFrame", title: str) -> None:
 
     from kvguard.schema import CATASTROPHES
 
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for name in ("prompt", "reference", "answer"):
-        table.add_column(name)
-    for name in ("tokens", "first rejected", "KiB before", "KiB after"):
-        table.add_column(name, justify="right")
-    for name in ("stop", "failures"):
-        table.add_column(name)
-    for row in rows.iter_rows(named=True):
-        kinds = [kind for kind in CATASTROPHES if row[kind]]
-        failed = row["status"] != "ok"
-        table.add_row(
-            row["prompt_id"],
-            "-" if row["reference"] is None else row["reference"],
-            "-" if row["answer"] is None else row["answer"],
-            _whole(row["generated_tokens"]),
-            _whole(row["first_rejected"]),
-            _kibibytes(row["cache_bytes_before"]),
-            _kibibytes(row["cache_bytes_after"]),
-            row["stop_reason"] or "-",
-            f"[red]{escape(row['error'])}[/]" if failed else ", ".join(kinds) or "none",
-        )
+    kinds = pl.concat_list(pl.when(kind).then(pl.lit(kind)) for kind in CATASTROPHES)
+    kinds = kinds.list.drop_nulls().list.join(", ").replace("", "none")
+    shown = rows.select(
+        "reference",
+        "answer",
+        prompt=pl.col("prompt_id").str.head(8),
+        tokens="generated_tokens",
+        first_rejected="first_rejected",
+        KiB_before=pl.col("cache_bytes_before") // 1024,
+        KiB_after=pl.col("cache_bytes_after") // 1024,
+        stop="stop_reason",
+        failures=pl.when(pl.col("status") == "ok").then(kinds).otherwise("error"),
+    )
+    print_frame(shown.select("prompt", pl.exclude("prompt")), title)
     ok = rows.filter(pl.col("status") == "ok")
     before, after = int(ok["cache_bytes_before"].sum()), int(ok["cache_bytes_after"].sum())
-    table.caption = (
+    share = f"{after / before:.1%}" if before else "-"
+    console.print(
         f"{ok.height} of {rows.height} prompts ran, {int(ok['right'].sum())} right, "
         f"{int(ok['catastrophe'].sum())} with a catastrophe; cache after the press: "
-        f"{after / before:.1%} of {before / 2**20:.1f} MiB; "
-        f"{int(ok['generated_tokens'].sum())} tokens in {ok['decode_seconds'].sum():.1f} s"
+        f"{share} of {before / 2**20:.1f} MiB; "
+        f"{int(ok['generated_tokens'].sum())} tokens in {ok['decode_seconds'].sum():.1f} s",
+        soft_wrap=True,
+        highlight=False,
     )
-    console.print(table)
-    for row in rows.filter(pl.col("status") == "ok").iter_rows(named=True):
-        console.print(f"[bold]{row['prompt_id']}[/]: {escape(row['text'])}", soft_wrap=True)
-
-
-def _whole(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
-def _kibibytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1024:,.0f}"
+    for row in rows.iter_rows(named=True):
+        text = row["text"] if row["status"] == "ok" else f"error: {row['error']}"
+        console.print(f"[bold]{row['prompt_id'][:8]}[/]: {escape(text)}", soft_wrap=True)
 
 
 def spread_metrics(metrics: "pl.DataFrame", names: Sequence[str]) -> "pl.DataFrame":

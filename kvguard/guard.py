@@ -567,8 +567,12 @@ def _operating_point(
         try:
             return OperatingPoint.model_validate(dict(given))
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise GuardError(f"operating_point: {'; '.join(faults)}") from None
+            faults = [
+                ".".join(["operating_point", *map(str, fault["loc"])])
+                + f": {fault['msg'].removeprefix('Value error, ')}, got {fault['input']!r}"
+                for fault in error.errors()
+            ]
+            raise GuardError("; ".join(faults)) from None
     if given not in POINT_NAMES:
         raise GuardError(f"operating_point is one of {', '.join(POINT_NAMES)}, got {given!r}")
     if certificate is not None:

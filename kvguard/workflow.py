@@ -166,7 +166,9 @@ def press_entry(base: Config, name: str) -> dict[str, Any]:
         if short_name(press.press_class) == wanted:
             return press.model_dump(mode="json", by_alias=True)
     if wanted not in classes:
-        spoken = {snake_name(cls) for cls in set(classes.values()) - set(press_catalogue.REFUSED)}
+        supported = set(classes.values()) - set(press_catalogue.REFUSED)
+        named = {short_name(press) for press in known}
+        spoken = {snake_name(cls) for cls in supported if short_name(cls) not in named}
         near = difflib.get_close_matches(name, sorted(spoken | set(known)), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(

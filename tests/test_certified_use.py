@@ -18,6 +18,7 @@ from kvguard import schema
 from kvguard.certificate import Certificate, CertificateError, Use, save_certificate
 from kvguard.config import OperatingPoint, load_config
 from kvguard.guard import KVGuard
+from kvguard.guard_report import GuardError
 from kvguard.models import RECORD
 from kvguard.predictor import Predictor, save_predictor
 from kvguard.requests import Request
@@ -201,6 +202,25 @@ def test_the_uses_of_an_experiment_name_everything(tmp_path: Path) -> None:
     for entry in certificate_uses(experiment):
         use = Use(**entry, model_digest=DIGEST)
         assert all(use.model_dump().values())
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        (
+            {"tau_low": 0.9, "tau_high": 0.2, "k": 1, "j": 1},
+            r"^operating_point: tau_low=0\.9 must not exceed tau_high=0\.2, got \{",
+        ),
+        ({"tau_low": 0.1, "tau_high": 0.2, "k": 1}, r"^operating_point\.j: Field required"),
+        (
+            {"tau_low": 0.1, "tau_high": 0.2, "k": 1, "j": 1, "tau": 3},
+            r"^operating_point\.tau: Extra inputs are not permitted, got 3",
+        ),
+    ],
+)
+def test_thresholds_that_cannot_be_are_named(point: dict[str, float], message: str) -> None:
+    with pytest.raises(GuardError, match=message):
+        KVGuard(press(), operating_point=point)
 
 
 def test_a_certified_guard_survives_its_folder_and_a_pickle(

@@ -168,10 +168,11 @@ def test_run_shows_every_answer(short: str) -> None:
 def test_live_compares_policies(short: str) -> None:
     done = kvguard(f"kvguard live --policy none --policy verify_all {short}")
     assert done.returncode == 0, done.stderr
-    rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if "│" in line}
+    lines = [line.split("│") for line in done.stdout.splitlines() if "│" in line]
+    rows = {line[1].strip(): line for line in reversed(lines)}  # of the first table
     assert {"none", "verify_all"} <= set(rows)
-    excess_cfr = rows["verify_all"].split("│")[6]
-    assert excess_cfr.strip().startswith("0.00"), "checked to the end, so nothing is left over"
+    assert "harmed" in done.stdout
+    assert rows["verify_all"][3].strip().startswith("0.00"), "checked to the end: no harm is left"
 
 
 @pytest.fixture
@@ -410,6 +411,28 @@ def test_tables_split_where_the_terminal_ends(
     assert "…" not in shown
 
 
+def test_answers_are_readable_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(num_prompts=6, shard_size=6, error_rate=0.3)
+    keys = schema.TRACE_KEYS
+    rows = run.traces.join(run.outcomes, on=keys, how="left").join(
+        run.prompts.select("prompt_id", "reference"), on="prompt_id", how="left"
+    )
+    assert {"ok", "error"} == set(rows["status"])
+    monkeypatch.setattr(cli_tables, "console", Console(width=80))
+    cli_tables.print_answers(rows, "answers")
+    shown = capsys.readouterr().out
+    table = [line for line in shown.splitlines() if "│" in line or "┃" in line]
+    assert all(len(line) <= 80 for line in table)
+    assert "…" not in "".join(table)
+    for row in rows.iter_rows(named=True):
+        assert row["prompt_id"][:8] in shown
+        assert (row["error"] or row["text"]).splitlines()[0] in shown
+    failing = rows.filter(pl.col("looping").fill_null(value=False)).height
+    assert sum("looping" in line for line in table) == failing
+
+
 def test_verify_names_what_is_missing_and_fails(
     results: Path, command: Callable[..., Ended]
 ) -> None:
@@ -433,6 +456,7 @@ def test_status_counts_jobs_per_stage(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("kvguard run --press snapk", "did you mean snapkv"),
+        ("kvguard run --press snapk", "snapkv or cap?"),
         ("kvguard run --press kvzip", "needs several passes"),
         ("kvguard run --press knorm --compression-ratio 1.0", "--compression-ratio"),
         ("kvguard run --press knorm --compression-ratio lots", "a number in [0, 1)"),
