@@ -163,12 +163,8 @@ class PressPredictor:
 
     def __init__(self, predictor: Predictor, press: str) -> None:
         self.predictor, self.press = predictor, press
+        self.feature_version = predictor.feature_version
         self._ranks: dict[bytes, NDArray[np.float32]] = {}
-
-    @property
-    def feature_version(self) -> int:
-        """Of the features that it was trained on."""
-        return self.predictor.feature_version
 
     def predict(self, features: Features) -> NDArray[np.float32]:
         """`Predictor.predict` under its press."""

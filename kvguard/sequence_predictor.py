@@ -239,7 +239,7 @@ def _train(
         modules.train()
         for rows in fitted[torch.randperm(len(fitted))].split(settings.batch):
             optimiser.zero_grad()
-            loss(rows).backward()
+            loss(rows).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         modules.eval()
         with torch.inference_mode():

@@ -32,8 +32,10 @@ BUDGET = 0.6
 
 LADDER_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 RIVALS = ("lossless", "verify_on_failure", "probation", "gate", "constant")
-SHOWN = ("none", "guard", "guard_promote", "always_safe", *RIVALS[:-1], "oracle_gate")
-SHOWN += ("oracle_onset", "oracle_end", "oracle_ratio")
+SHOWN = (
+    *("none", "guard", "guard_promote", "always_safe", *RIVALS[:-1]),
+    *("oracle_gate", "oracle_onset", "oracle_end", "oracle_ratio"),
+)
 
 _NUMBERS = dict.fromkeys(
     (
@@ -226,7 +228,7 @@ def policy_table(
             cost = found["relative_byte_steps"]
             found["within_budget"] = None if cost is None else cost <= BUDGET
             if "flag" in part.columns:
-                found["flagged"] = float(part["flag"].mean() or 0.0)
+                found["flagged"] = float(part["flag"].to_numpy().mean())
             rows.append(described | group | found)
     return pl.DataFrame(rows, schema=POLICY_TYPES)
 

@@ -32,7 +32,7 @@ PRESSES = (("knorm", "0.300", 0.0), ("snapkv", "0.150", 1000.0), ("snapkv", "0.3
 """Conditions, and the level of the probe that tells harm under that press."""
 
 NAMES = (
-    *(CLOCK, "logistic_entropy", "logistic_normalised", "trees_probes", "trees_normalised"),
+    *(CLOCK, "logistic_entropy", "logistic_normalised"),
     *("gate_logistic_raw", "gate_logistic_normalised", "gate_press_normalised"),
 )
 QUICK: dict[str, Any] = {
