@@ -83,7 +83,7 @@ class SequencePredictor:
     @property
     def hidden(self) -> int:
         """Size of the state."""
-        return self.weights["hidden"].shape[1]
+        return int(self.weights["hidden"].shape[1])
 
     def start(self, rows: int) -> Floats:
         """The state (rows, hidden) before the first token."""
@@ -237,7 +237,9 @@ def _train(
     while epochs < settings.max_epochs and since < settings.patience:
         epochs += 1
         modules.train()
-        for rows in fitted[torch.randperm(len(fitted))].split(settings.batch):
+        order = fitted[torch.randperm(len(fitted))]
+        for first in range(0, len(order), settings.batch):
+            rows = order[first : first + settings.batch]
             optimiser.zero_grad()
             loss(rows).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -251,11 +253,12 @@ def _train(
 
 
 def _weights(gru: torch.nn.GRU, head: torch.nn.Linear) -> dict[str, NDArray[Any]]:
-    named = {
-        "input": gru.weight_ih_l0,
-        "hidden": gru.weight_hh_l0,
-        "input_bias": gru.bias_ih_l0,
-        "hidden_bias": gru.bias_hh_l0,
+    own = dict(gru.named_parameters())
+    named: dict[str, torch.Tensor] = {
+        "input": own["weight_ih_l0"],
+        "hidden": own["weight_hh_l0"],
+        "input_bias": own["bias_ih_l0"],
+        "hidden_bias": own["bias_hh_l0"],
         "head": head.weight[0],
         "head_bias": head.bias[0],
     }
@@ -263,12 +266,12 @@ def _weights(gru: torch.nn.GRU, head: torch.nn.Linear) -> dict[str, NDArray[Any]
 
 
 def _clipped(inputs: NDArray[Any]) -> Floats:
-    return np.maximum(np.asarray(inputs, np.float64), LOWEST)
+    return np.asarray(np.maximum(np.asarray(inputs, np.float64), LOWEST), np.float64)
 
 
 def _standardised(inputs: NDArray[Any], means: Floats, scales: Floats) -> Floats:
     """Standard deviations from the mean; a missing value counts as the mean."""
-    return np.nan_to_num((_clipped(inputs) - means) / scales)
+    return np.asarray(np.nan_to_num((_clipped(inputs) - means) / scales), np.float64)
 
 
 def _padded(values: Floats, lengths: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
