@@ -165,8 +165,14 @@ def _byte_steps(row: Row) -> str:
     text = measured(row, "relative_byte_steps")
     if row["relative_byte_steps_low"] is None and row["prompts"] >= MIN_UNITS:
         text = text.replace("[too few prompts]", "(the same for every prompt)")
-    relative = row["relative_byte_steps"]
+    text, relative = _least(row) + text, row["relative_byte_steps"]
     return f"**{text}**" if relative is not None and relative > 1 else text
+
+
+def _least(row: Row) -> str:
+    """Simulated byte-steps of a request that a policy touched are a low estimate (`costs`)."""
+    exact = row["source"] == "live" or row["policy"] == "none"
+    return "" if exact or row["relative_byte_steps"] is None else "at least "
 
 
 def _costs(row: Row) -> list[str]:
@@ -199,7 +205,8 @@ def visible_text(tables: Tables) -> str:
         cost = (
             ""
             if relative is None
-            else f", at {relative:.2f} of the device byte-steps of never compressing"
+            else f", {_least(row) or 'at '}{relative:.2f} of the device byte-steps of never "
+            "compressing"
         )
         sentences.append(
             f"*{_named(row)}* leaves {_count(row, 'harmed')} of {row['requests']} harmed{cost}."
