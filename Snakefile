@@ -31,7 +31,7 @@ wildcard_constraints:
     model=any_of(entry.name for entry in experiment.models),
     press=any_of(press for press, _ in experiment.conditions),
     ratio=any_of(ratio for _, ratio in experiment.conditions),
-    policy=any_of([*experiment.live.policies, "guard_promote"]), # constant is matched to it
+    policy=any_of([*experiment.live.policies, "guard_promote"]),  # constant is matched to it
     shard=r"\d\d+",
     figure=any_of(FIGURES),
 

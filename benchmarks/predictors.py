@@ -12,6 +12,7 @@ numbers: what they say does not matter, their size does (68 features, 100 trees 
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import xgboost
@@ -93,9 +94,9 @@ def main() -> None:
         features = rng.normal(size=(batch, len(schema.FEATURE_NAMES))).astype(np.float32)
         step, state = rng.normal(size=(batch, len(names))), gru.start(batch)
         calls: dict[str, Callable[[], object]] = {
-            "booster": lambda rows=features: plain.predict(rows),
-            "booster behind the press's scale": lambda rows=features: pressed.predict(rows),
-            "gru": lambda rows=step, before=state: gru.advance(before, rows),
+            "booster": partial(plain.predict, features),
+            "booster behind the press's scale": partial(pressed.predict, features),
+            "gru": partial(gru.advance, state, step),
         }
         for name, call in calls.items():
             found.setdefault(name, {})[str(batch)] = time_calls(call)

@@ -80,9 +80,9 @@ def print_stages(
         style = "green" if stage.left == 0 else "yellow" if stage.done else None
         table.add_row(stage.rule, str(stage.done), str(stage.left), *cells, style=style)
     table.add_section()
-    done, left = sum(stage.done for stage in stages), sum(stage.left for stage in stages)
-    time_left = ("at least " if unknown else "") + duration(total) if left and total else "-"
-    table.add_row("all", str(done), str(left), "", "", "", time_left)
+    done, waiting = sum(stage.done for stage in stages), sum(stage.left for stage in stages)
+    time_left = ("at least " if unknown else "") + duration(total) if waiting and total else "-"
+    table.add_row("all", str(done), str(waiting), "", "", "", time_left)
     if started is not None:
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
         table.caption = f"planned by the run that started at {at}; --plan asks Snakemake anew"

@@ -120,8 +120,8 @@ class Decision(NamedTuple):
 
     def replace_rows(self, rows: NDArray[np.bool_], part: "Decision") -> None:
         """Write another decision over the rows where the mask holds."""
-        for column, new in zip(self, part, strict=True):
-            column[rows] = new
+        self.actions[rows], self.amount[rows] = part.actions, part.amount
+        self.modes[rows] = part.modes
 
 
 class Policy:

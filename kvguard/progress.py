@@ -183,7 +183,7 @@ def _rows(paths: Iterable[Path]) -> int | None:
     import pyarrow.parquet as pq
 
     try:
-        return sum(pq.read_metadata(path).num_rows for path in paths)
+        return sum(int(pq.read_metadata(path).num_rows) for path in paths)
     except (OSError, pa.ArrowException):
         return None
 

@@ -526,7 +526,7 @@ def _provenance(rows: Rows, target: str, seed: int) -> dict[str, Any]:
     labels = outcome(rows, target)
     content = hashlib.sha256()
     for start in range(0, len(rows.features), BLOCK_ROWS):
-        content.update(np.ascontiguousarray(rows.features[start : start + BLOCK_ROWS]))
+        content.update(rows.features[start : start + BLOCK_ROWS].tobytes())
     content.update(labels.tobytes())
     prompts = rows.keys["prompt_id"].unique().sort().to_list()
     content.update("".join(prompts).encode())

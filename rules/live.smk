@@ -100,7 +100,6 @@ rule study_signals:
     resources:
         **job("train"),
     params:
-        results=experiment.results_dir,
         library=library("study_signals"),
     script:
         "../workflow_scripts/study_signals.py"

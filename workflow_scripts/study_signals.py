@@ -8,9 +8,9 @@ from kvguard.schema import write_table
 from kvguard.signal_report import study_run
 
 
-def main(results: Path, config: Path, targets: dict[str, Path]) -> None:
-    """Write the tables of `kvguard.signal_report.TABLES`."""
-    tables = study_run(results, load_config(config))
+def main(config: Path, targets: dict[str, Path]) -> None:
+    """Write the tables of `kvguard.signal_report.TABLES` of the run that ``config`` lies in."""
+    tables = study_run(config.parent, load_config(config))
     for name, target in targets.items():
         write_table(tables[name], target)
 
@@ -18,7 +18,6 @@ def main(results: Path, config: Path, targets: dict[str, Path]) -> None:
 if __name__ == "__main__":
     snakemake = joblog.start_job()
     main(
-        Path(snakemake.params.results),
         Path(snakemake.input.config),
         {name: Path(path) for name, path in snakemake.output.items()},
     )
