@@ -251,7 +251,7 @@ def figure_files(wildcards):
         for table in entry.tables
     }
     if any(argument.startswith("operating_point") for argument in entry.arguments):
-        files["certificate"] = "<results>/models/certificate.json"
+        files["points"] = "<results>/models/certificate.json"
     return files
 
 

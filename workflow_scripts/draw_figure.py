@@ -37,7 +37,7 @@ def main(
 if __name__ == "__main__":
     snakemake = joblog.start_job()
     inputs = {name: Path(path) for name, path in snakemake.input.items()}
-    certificate = inputs.pop("certificate", None)
+    certificate = inputs.pop("points", None)  # not "certificate", which is a table
     params = snakemake.params
     main(
         snakemake.wildcards.figure,
