@@ -204,7 +204,7 @@ def test_importing_the_configuration_imports_neither_torch_nor_kvpress() -> None
         ("live.policies", ["guards"], "live.policies.0", "guard_promote", "'guards'"),
         (
             "live.conditions",
-            [["snapkv", 0.5], ["snapkv", 0.9]],
+            [["snapkv", 0.4], ["snapkv", 0.9]],
             "live.conditions.1",
             "('snapkv', '0.300')",
             "('snapkv', '0.900')",
@@ -399,7 +399,7 @@ def test_overlays_merge_mappings_and_replace_lists(tmp_path: Path) -> None:
         overrides={"generation": {"max_new_tokens": 9}},
     )
     assert (config.num_prompts, config.tasks[0].few_shot) == (7, 3)
-    assert (config.generation.max_new_tokens, config.generation.shard_size) == (9, 20)
+    assert (config.generation.max_new_tokens, config.generation.shard_size) == (9, 24)
     assert config.conditions == [("none", "0.000"), ("k", "0.300")]
 
 
