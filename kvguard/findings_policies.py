@@ -23,9 +23,12 @@ HEADLINE_POLICIES = (
     "verify_on_failure",
     "clock_or_loop",
     "guard",
+    "guard_promote",
     "gate",
     "lossless",
     "always_safe",
+    "oracle_gate",
+    "oracle_onset",
 )
 """Policies of the short table, in order; those that neither ran nor were simulated are left out."""
 
@@ -197,7 +200,7 @@ def visible_text(tables: Tables) -> str:
             f"harmed, {_count(alone, 'silent_harm')} of them silently: a check of finished answers "
             "for loops and overruns cannot see those."
         )
-    for policy in ("verify_on_failure", "clock_or_loop", "guard", "lossless"):
+    for policy in ("verify_on_failure", "clock_or_loop", "guard", "guard_promote", "lossless"):
         row = by_policy.get(policy)
         if row is None or row["harmed"] is None:
             continue
