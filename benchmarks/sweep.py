@@ -113,8 +113,7 @@ def on_gpus(found: list[Phase], gpus: int) -> dict[str, Any]:
     start = start_seconds(gpus)
     waves = {phase.name: math.ceil(phase.jobs / gpus) for phase in found}
     minutes = {
-        f"{phase.name} minutes": waves[phase.name] * (start + phase.seconds) / 60
-        for phase in found
+        f"{phase.name} minutes": waves[phase.name] * (start + phase.seconds) / 60 for phase in found
     }
     jobs = sum(phase.jobs for phase in found)
     work = sum(phase.jobs * phase.seconds for phase in found)

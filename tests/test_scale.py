@@ -53,9 +53,7 @@ def test_every_table_belongs_to_the_others(sweep, tokens: pl.DataFrame, tmp_path
     assert tokens.height == sweep.rows >= 6000
     assert len(sweep.traces) == len(sweep.tokens) > len(CONDITIONS)
     target = tmp_path / "run.duckdb"
-    build_database(
-        target, sweep.prompts, sweep.traces, sweep.tokens, sweep.outcomes, sweep.splits
-    )
+    build_database(target, sweep.prompts, sweep.traces, sweep.tokens, sweep.outcomes, sweep.splits)
     traces = read_view(target, "traces")
     lengths = tokens.group_by(schema.TRACE_KEYS).agg(
         rows=pl.len(), last=pl.col("position").max() + 1
