@@ -260,11 +260,12 @@ def plot_simulation_gap(summary: pl.DataFrame, *, presses: Sequence[str] = ()) -
                 axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         apart = (pl.col(metric) - pl.col(f"{metric}_simulated")).abs()
         span = of_panel.select(pl.max_horizontal(metric, f"{metric}_simulated")).max().item()
-        largest = of_panel.filter(apart > 0.02 * abs(span)).sort(apart, descending=True).head(3)
-        names = [
-            (entry[f"{metric}_simulated"], entry[metric], policy_style(entry["policy"]).label, INK)
-            for entry in largest.to_dicts()
-        ]
+        largest = of_panel.filter(apart > 0.02 * abs(span)).sort(apart, descending=True)
+        largest = largest.unique("policy", keep="first", maintain_order=True).head(3)
+        names = []
+        for entry in largest.to_dicts():
+            label = policy_style(entry["policy"]).label.replace(": ", ":\n")  # panels are narrow
+            names.append((entry[f"{metric}_simulated"], entry[metric], label, INK))
         labels.append((axes, names))
     handles = _condition_handles(conditions, styles)
     figure.legend(handles=handles, loc="outside lower center", ncols=5)

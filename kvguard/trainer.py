@@ -243,11 +243,11 @@ class Trainer:
         )
 
     def _fit_gate(self, train: Rows, target: str) -> Predictor:
-        """Logistic regression of "this request is harmed" on its probes, at its first token."""
+        """Logistic regression of "this request is harmed" on its probes, on the press's scale."""
         judged = as_bools(train.keys[f"hazard_{target}"].is_not_null()) & train.compressed()
         first = as_bools(train.keys["position"] == 0)
         names = schema.PROBE_NAMES
-        train, scale = self._scaled(train, names, None)
+        train, scale = self._scaled(train, names, True)  # docs/experiments/003-signals.md
         rows = train.take(judged & first)
         data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]]
         if not len(data) or np.isnan(data).all():
