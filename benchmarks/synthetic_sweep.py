@@ -109,14 +109,19 @@ def make_sweep(
         measuring.say(f"made {made:,} of {rows:,} token rows")
     prompts = _prompts(ids)
     splits = split_prompts(prompts, Splits(), seed)
-    paths = [folder / "prompts" / "prompts.parquet", folder / "outcomes.parquet"]
-    paths.append(folder / "splits.parquet")
-    tables = [prompts, pl.concat(outcomes), splits]
-    for table, path, kinds in zip(
-        tables, paths, (schema.PROMPTS, schema.OUTCOMES, schema.SPLITS), strict=True
-    ):
-        schema.write_table(table, path, kinds)
-    return Sweep(folder, made, *paths, traces, tokens)
+    sweep = Sweep(
+        folder,
+        made,
+        folder / "prompts" / "prompts.parquet",
+        folder / "outcomes.parquet",
+        folder / "splits.parquet",
+        traces,
+        tokens,
+    )
+    schema.write_table(prompts, sweep.prompts, schema.PROMPTS)
+    schema.write_table(pl.concat(outcomes), sweep.outcomes, schema.OUTCOMES)
+    schema.write_table(splits, sweep.splits, schema.SPLITS)
+    return sweep
 
 
 def _prompts(ids: Sequence[str]) -> pl.DataFrame:
@@ -143,7 +148,7 @@ def _compressed(rng: np.random.Generator, base: _Plan, ratio: float) -> _Plan:
     count, steps = base.token_ids.shape
     same = rng.random(count) < 0.2 * (1 - ratio)
     length = np.where(same, base.length, rng.integers(steps // 4, steps, count))
-    loops = ~same & (rng.random(count) < 0.1 * ratio)
+    loops = np.logical_and(~same, rng.random(count) < 0.1 * ratio)
     length = np.where(loops, steps, length)
     shorter = np.minimum(length, base.length)
     differs = np.where(same, -1, (rng.random(count) * shorter / 2).astype(np.int64))
