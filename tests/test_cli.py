@@ -140,7 +140,7 @@ def test_sweep_plans_the_large_model() -> None:
     done = kvguard('kvguard sweep --num-prompts 500 --model "Qwen/Qwen2.5-7B-Instruct" --dry-run')
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1000 prompts" in done.stdout  # 500 of each of the two tasks
-    assert "results/sweeps/qwen2.5-7b-500/traces/qwen2.5-7b/snapkv/0.500/00.parquet" in done.stdout
+    assert "results/sweeps/qwen2.5-7b-500/traces/qwen2.5-7b/snapkv/0.400/00.parquet" in done.stdout
     assert not (CHECKOUT / "results/sweeps").exists()
 
 

@@ -485,8 +485,9 @@ def test_a_gate_learns_from_probes_which_request_is_harmed() -> None:
     oracle = roc_auc_score(
         harmed, first.features[:, schema.FEATURE_NAMES.index("evicted_mass_mean")]
     )
-    assert roc_auc_score(harmed, gate.predict(first.features)) > oracle - 0.1 > 0.55
-    assert gate.predict(first.features).mean() == pytest.approx(harmed.mean(), abs=0.12)
+    risks = gate.predict(first.features, first.press)
+    assert roc_auc_score(harmed, risks) > oracle - 0.1 > 0.55
+    assert risks.mean() == pytest.approx(harmed.mean(), abs=0.12)
     bare = features.with_columns(
         pl.lit(None, pl.Float32).alias(name) for name in schema.PROBE_NAMES
     )
