@@ -43,10 +43,10 @@ import polars as pl
 from synthetic_sweep import Sweep, make_sweep
 
 from kvguard import schema
-from kvguard.config import Config, Labels, OperatingPoint, Predictor, digest, load_config
+from kvguard.config import Config, Labels, OperatingPoint, Predictor, load_config
 from kvguard.evaluate_controller import Frames, simulate_model
 from kvguard.predictor import load_predictor
-from kvguard.progress import PlannedJob, write_plan
+from kvguard.progress import PlannedJob, plan_digest, write_plan
 from kvguard.rival_settings import load_gate, load_rivals
 from kvguard.splits import prompts_of, read_splits
 from kvguard.trainer import make_trainer
@@ -298,7 +298,7 @@ def record_half_done(experiment: Config, folder: Path) -> int:
         )
         for name in names
     ]
-    write_plan(folder / results, jobs, digest(experiment.model_dump(mode="json", by_alias=True)))
+    write_plan(folder / results, jobs, plan_digest(experiment))
     for name in (name for name, done in names.items() if done):
         record = folder / f"{results / 'benchmarks/generate' / Path(*name)}.tsv"
         for path in [record, *(folder / output for output in outputs[name])]:

@@ -34,7 +34,6 @@ from kvguard.config import (
     Config,
     ConfigError,
     Press,
-    digest,
     load_config,
     overlay,
     parse_config,
@@ -123,7 +122,8 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Draws other prompts.")] = None,
     config: Configs = None,
     results_dir: Annotated[
-        Path | None, typer.Option(help="Where the prepared model is, or will be.")
+        Path | None,
+        typer.Option(help="Results that hold the prepared model, or will."),
     ] = None,
 ) -> None:
     """Answer a few prompts under one press and show what happened to each."""
@@ -228,14 +228,21 @@ def status(
         typer.Option(help="Have Snakemake plan anew, instead of reading what the run planned."),
     ] = False,
 ) -> None:
-    """Show jobs done and left of each stage, how fast they go and how long the rest takes."""
+    """Show jobs done and left of each stage, how fast they go and how long the rest takes.
+
+    A results folder is read with the configuration that its run recorded, unless --config is given.
+    """
+    recorded_in = Path(results_dir or "") / "config.json"
     layers = config_layers(config)
-    experiment = load_config(*layers, overrides={"results_dir": results_dir} if results_dir else {})
+    if results_dir and not config and recorded_in.is_file():
+        layers = [recorded_in]
+    given = {"results_dir": results_dir} if results_dir else {}
+    experiment = load_config(*layers, overrides=given, check_files=False)
     overrides = [f"results_dir={results_dir}"] if results_dir else []
     locked = stale_lock(layers, overrides)
     if locked is not None:
         cli_tables.console.print(escape(locked), soft_wrap=True, highlight=False)
-    content = digest(experiment.model_dump(mode="json", by_alias=True))
+    content = progress.plan_digest(experiment)
     recorded = None if plan else progress.read_plan(experiment.results_dir, content)
     stages = run_status(layers, overrides) if recorded is None else recorded.stages
     cli_tables.print_stages(stages, experiment.results_dir, recorded and recorded.started)

@@ -27,7 +27,7 @@ def train(
         Path | None, typer.Option(help="Default: models of the results, or a folder beside it.")
     ] = None,
     config: Configs = None,
-    threads: Annotated[int, typer.Option(min=1)] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads that training uses.")] = 2,
 ) -> None:
     """Train the hazard predictors on a run's tables, and print their metrics on test prompts."""
     import polars as pl
@@ -213,8 +213,13 @@ def signals(
     results_dir: ResultsDir = Path("results"),
     output_dir: Annotated[Path | None, typer.Option(help="Default: tables of the results.")] = None,
     config: Configs = None,
-    folds: Annotated[int, typer.Option(min=2, help="Of the cross-fitted columns.")] = 5,
-    bootstrap_samples: Annotated[int, typer.Option(min=10)] = 2000,
+    folds: Annotated[
+        int,
+        typer.Option(min=2, help="Folds of what is cross-fitted over all prompts."),
+    ] = 5,
+    bootstrap_samples: Annotated[
+        int, typer.Option(min=10, help="Draws of prompts behind each 95 % interval.")
+    ] = 2000,
 ) -> None:
     """Compare signals of silent harm on a finished run, and what deciding on them buys.
 

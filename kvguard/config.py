@@ -420,14 +420,19 @@ class Config(Section):
         raise KeyError(f"no model {name!r} in the config; known: {[m.name for m in self.models]}")
 
 
-def parse_config(values: Mapping[str, Any]) -> Config:
+def parse_config(values: Mapping[str, Any], *, check_files: bool = True) -> Config:
     """Check a configuration mapping.
+
+    Args:
+        values: the configuration.
+        check_files: whether the models and questions that it names by path must be there; False
+            for reading what a finished run left.
 
     Raises:
         ConfigError: one line per problem: the field's path, the value, and what is accepted.
     """
     try:
-        return Config.model_validate(dict(values))
+        return Config.model_validate(dict(values), context={"check_files": check_files})
     except ValidationError as error:
         raise ConfigError(_explain(error, values)) from None
 
@@ -465,12 +470,15 @@ def config_part(values: Mapping[str, Any]) -> Config:
     return part
 
 
-def load_config(*paths: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    *paths: str | Path, overrides: Mapping[str, Any] | None = None, check_files: bool = True
+) -> Config:
     """Read YAML files, later ones laid over earlier ones, and check the result.
 
     Args:
         paths: YAML files, e.g. ``config.yaml`` and ``experiments/paper.yaml``.
         overrides: laid over all of them.
+        check_files: as in `parse_config`.
 
     Raises:
         ConfigError: a file is missing or is not a mapping, or a field is wrong.
@@ -486,7 +494,7 @@ def load_config(*paths: str | Path, overrides: Mapping[str, Any] | None = None) 
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a configuration is a mapping, got {type(values).__name__}")
         merged = overlay(merged, values)
-    return parse_config(overlay(merged, overrides or {}))
+    return parse_config(overlay(merged, overrides or {}), check_files=check_files)
 
 
 def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from kvguard.config_types import (
     Attention,
@@ -14,18 +14,19 @@ from kvguard.config_types import (
     Repository,
     Section,
     Sha256,
+    check_files,
     written_as,
 )
 
 
-def _gguf_file(path: Path) -> Path:
-    if not path.is_file():
+def _gguf_file(path: Path, info: ValidationInfo) -> Path:
+    if check_files(info) and not path.is_file():
         raise ValueError(f"no file at {path}; give the path of a GGUF file")
     return path
 
 
-def _model_folder(path: Path) -> Path:
-    if not (path / "config.json").is_file():
+def _model_folder(path: Path, info: ValidationInfo) -> Path:
+    if check_files(info) and not (path / "config.json").is_file():
         raise ValueError(f"no config.json in {path}; give a folder that holds a model")
     return path
 

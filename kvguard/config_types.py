@@ -5,7 +5,14 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+)
 
 BASELINE = "none"
 """The press name of the uncompressed run, always at ratio "0.000"."""
@@ -56,8 +63,13 @@ def written_as(pattern: str, meaning: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _existing_file(path: Path) -> Path:
-    if not path.is_file():
+def check_files(info: ValidationInfo) -> bool:
+    """Whether the files that a configuration names must exist: not where a finished run is read."""
+    return bool((info.context or {}).get("check_files", True))
+
+
+def _existing_file(path: Path, info: ValidationInfo) -> Path:
+    if check_files(info) and not path.is_file():
         raise ValueError(f"no file at {path}; give the path of a JSON lines file")
     return path
 

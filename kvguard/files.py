@@ -9,6 +9,7 @@ flipped bit stops the first reader instead of spreading into tables.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -40,9 +41,9 @@ class DamagedFile(ValueError):
 
     def __init__(self, path: str | Path, reason: object) -> None:
         self.path = Path(path)
-        remove = "rm -r" if self.path.is_dir() else "rm"
+        remove = ["rm", *(["-r"] if self.path.is_dir() else []), str(path)]
         super().__init__(
-            f"{path} is damaged: {reason}. Remove it (`{remove} {path}`, or `kvguard verify "
+            f"{path} is damaged: {reason}. Remove it (`{shlex.join(remove)}`, or `kvguard verify "
             f"--discard` for all that is damaged) and run again: it is made anew, with what "
             f"depends on it and nothing else"
         )

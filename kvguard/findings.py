@@ -101,7 +101,7 @@ def write_results(results: str | Path, page: str | Path) -> None:
     if not begin or not end:
         raise ValueError(f"{page}: no line {RESULTS_BEGIN!r} followed by {RESULTS_END!r}")
     folder = Path(results)
-    described = json.loads((folder / "config.json").read_text())
+    described = _described(folder)
     tables = {"policies": _read(folder, "policies")} | _derived(folder, described)
     body = _title(described).partition("\n\n")[2]
     body += f"\n\n{visible_text(tables)}\n\n{pooled_table(tables)}"
@@ -109,8 +109,16 @@ def write_results(results: str | Path, page: str | Path) -> None:
         temporary.write_text(f"{before}{begin}\n\n{body}\n\n{end}{after}")
 
 
+def _described(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: {folder} holds no run; `snakemake` makes one")
+    described: dict[str, Any] = json.loads(path.read_text())
+    return described
+
+
 def _section(folder: Path) -> str:
-    described = json.loads((folder / "config.json").read_text())
+    described = _described(folder)
     tables = {name: _read(folder, name) for name in TABLES} | _derived(folder, described)
     certificate = load_certificate(folder / "models" / "certificate.json")
     before, behind = sections(tables, described, certificate)

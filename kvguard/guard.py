@@ -355,6 +355,8 @@ class KVGuard:
         self._warn_of_transfer(decoding.max_new_tokens)
         finished = {}
         for completion, report in guarded(session, requests, observer):
+            if self.policy_name == "lossless":
+                report.scheduled_steps, report.alarm_steps = report.alarm_steps, []
             finished[completion.request.key] = (completion, report)
         self.report = GuardReport(finished[request.key][1] for request in requests)
         self.completions = [finished[request.key][0] for request in requests]

@@ -18,6 +18,8 @@ class RowReport(BaseModel):
     Attributes:
         modes: (position, mode) at the start and at each change; positions are of generated tokens.
         alarm_steps: generated tokens in the row when each alarm came.
+        scheduled_steps: generated tokens in the row when each check came that was due at a fixed
+            step, as all are with `policy="lossless"`; no alarms.
         rewound_to: tokens kept by each rewind or restart.
         unrecoverable: checks that rejected tokens which had been streamed already.
         tokens_wasted: generated, then dropped.
@@ -38,6 +40,7 @@ class RowReport(BaseModel):
     key: str
     modes: list[tuple[int, str]] = []
     alarm_steps: list[int] = []
+    scheduled_steps: list[int] = []
     rewound_to: list[int] = []
     unrecoverable: int = 0
     tokens_wasted: int = 0
@@ -57,9 +60,12 @@ class GuardReport(list[RowReport]):
     """What the guard did in one call: one `RowReport` per row."""
 
     def __repr__(self) -> str:
-        alarmed = sum(bool(row.alarm_steps) for row in self)
-        failed = sum(row.error is not None for row in self)
-        return f"<GuardReport: {len(self)} rows, {alarmed} alarmed, {failed} failed>"
+        counts = self.total()
+        if any(row.scheduled_steps for row in self):
+            acted = f"{counts['checked_on_schedule']} checked on schedule"
+        else:
+            acted = f"{counts['alarmed']} alarmed"
+        return f"<GuardReport: {len(self)} rows, {acted}, {counts['failed']} failed>"
 
     def total(self) -> dict[str, float]:
         """The rows' counts and seconds, added up."""
@@ -74,6 +80,7 @@ class GuardReport(list[RowReport]):
         counts: dict[str, float] = {
             "rows": len(self),
             "alarmed": sum(bool(row.alarm_steps) for row in self),
+            "checked_on_schedule": sum(bool(row.scheduled_steps) for row in self),
             "failed": sum(row.error is not None for row in self),
         }
         return counts | {name: sum(getattr(row, name) for row in self) for name in names}

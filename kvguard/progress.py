@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from kvguard.config import Config, digest
 from kvguard.files import atomic_path
 from kvguard.workflow import StageStatus
 
@@ -93,13 +94,19 @@ def run_summary(jobs: Iterable[PlannedJob]) -> list[str]:
     return lines + failures
 
 
+def plan_digest(experiment: Config) -> str:
+    """What `write_plan` records of a configuration: all of it but what its jobs ask of a machine,
+    as in the ``config.json`` of the results."""
+    return digest(experiment.model_dump(mode="json", by_alias=True, exclude={"jobs"}))
+
+
 def write_plan(results_dir: str | Path, jobs: Iterable[PlannedJob], config_digest: str) -> None:
     """Keep what a run is about to do, for `read_plan`.
 
     Args:
         results_dir: of the run.
         jobs: all of them, as planned.
-        config_digest: `config.digest` of the configuration.
+        config_digest: `plan_digest` of the configuration.
     """
     listed: dict[str, list[list[object]]] = {}
     for job in jobs:

@@ -9,7 +9,7 @@ from snakemake.logging import logger
 from kvguard.code_digest import code_digest, data_digest, definition_digest
 from kvguard.config import BASELINE, POLICIES, ConfigError, digest, parse_config
 from kvguard.figures import FIGURES
-from kvguard.progress import PlannedJob, run_summary, write_plan
+from kvguard.progress import PlannedJob, plan_digest, run_summary, write_plan
 from kvguard.splits import check_split_sizes
 from kvguard.workflow import certificate_uses, workflow_folder
 
@@ -305,7 +305,7 @@ def planned_jobs():
 
 def record_plan():
     """Keep what this run sets out to do where `kvguard status` finds it."""
-    write_plan(experiment.results_dir, planned_jobs(), digest(plain_experiment()))
+    write_plan(experiment.results_dir, planned_jobs(), plan_digest(experiment))
 
 
 def log_summary():

@@ -17,7 +17,7 @@ from conftest import make_tiny_model, make_tiny_tokenizer
 from rich.console import Console
 from synthetic import make_run, write_run
 
-from kvguard import __version__, cli, cli_tables, evaluate_controller, live, schema
+from kvguard import __version__, cli, cli_tables, evaluate_controller, live, progress, schema
 from kvguard.certificate import load_certificate
 from kvguard.config import ConfigError, load_config
 from kvguard.database import build_database
@@ -440,6 +440,50 @@ def test_verify_names_what_is_missing_and_fails(
     assert done.returncode == 1
     assert "predictions.parquet: no such file" in done.stdout
     assert "manifest.json" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def moved_results(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a run whose model and questions are not on this machine any more."""
+    folder = tmp_path_factory.mktemp("moved")
+    shutil.copytree(results, folder, dirs_exist_ok=True)
+    gone = json.loads((folder / "config.json").read_text())
+    weights = {"source": "gguf", "path": "/nowhere/model.gguf", "sha256": "0" * 64}
+    gone["models"] = [{"name": "tiny", **weights}]
+    gone["tasks"].append({"kind": "json_lines", "name": "mine", "path": "/nowhere/mine.jsonl"})
+    gone["tasks"][-1]["num_prompts"] = 20
+    (folder / "config.json").write_text(json.dumps(gone))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["verify", "train", "calibrate", "eval-controller", "signals"])
+def test_results_are_read_where_the_runs_model_is_gone(
+    moved_results: Path, name: str, command: Callable[..., Ended]
+) -> None:
+    line = f"kvguard {name} --results-dir '{moved_results}'"
+    done = command(line + (" --num-prompts 30" if name == "train" else ""))
+    assert "no file at" not in done.stdout + done.stderr
+    assert "cannot be used" not in done.stdout + done.stderr
+    # What ends them is what this folder lacks, in the order in which they read it.
+    lacks = {"verify": "manifest.json", "train": "holds 24 prompts, got 30"}
+    lacks |= {"calibrate": "hazard_predictor.json", "eval-controller": "hazard_predictor.json"}
+    assert lacks.get(name, "no ") in done.stdout + done.stderr
+
+
+def test_status_reads_what_the_results_recorded(
+    moved_results: Path, command: Callable[..., Ended]
+) -> None:
+    job = progress.PlannedJob("generate", {}, ["never_made"], [], "left")
+    experiment = load_config(
+        moved_results / "config.json",
+        overrides={"results_dir": str(moved_results)},
+        check_files=False,
+    )
+    progress.write_plan(moved_results, [job, job], progress.plan_digest(experiment))
+    done = command(f"kvguard status --results-dir '{moved_results}'")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    assert {row[1].strip(): row[3].strip() for row in rows} == {"generate": "2", "all": "2"}
 
 
 def test_status_counts_jobs_per_stage(tmp_path: Path) -> None:

@@ -56,12 +56,26 @@ def test_readme_states_the_two_commands_and_only_make_targets_that_exist():
     assert {"demo", "test"} <= named <= targets
 
 
+def test_the_untrained_guard_of_the_readme_runs_as_printed(tmp_path, tiny_model, tiny_tokenizer):
+    readme = (ROOT / "README.md").read_text()
+    example = readme[readme.index("```python") + 9 : readme.index("# What the demo trained")]
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    example = re.sub(r'folder = "(.+?)"', f"folder = {str(tmp_path)!r}", example)
+    names = {}
+    exec(example.replace("max_new_tokens=512", "max_new_tokens=12"), names)
+    prompt = names["inputs"]["input_ids"].shape[1]
+    assert names["output"].shape == (1, prompt + len(names["guard"].completions[0].token_ids))
+    assert names["guard"].report.to_frame().height == 1
+
+
 def test_the_trained_guard_of_the_readme_is_a_certified_use_of_the_demo():
     readme = (ROOT / "README.md").read_text()
-    example = readme[readme.index("# After `make demo`") :]
+    folder = re.search(r'folder = "(.+?)"', readme)[1]
+    example = readme[readme.index("# What the demo trained") :]
     ratio, window = re.search(r"SnapKVPress\(([0-9.]+), window_size=(\d+)\)", example).groups()
     longest = re.search(r"max_new_tokens=(\d+)", example)[1]
-    model = re.search(r'from_pretrained\("results/checkpoints/(.+?)"\)', example)[1]
+    model = Path(folder).relative_to("results/checkpoints").name
     assert "do_sample=False" in example
     found = [
         use

@@ -763,6 +763,19 @@ def test_a_guard_pickles_and_its_report_adds_up(tiny_llama: PreTrainedModel) -> 
     assert repr(guard.report) == f"<GuardReport: 3 rows, {total['alarmed']:.0f} alarmed, 0 failed>"
 
 
+def test_checks_at_fixed_steps_are_not_reported_as_alarms(tiny_llama: PreTrainedModel) -> None:
+    requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=3)]
+    guard = KVGuard(kvpress.KnormPress(0.3), policy="lossless", check_every_tokens=NEW_TOKENS - 1)
+    guard.run(tiny_llama, requests, ENDLESS)
+    for row in guard.report:
+        assert row.alarm_steps == []
+        assert len(row.scheduled_steps) == row.checks > 0
+        assert row.scheduled_steps[0] == NEW_TOKENS - 1
+    assert repr(guard.report) == "<GuardReport: 3 rows, 3 checked on schedule, 0 failed>"
+    assert guard.report.total()["alarmed"] == 0
+    assert guard.report.total()["checked_on_schedule"] == 3
+
+
 def test_a_guard_is_saved_and_loaded(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=3)]
     presses = (

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -304,6 +306,15 @@ def make_noise(path: Path) -> None:
 def forget_digest(path: Path) -> None:
     """As for a run of a version that recorded none."""
     digest_path(path).unlink()
+
+
+def test_the_command_that_removes_a_damaged_file_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    folder = tmp_path / "my runs; $HOME 'x'"
+    folder.mkdir()
+    for path, options in ((folder / "tokens.parquet", []), (folder, ["-r"])):
+        told = re.search(r"`(rm [^`]*)`", str(DamagedFile(path, "too short")))
+        assert told is not None
+        assert shlex.split(told[1]) == ["rm", *options, str(path)]
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["digest known", "no digest"])

@@ -10,11 +10,11 @@ import polars as pl
 import pytest
 
 from kvguard import schema
-from kvguard.config import Labels, digest, load_config
+from kvguard.config import Labels, load_config
 from kvguard.database import build_database, read_view
 from kvguard.harm import HARM_COLUMNS, judge_harm
 from kvguard.labeling import label_tokens
-from kvguard.progress import read_plan
+from kvguard.progress import plan_digest, read_plan
 
 ROOT = Path(__file__).parents[1]
 CONDITIONS = (("none", "0.000"), ("snapkv", "0.500"), ("snapkv", "0.875"))
@@ -134,8 +134,7 @@ def test_the_large_plan_holds_as_many_jobs_as_asked_and_half_of_them_are_done(
     assert 500 <= jobs < 500 + 32
     assert scale.record_half_done(experiment, tmp_path) == jobs
     monkeypatch.chdir(tmp_path)
-    content = digest(experiment.model_dump(mode="json", by_alias=True))
-    plan = read_plan(experiment.results_dir, content)
+    plan = read_plan(experiment.results_dir, plan_digest(experiment))
     assert plan is not None
     assert [(stage.rule, stage.done, stage.left) for stage in plan.stages] == [
         ("generate", jobs // 2, jobs - jobs // 2)
