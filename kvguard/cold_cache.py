@@ -162,18 +162,35 @@ class ColdRow:
         """
         self.store.wait()
         cache, length = DynamicCache(), self.length
-        count = 0 if further is None else further.shape[3]
         for layer in range(self.store.layers):
-            whole = self.store.on_device(length + count)
-            start = 0
-            for part in self.parts:
-                part.copy_layer(layer, whole[:, start : start + part.tokens])
-                start += part.tokens
+            whole = self._layer(layer, 0 if further is None else further.shape[3])
             if further is not None:
                 whole[:, length:] = further[layer].transpose(1, 2).to(self.store.device)
             keys, values = whole.transpose(1, 2)
             cache.update(keys[None], values[None], layer)
         return cache
+
+    def gather(self, places: Sequence[torch.Tensor]) -> DynamicCache:
+        """A cache, on the device, of some of the entries; one whole layer is there at a time.
+
+        Args:
+            places: per layer (heads, kept) which tokens' entries, in the order that they get.
+        """
+        self.store.wait()
+        cache = DynamicCache()
+        for layer, kept in enumerate(places):
+            index = kept.T[None, :, :, None].expand(2, -1, -1, self.store.head_dim)
+            keys, values = self._layer(layer).gather(1, index).transpose(1, 2)
+            cache.update(keys[None], values[None], layer)
+        return cache
+
+    def _layer(self, layer: int, room: int = 0) -> torch.Tensor:
+        """One layer on the device, (2, tokens + room, heads, head_dim); the room is not filled."""
+        whole, start = self.store.on_device(self.length + room), 0
+        for part in self.parts:
+            part.copy_layer(layer, whole[:, start : start + part.tokens])
+            start += part.tokens
+        return whole
 
 
 class ColdStore:

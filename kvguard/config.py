@@ -269,6 +269,10 @@ class Live(Section):
     gate_threshold: float | Literal["calibrated"] = Field(
         default="calibrated", description="of the score at prefill; above it `gate` promotes"
     )
+    ladder_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["calibrated"] = Field(
+        default="calibrated",
+        description="of the predicted harm; `ladder` starts at the heaviest ratio that is below it",
+    )
     loop_pattern_tokens: Count = Field(default=64, description="longest period of a repetition")
     loop_copies: int = Field(default=3, ge=2, description="copies that make a repetition")
     loop_cover_tokens: Count = Field(
@@ -368,6 +372,11 @@ class Config(Section):
             for press in self.presses
             for ratio in (press.ratios if press.live_ratios is None else press.live_ratios)
         ]
+
+    def live_policies(self, press: str, ratio: str) -> list[str]:
+        """Policies that run live at a ratio; ``ladder`` once a press, at its heaviest live one."""
+        heaviest = max(own for name, own in self.live_conditions if name == press)
+        return [name for name in self.live.policies if name != "ladder" or ratio == heaviest]
 
     @property
     def num_prompts(self) -> int:

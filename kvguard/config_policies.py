@@ -14,9 +14,10 @@ class PolicyEntry(NamedTuple):
         name: in configurations, tables and file names.
         label: in figures and captions.
         needs_hazard: it asks the predictor, and runs at the certificate's operating point.
-        cost: what a request pays beyond drafting. "none": nothing; "full": the full cache from the
-            start; "promote": a check, and the full cache from then on; "check": checks, and
-            compression goes on; "prefill": passes over prompt and answer, and compression goes on.
+        cost: what a request pays beyond drafting. "none": nothing; "full": all of the cache, or
+            more of it, from the start; "promote": a check, and the full cache from then on;
+            "check": checks, and compression goes on; "prefill": passes over prompt and answer, and
+            compression goes on.
         simulation: what stored traces prove of it, in words, for a safe ratio of 0 and requests
             that do not tie.
         live: whether the engine runs it; oracles need to know how a request ends.
@@ -67,6 +68,13 @@ POLICIES: dict[str, PolicyEntry] = {
             "exact: rejected, the uncompressed answer; accepted, the trace",
         ),
         PolicyEntry("gate", "gate at prefill", False, "full", _ORACLE),
+        PolicyEntry(
+            "ladder",
+            "ladder of ratios",
+            False,
+            "full",
+            "exact: the trace at the ratio that it chooses, or the uncompressed one",
+        ),
         PolicyEntry("verify_all", "check at the end", False, "promote", _CHECKED),
         PolicyEntry("verify_on_failure", "check visible failures", False, "promote", _CHECKED),
         PolicyEntry("clock_or_loop", "clock or loop", False, "promote", _CHECKED),

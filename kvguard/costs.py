@@ -95,6 +95,17 @@ class CostMeter:
             row.completion.host_byte_steps += row.cold.nbytes + part
         return kept, masked, padding
 
+    def replays(self, number: int, sizes: Sequence[int]) -> None:
+        """A request was admitted after passes over its compressed cache, beyond its prefill.
+
+        Args:
+            number: its row.
+            sizes: bytes of the cache that each pass read; the other rows waited with all they have.
+        """
+        for size in sizes:
+            own = sum(int(part[number]) for part in self.slots.row_bytes())
+            self.extra_pass({number: size - own})
+
 
 class Cost(NamedTuple):
     """Costs of requests, arrays of one shape; NaN where undefined or unknown."""

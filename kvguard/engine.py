@@ -21,6 +21,7 @@ from kvguard.audit import Check
 from kvguard.cold_cache import REFUSALS, ColdKind, ColdStore, attention_of
 from kvguard.costs import CostMeter
 from kvguard.decode_compression import DecodeState
+from kvguard.ladder import RatioLadder
 from kvguard.logits_buffers import LogitsBuffers
 from kvguard.models import check_architecture, position_limit
 from kvguard.prefill import Prefilled, Prefix, attention_layers, cache_bytes, is_pressed, prefill
@@ -80,6 +81,7 @@ class Session:
         cold_folder: for "disk"; None takes the system's folder of temporary files.
         falls_back: a prompt that the press refuses, one shorter than its window, is not compressed;
             otherwise its request fails.
+        ladder: chooses each request's ratio at its prefill, from its probes.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Session:
         cold: ColdKind | Literal["none"] = "none",
         cold_folder: Path | None = None,
         falls_back: bool = False,
+        ladder: RatioLadder | None = None,
     ) -> None:
         check_architecture(model.config)
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
@@ -110,7 +113,7 @@ class Session:
         self.phases: Phases = phases(press)
         if self.phases.decode is not None and model.config._attn_implementation == "eager":
             raise PressError("compression while decoding needs sdpa attention, got 'eager'")
-        self.falls_back = falls_back
+        self.falls_back, self.ladder = falls_back, ladder
         self.store: ColdStore | None = None
         if cold != "none":
             self.store = ColdStore(
@@ -145,9 +148,6 @@ class Session:
     def free(self) -> int:
         """Rows that could be admitted."""
         return self.slots.rows - self.slots.active
-
-    def _probe(self, request: Request) -> CacheProbe:
-        return CacheProbe(self.model, request.prompt_ids, self.marked)
 
     @torch.inference_mode()
     def admit(self, request: Request) -> Completion | None:
@@ -192,7 +192,7 @@ class Session:
         row = self.active
         completion.cache_bytes_before = ready.bytes_before
         completion.cache_bytes_after = ready.bytes_after
-        completion.tokens_prefilled = len(request.prompt_ids)
+        completion.tokens_prefilled += len(request.prompt_ids)
         completion.probes = ready.probes
         try:
             self.slots.insert(row, ready.cache, ready.masked)
@@ -226,14 +226,17 @@ class Session:
         """Prefill a request; under the press, or without where the press refuses its prompt."""
         split = phases(self.admission_press)
         compresses = split != Phases(None, None)
+        probe = CacheProbe(self.model, request.prompt_ids, self.marked) if self.probes else None
         try:
+            if self.ladder is not None:
+                return self.ladder.start(self, request, completion)
             return split, prefill(
                 self.model,
                 request.prompt_ids,
                 fresh(split.prefill),
                 prefix=self.prefix,
                 seed=request.seed,
-                probe=self._probe(request) if self.probes else None,
+                probe=probe,
                 store=self.store if compresses else None,
             )
         except (AssertionError, IndexError, ValueError) as error:

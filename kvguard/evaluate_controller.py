@@ -15,7 +15,7 @@ from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement
 from kvguard.policies import Policy, next_decision
 from kvguard.predictor import Predictor
-from kvguard.rival_settings import RivalSetting
+from kvguard.rival_settings import NEVER_RELAX, RivalSetting
 from kvguard.schema import CONDITION
 from kvguard.simulation import simulate_policies
 from kvguard.stored_requests import StoredRequests, load_requests, tied_requests
@@ -220,16 +220,17 @@ def simulate_model(
         experiment: the whole configuration.
         controller: drives the guard.
         decode: token ids to text, of that model's tokenizer.
-        rivals: what ``clock_or_loop`` and ``gate`` learned, by condition; None leaves them out.
-        gate: what ``gate`` asks; None: it goes by the first token's entropy.
+        rivals: what ``clock_or_loop``, ``gate`` and ``ladder`` learned, by condition; None leaves
+            them out.
+        gate: what ``gate`` and ``ladder`` ask; None: see `simulate_policies`.
         target: of the predictor whose hazard drives the guard: that of its certificate.
 
     Returns:
         `schema.RUNS`.
     """
     requests = load_requests(*frames, guard=experiment.guard, target=target)
-    clocks, gates = (None, None) if rivals is None else _per_request(requests, rivals)
-    left_out = ("clock_or_loop", "gate") if rivals is None else ()
+    fitted = (None, None, None) if rivals is None else _per_request(requests, rivals)
+    left_out = ("clock_or_loop", "gate", "ladder") if rivals is None else ()
     return simulate_policies(
         requests,
         [name for name in config.POLICIES if name not in left_out],
@@ -239,21 +240,24 @@ def simulate_model(
         controller=controller,
         guard=experiment.guard,
         decode=decode,
-        clock_tokens=clocks,
-        gate_threshold=gates,
+        clock_tokens=fitted[0],
+        gate_threshold=fitted[1],
+        ladder_threshold=fitted[2],
         gate=gate,
     )
 
 
 def _per_request(
     requests: StoredRequests, rivals: Mapping[tuple[str, str, str], RivalSetting]
-) -> tuple[NDArray[np.int32], FloatArray]:
+) -> tuple[NDArray[np.int32], FloatArray, FloatArray]:
     """The rivals' numbers for each request; those of a condition without any never alarm."""
     found = [rivals.get(key) for key in requests.table.select(CONDITION).iter_rows()]
     never = np.iinfo(np.int32).max
     clocks = [never if one is None else one.clock_tokens for one in found]
     gates = [np.inf if one is None else one.gate_threshold for one in found]
-    return np.array(clocks, np.int32), np.array(gates, np.float64)
+    thresholds = [None if one is None else one.ladder_threshold for one in found]
+    ladders = [NEVER_RELAX if one is None else one for one in thresholds]
+    return np.array(clocks, np.int32), np.array(gates, np.float64), np.array(ladders, np.float64)
 
 
 def summarize_model(

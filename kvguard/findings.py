@@ -159,7 +159,7 @@ def _derived(folder: Path, described: Mapping[str, Any]) -> dict[str, pl.DataFra
         )
         for model in described["models"]
         for press, ratio in experiment.live_conditions
-        for policy in experiment.live.policies
+        for policy in experiment.live_policies(press, ratio)
         for shard in range(len(experiment.live_shards))
     )
     simulated = schema.read_table(folder / "simulation.parquet", schema.RUNS)

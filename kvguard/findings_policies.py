@@ -25,6 +25,7 @@ HEADLINE_POLICIES = (
     "guard",
     "guard_promote",
     "gate",
+    "ladder",
     "lossless",
     "always_safe",
     "oracle_gate",

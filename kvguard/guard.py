@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from pydantic import ValidationError
 
-from kvguard.config import POINT_NAMES, OperatingPoint, Tolerance
+from kvguard.config import OperatingPoint, Tolerance
+from kvguard.guard_predictor import resolve_point, resolve_predictor
 from kvguard.guard_report import GuardError, GuardReport
 from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
-from kvguard.rivals import Lossless
-from kvguard.schema import FEATURE_VERSION, PROBE_NAMES
+from kvguard.rivals import Ladder, Lossless
+from kvguard.schema import PROBE_NAMES
 
 if TYPE_CHECKING:
     from kvpress import BasePress
@@ -27,19 +27,12 @@ if TYPE_CHECKING:
     from kvguard.certificate import Certificate, Statement
     from kvguard.drift import DriftMonitor
     from kvguard.guard_observer import HazardModel, Stopping
+    from kvguard.ladder import RatioLadder
     from kvguard.prefill import Prefix
     from kvguard.requests import Completion, Request
     from kvguard.sampling import Decoding
 
 logger = logging.getLogger(__name__)
-
-RULES_POINTS = {
-    "conservative": OperatingPoint(tau_low=0.4, tau_high=0.8, k=2, j=16),
-    "balanced": OperatingPoint(tau_low=0.3, tau_high=0.6, k=2, j=16),
-    "aggressive": OperatingPoint(tau_low=0.2, tau_high=0.4, k=1, j=16),
-}
-"""Thresholds of ``predictor="rules"``, which has no certificate."""
-
 
 Recovery = Literal["continue", "promote", "tolerant", "recompute", "restart", "relax_only"]
 
@@ -58,6 +51,11 @@ class KVGuard:
 
     >>> guard = KVGuard(SnapKVPress(0.75), policy="lossless", check_every_tokens=16)
 
+    A ladder starts each request at the heaviest ratio that is predicted not to harm it:
+
+    >>> guard = KVGuard(SnapKVPress(), policy="ladder", ratios=[0.75, 0.5, 0.25],
+    ...                 predictor="results/models/gate_predictor.json")
+
     A named operating point is the certificate's beside the predictor, for certified uses alone.
     Thresholds as numbers, and ``predictor="rules"``, work with any model, press and length.
 
@@ -67,7 +65,12 @@ class KVGuard:
             repetition and entropy, which needs no training.
         policy: "guard" lets the predictor say when to check; "lossless" checks every
             ``check_every_tokens`` tokens and at the end, and returns the uncompressed model's own
-            answer.
+            answer; "ladder" chooses the ratio of each request at its prefill, before anything is
+            evicted, and does nothing afterwards.
+        ratios: with "ladder": the ratios of the press to choose among; the full cache is the last
+            resort.
+        threshold: with "ladder": a ratio is taken where the predicted probability of harm is below
+            it.
         operating_point: "conservative", "balanced" or "aggressive" of the certificate beside the
             predictor, or thresholds of your own, an `OperatingPoint` or a dict of its fields.
         recovery: what an alarm does. "continue" checks, cuts at the first token that the
@@ -114,7 +117,9 @@ class KVGuard:
         press: "BasePress | None",
         *,
         predictor: "str | Path | HazardModel" = "rules",
-        policy: Literal["guard", "lossless"] = "guard",
+        policy: Literal["guard", "lossless", "ladder"] = "guard",
+        ratios: Sequence[float] | None = None,
+        threshold: float = 0.2,
         operating_point: str | OperatingPoint | Mapping[str, float] = "balanced",
         recovery: Recovery = "continue",
         cold: Literal["host", "disk", "none"] = "host",
@@ -145,7 +150,12 @@ class KVGuard:
             "margin_nats is at least 0": (margin_nats, margin_nats >= 0),
             "batch_size is at least 1, or None": (batch_size, batch_size is None or batch_size > 0),
             "cold is 'host', 'disk' or 'none'": (cold, cold in ("host", "disk", "none")),
-            "policy is 'guard' or 'lossless'": (policy, policy in ("guard", "lossless")),
+            "policy is 'guard', 'lossless' or 'ladder'": (
+                policy,
+                policy in ("guard", "lossless", "ladder"),
+            ),
+            "threshold lies in (0, 1]": (threshold, 0 < threshold <= 1),
+            "ratios are those of policy='ladder'": (ratios, policy == "ladder" or ratios is None),
             f"recovery is one of {', '.join(get_args(Recovery))}": (
                 recovery,
                 recovery in get_args(Recovery),
@@ -158,14 +168,21 @@ class KVGuard:
         self.predictor: HazardModel | None = None
         self.certificate: Certificate | None = None
         self.operating_point: OperatingPoint | None = None
+        self.ladder: RatioLadder | None = None
+        self.ratios, self.threshold = None if ratios is None else list(ratios), threshold
         if policy == "lossless":
             if predictor != "rules":
                 raise GuardError("predictor: policy='lossless' checks everything and needs none")
+        elif policy == "ladder":
+            from kvguard.ladder import users_ladder
+
+            self.predictor, _ = resolve_predictor(predictor, False)
+            self.ladder = users_ladder(press, ratios, self.predictor, threshold)
         else:
-            self.predictor, self.certificate = _load_predictor(
+            self.predictor, self.certificate = resolve_predictor(
                 predictor, isinstance(operating_point, str)
             )
-            self.operating_point = _operating_point(
+            self.operating_point = resolve_point(
                 operating_point, self.certificate, rules=predictor == "rules"
             )
         self.task, self.safe_ratio = task, safe_ratio
@@ -184,9 +201,7 @@ class KVGuard:
         }
         self._prompts_seen: set[int] = set()
         names = {"continue": "guard"}
-        self.policy_name = (
-            "lossless" if policy == "lossless" else names.get(recovery, f"guard_{recovery}")
-        )
+        self.policy_name = names.get(recovery, f"guard_{recovery}") if policy == "guard" else policy
         self.cold, self.cold_folder = cold, cold_folder
         self._warned: set[str] = set()
         self.margin_nats, self.tolerance = margin_nats, tolerance
@@ -324,13 +339,14 @@ class KVGuard:
         session = Session(
             model,
             decoding,
-            press=self.press,
+            press=self.press if self.ladder is None else self.ladder.heaviest,
             rows=rows,
             prefix=prefix,
             probes=_reads_probes(self.predictor),
             cold="none" if self.policy_name in UNCHECKED else self.cold,
             cold_folder=self.cold_folder,
             falls_back=True,
+            ladder=self.ladder,
         )
         policy = self._policy(rows, decoding.max_new_tokens)
         streamer = self.streamer if streamer is None else streamer
@@ -410,6 +426,8 @@ class KVGuard:
     def _policy(self, rows: int, max_new_tokens: int) -> Policy:
         if self.policy_name == "lossless":
             return Lossless("lossless", rows, self.check_every_tokens)
+        if self.ladder is not None:
+            return Ladder("ladder", rows, self.threshold)
         return make_policy(
             self.policy_name,
             rows,
@@ -429,12 +447,14 @@ class KVGuard:
         names = sorted({_plain(press) for press, _ in trained["presses"]})
         own = _plain(use["press_class"].removesuffix("Press"))
         own = next((name for name in names if name.startswith(own)), own)  # snapkv_w16 is a snapkv
-        seen = {
-            "press": (own, names),
-            "ratio": (use["ratio"], sorted({ratio for _, ratio in trained["presses"]})),
-            "max_new_tokens": (max_new_tokens, trained["max_new_tokens"]),
-        }
-        for name, (value, known) in seen.items():
+        at = sorted({ratio for _, ratio in trained["presses"]})
+        ratios = [use["ratio"]] if self.ladder is None else list(self.ladder.presses)
+        seen = [
+            ("press", own, names),
+            *(("ratio", ratio, at) for ratio in ratios),
+            ("max_new_tokens", max_new_tokens, trained["max_new_tokens"]),
+        ]
+        for name, value, known in seen:
             warning = f"the predictor was not trained at {name} {value}, but at {known}"
             if value not in known and warning not in self._warned:
                 self._warned.add(warning)
@@ -504,7 +524,7 @@ class KVGuard:
 
 _SAVED = (
     *("recovery", "cold", "safe_ratio", "margin_nats", "check_every_tokens", "holdback_tokens"),
-    *("batch_size", "seed", "task"),
+    *("batch_size", "seed", "task", "ratios", "threshold"),
 )
 """Settings that are attributes of the same name."""
 
@@ -517,71 +537,3 @@ def _plain(name: str) -> str:
 def _reads_probes(predictor: "HazardModel | None") -> bool:
     """Whether a predictor reads what is measured at prefill."""
     return bool(set(getattr(predictor, "feature_names", ())) & set(PROBE_NAMES))
-
-
-def _load_predictor(
-    given: "str | Path | HazardModel", needs_certificate: bool
-) -> "tuple[HazardModel, Certificate | None]":
-    """A predictor and the certificate beside it that speaks of it.
-
-    Raises:
-        CertificateError: it speaks of another predictor or cannot be read, and is needed.
-    """
-    from kvguard.certificate import CertificateError, load_certificate
-    from kvguard.predictor import load_predictor, rules_predictor
-
-    if isinstance(given, str) and given == "rules":
-        return rules_predictor(), None
-    if isinstance(given, str | Path):
-        path = Path(given)
-        if not path.is_file():
-            raise GuardError(f'predictor: no file at {path}; give a trained predictor or "rules"')
-        predictor = load_predictor(path)
-        beside = path.with_name("certificate.json")
-        if not beside.is_file():
-            return predictor, None
-        try:
-            certificate = load_certificate(beside)
-            certificate.check_predictor(predictor)
-        except CertificateError:
-            if needs_certificate:
-                raise
-            return predictor, None
-        logger.info("%s", certificate.text)
-        return predictor, certificate
-    if given.feature_version != FEATURE_VERSION:
-        raise GuardError(
-            f"predictor: made for feature version {given.feature_version}, the guard computes "
-            f"version {FEATURE_VERSION}"
-        )
-    return given, None
-
-
-def _operating_point(
-    given: str | OperatingPoint | Mapping[str, float],
-    certificate: "Certificate | None",
-    rules: bool,
-) -> OperatingPoint:
-    """Thresholds by name: the certificate's, or the rules'; of another predictor there are none."""
-    if isinstance(given, OperatingPoint):
-        return given
-    if isinstance(given, Mapping):
-        try:
-            return OperatingPoint.model_validate(dict(given))
-        except ValidationError as error:
-            faults = [
-                ".".join(["operating_point", *map(str, fault["loc"])])
-                + f": {fault['msg'].removeprefix('Value error, ')}, got {fault['input']!r}"
-                for fault in error.errors()
-            ]
-            raise GuardError("; ".join(faults)) from None
-    if given not in POINT_NAMES:
-        raise GuardError(f"operating_point is one of {', '.join(POINT_NAMES)}, got {given!r}")
-    if certificate is not None:
-        return certificate.operating_point(given)
-    if rules:
-        return RULES_POINTS[given]
-    raise GuardError(
-        f"operating_point: {given!r} is a name in a certificate, and there is no certificate.json "
-        "beside the predictor; give thresholds, an OperatingPoint(tau_low, tau_high, k, j)"
-    )

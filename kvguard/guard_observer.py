@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from kvguard.audit import Check, first_rejected, harmful_token
 from kvguard.checks import RECOVERABLE, free_memory, run_checks
-from kvguard.config import Tolerance
+from kvguard.config import BASELINE_RATIO, Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Session, Step, generate, synchronize
 from kvguard.features import FeatureState
 from kvguard.guard_report import GuardError, RowReport
+from kvguard.ladder import charge_replays, relaxed
 from kvguard.policies import AFTER_END, CHECKS, Action, Observation, Policy, is_alarm
 from kvguard.prefill import prefill
 from kvguard.presses import fresh, phases, with_ratio
@@ -137,13 +138,17 @@ class GuardObserver:
         if self.features is not None:
             limit = int(session.limits[row])
             self.features.reset(row, self.ratio, limit, completion.probes)
+        if completion.start_ratio == BASELINE_RATIO:
+            self.policy.enter_safe_mode(row)
+        charge_replays(session, row)
         self.modes[row] = self.policy.modes[row]
         self.seen[row] = self.streamed[row] = 0
         self.probe[row] = np.nan
         if self.probe_score is not None and completion.probes is not None:
             self.probe[row] = self.probe_score(np.asarray(completion.probes)[None])[0]
         report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])
-        report.notes += session.rows[row].completion.notes
+        report.start_ratio, report.notes = completion.start_ratio, list(completion.notes)
+        report.alarm_steps += [0] if relaxed(session, completion) else []
         self.reports[request.key] = report
         self._schedule(session, [row])
         self._idle_steps = 0

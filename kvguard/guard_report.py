@@ -17,6 +17,8 @@ class RowReport(BaseModel):
 
     Attributes:
         modes: (position, mode) at the start and at each change; positions are of generated tokens.
+        start_ratio: fraction that the press removed at prefill where a ladder chose it; "0.000" is
+            the full cache. None: no ladder was asked.
         alarm_steps: generated tokens in the row when each alarm came.
         scheduled_steps: generated tokens in the row when each check came that was due at a fixed
             step, as all are with `policy="lossless"`; no alarms.
@@ -39,6 +41,7 @@ class RowReport(BaseModel):
 
     key: str
     modes: list[tuple[int, str]] = []
+    start_ratio: str | None = None
     alarm_steps: list[int] = []
     scheduled_steps: list[int] = []
     rewound_to: list[int] = []

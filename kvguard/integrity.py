@@ -292,7 +292,7 @@ def _check_live(config: Config, results: Path) -> Problems:
     test = set(_columns(path, *schema.SPLITS).filter(pl.col("split") == "test")["prompt_id"])
     for model in config.models:
         for press, ratio in config.live_conditions:
-            for policy in config.live.policies:
+            for policy in config.live_policies(press, ratio):
                 folder = results / "live" / model.name / press / ratio / policy
                 files = sorted(folder.glob("*.parquet"))
                 ran = set().union(*(_columns(file, "prompt_id")["prompt_id"] for file in files))

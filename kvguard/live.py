@@ -23,6 +23,7 @@ from kvguard.guard_observer import GuardObserver, HazardModel, guarded
 from kvguard.guard_report import RowReport
 from kvguard.harm import judge_harm
 from kvguard.joblog import progress
+from kvguard.ladder import RatioLadder
 from kvguard.models import LoadedModel
 from kvguard.policy_factory import make_policy
 from kvguard.predictor import Predictor, for_press
@@ -30,7 +31,8 @@ from kvguard.presses import build_press
 from kvguard.probes import marked_tokens, reads_probes
 from kvguard.prompts import Example, Prompt, load_task, prompts_frame
 from kvguard.requests import Completion
-from kvguard.rival_settings import NO_GATE, gate_scores
+from kvguard.rival_settings import NO_GATE, NO_LADDER, gate_risk, gate_scores
+from kvguard.rivals import Ladder
 from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
 from kvguard.splits import prompts_of, read_splits
 
@@ -52,6 +54,7 @@ def run_policy_shard(
     constant_ratio: str | None = None,
     clock_tokens: int | None = None,
     gate_threshold: float | None = None,
+    ladder_threshold: float | None = None,
     gate: Predictor | None = None,
 ) -> pl.DataFrame:
     """Run one policy over one condition's prompts.
@@ -72,7 +75,9 @@ def run_policy_shard(
         constant_ratio: the ratio of ``constant``.
         clock_tokens: when ``clock_or_loop`` alarms.
         gate_threshold: of the score of ``gate``.
-        gate: scores the probes of a prefill for it; None: it goes by the first token's entropy.
+        ladder_threshold: of ``ladder``, whose ratios are the press's up to ``ratio``.
+        gate: scores the probes of a prefill for both; None: ``gate`` goes by the first token's
+            entropy, and ``ladder`` starts every request at ``ratio``.
 
     Returns:
         RUNS, source "live", one row a prompt in the prompts' order. What a request failed with is
@@ -91,22 +96,29 @@ def run_policy_shard(
         press_ratio=constant_ratio,
         clock_tokens=clock_tokens,
         gate_threshold=gate_threshold,
+        ladder_threshold=ladder_threshold,
     )
     detection, guard = experiment.detection, experiment.guard
     compressor = build_press(press, rule.press_ratio or ratio)
-    scores = None
+    scores = ladder = None
     if policy == "gate" and gate is not None:
-        scores = partial(gate_scores, gate, press=press.name)
+        scores = partial(gate_scores, gate, press=press.name, ratio=float(ratio))
+    if isinstance(rule, Ladder):
+        ladder = make_ladder(press, ratio, gate, float(rule.threshold[0]))
     probes = (rule.needs_hazard and reads_probes(predictor)) or scores is not None
+    probes |= ladder is not None and gate is not None
     session = Session(
         model.model,
         ready.decoding,
         press=compressor,
         rows=ready.rows,
         prefix=ready.prefix,
-        cold=guard.cold if rule.checks and not rule.fresh_checks else "none",
+        cold=guard.cold
+        if (rule.checks and not rule.fresh_checks) or rule.chooses_ratio
+        else "none",
         probes=probes,
         marked=marked_tokens(model.tokenizer, model.model.config.vocab_size) if probes else None,
+        ladder=ladder,
     )
     observer = GuardObserver(
         session,
@@ -127,8 +139,8 @@ def run_policy_shard(
     traces, tokens, reports = [], [], []
     with progress(len(prompts), f"{press.name} {ratio} {policy} shard {shard:02d}") as advance:
         for completion, report in guarded(session, ready.requests, observer):
-            if policy == "gate" and gate is None:
-                report.notes.append(NO_GATE)
+            if policy in ("gate", "ladder") and gate is None:
+                report.notes.append(NO_GATE if policy == "gate" else NO_LADDER)
             traces.append(trace_row(completion, model, ready.decoding) | keys | place)
             reports.append(_report_row(completion, report))
             if completion.error is None:
@@ -156,6 +168,15 @@ def run_policy_shard(
         .with_columns(policy=pl.lit(policy), source=pl.lit("live"))
     )
     return check(conform(runs, RUNS), RUNS, "runs")
+
+
+def make_ladder(
+    press: config.Press, ratio: str, gate: Predictor | None, threshold: float
+) -> RatioLadder:
+    """The ladder of a press's ratios, a condition's own at most, with a gate's risk."""
+    ratios = sorted((each for each in press.ratios if each <= ratio), reverse=True)
+    risk = None if gate is None else partial(gate_risk, gate, press.name)
+    return RatioLadder({each: build_press(press, each) for each in ratios}, risk, threshold)
 
 
 def live_prompts(
@@ -254,6 +275,7 @@ _REPORT = {
         "alarm_steps",
         "rewound_to",
         "unrecoverable",
+        "start_ratio",
     )
 }
 
@@ -267,6 +289,7 @@ def _report_row(completion: Completion, report: RowReport) -> dict[str, object]:
         "alarm_steps": report.alarm_steps,
         "rewound_to": report.rewound_to,
         "unrecoverable": report.unrecoverable,
+        "start_ratio": report.start_ratio,
     }
 
 

@@ -42,6 +42,9 @@ class Ending(NamedTuple):
     kept: NDArray[np.int64]  # tokens that stay; -1 unknown
     cuts: BoolArray  # a recovery that asked which tokens stay
     cold: bool  # checks run the draft alone
+    replayed_bytes: NDArray[np.float64] | None = None  # caches that probes were replayed over
+    replays: NDArray[np.int64] | None = None  # how many; None: the policy reads no probes
+    prefills: NDArray[np.int64] | None = None  # of the prompt, beyond the first
 
 
 def is_proven(

@@ -143,6 +143,8 @@ class Policy:
     """Where REWIND cuts: the first rejected token, or the first sign of harm."""
     safe_after: Literal["stay", "resume"] = "stay"
     """Whether the policy still wants to see rows in SAFE: they go on compressed, under checks."""
+    chooses_ratio: bool = False
+    """Its requests start at a ratio of their own, chosen at prefill (`kvguard.ladder`)."""
     checks: bool = False
     """Some of its actions begin with a check, so its rows are parked outside device memory."""
     checks_everything: bool = False

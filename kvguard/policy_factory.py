@@ -11,6 +11,7 @@ from kvguard.rivals import (
     EntropyAlarm,
     Ergo,
     Gate,
+    Ladder,
     LoopGuard,
     Lossless,
     NgramStop,
@@ -35,6 +36,7 @@ def make_policy(
     press_ratio: str | None = None,
     clock_tokens: int | NDArray[np.integer] | None = None,
     gate_threshold: float | NDArray[np.float64] | None = None,
+    ladder_threshold: float | NDArray[np.float64] | None = None,
 ) -> Policy:
     """Build the policy of that name for a batch of ``rows`` slots.
 
@@ -52,6 +54,8 @@ def make_policy(
             ``live.clock_tokens`` where that is a number.
         gate_threshold: of ``gate``, chosen on calibration prompts; ``live.gate_threshold`` where
             that is a number.
+        ladder_threshold: of ``ladder``, chosen on calibration prompts; ``live.ladder_threshold``
+            where that is a number.
 
     Raises:
         ValueError: an unknown name, or an argument that this policy needs is missing or wrong.
@@ -87,6 +91,12 @@ def make_policy(
         if bound is None:
             raise ValueError("policy 'gate' needs the threshold of its score (gate_threshold=)")
         return Gate(name, rows, bound)
+    if name == "ladder":
+        own = live.ladder_threshold
+        bound = ladder_threshold if own == "calibrated" else own
+        if bound is None:
+            raise ValueError("policy 'ladder' needs the threshold of its risk (ladder_threshold=)")
+        return Ladder(name, rows, bound)
     if name == "always_safe":
         return AlwaysSafe(name, rows)
     policy = Policy(name, rows)

@@ -16,6 +16,7 @@ Eviction Ratio (arXiv 2603.01426); the attention window is SnapKV's (arXiv 2404.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,13 +26,10 @@ from numpy.typing import NDArray
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from kvguard.schema import PROBE_NAMES
+from kvguard.schema import PROBE_NAMES, REPLAY_TOKENS
 
 WINDOW_TOKENS = 16
 """Last prompt tokens whose queries measure attention."""
-
-REPLAY_TOKENS = 4
-"""Last prompt tokens that are run again over the compressed cache."""
 
 SINK_TOKENS = 4
 """First prompt tokens, which draw attention whatever they say (arXiv 2309.17453)."""
@@ -80,8 +78,33 @@ class _Removed(NamedTuple):
     norm_loss: float
 
 
+@dataclass
+class Removal:
+    """What one press, at one ratio, removes from a prompt's cache.
+
+    Attributes:
+        layers: first layer first; None where a layer's entries are not some of the prompt's own.
+        replayable: the kept keys are as they were, so the prompt's positions still hold.
+    """
+
+    layers: list[_Removed | None] = field(default_factory=list)
+    replayable: bool = True
+
+    @property
+    def places(self) -> list[torch.Tensor] | None:
+        """Per layer (heads, kept) prompt position of each entry, in the cache's order.
+
+        None where a layer holds something else than entries of the prompt.
+        """
+        found = [layer.places for layer in self.layers if layer is not None]
+        whole = self.replayable and len(found) == len(self.layers)
+        return found if whole and all(bool((each >= 0).all()) for each in found) else None
+
+
 class CacheProbe:
     """Measures one prompt's prefill; its hooks run before and after the press's hooks.
+
+    What further ratios would remove is measured with `note`, between the two (`kvguard.ladder`).
 
     Args:
         model: in eval mode.
@@ -99,14 +122,14 @@ class CacheProbe:
         ids = np.asarray(self.token_ids)
         self.marked = None if marked is None else torch.from_numpy(marked[ids]).to(model.device)
         self.windows: dict[int, _Window] = {}
-        self.removed: list[_Removed | None] = []
+        self.removal = Removal()
         self.entropies: list[torch.Tensor] = []
-        self.replayable = True
+        self.logits: torch.Tensor | None = None  # what `finish` was given
 
     @property
     def replay_tokens(self) -> int:
         """How many positions' logits the prefill must keep for `finish`."""
-        return min(REPLAY_TOKENS, len(self.token_ids) - 1)
+        return replay_length(len(self.token_ids))
 
     @contextmanager
     def before_press(self, layers: Sequence[Any]) -> Iterator[None]:
@@ -130,27 +153,42 @@ class CacheProbe:
         self.windows[layer.layer_idx] = _Window(keys, values, weights)
 
     def _after(self, layer: Any, _: Any, kwargs: dict[str, Any], __: Any) -> None:
-        entry = kwargs["past_key_values"].layers[layer.layer_idx]
-        before = self.windows.pop(layer.layer_idx)
+        self.note(layer, kwargs["past_key_values"].layers[layer.layer_idx], self.removal)
+        self.windows.pop(layer.layer_idx)
+
+    def note(self, layer: Any, entry: Any, removal: Removal) -> None:
+        """Measure what a press has removed from a layer's cache, before the next layer runs.
+
+        Args:
+            layer: the attention module.
+            entry: its cache, as the press left it.
+            removal: gets the numbers.
+        """
+        before = self.windows[layer.layer_idx]
         places, replayable = _places(before, entry.keys[0], entry.values[0])
-        self.replayable &= replayable
+        removal.replayable &= replayable
         hidden = layer.masked_key_indices
         if places is not None and hidden is not None:
             places = places.clone()
             places[hidden[1], hidden[2]] = -1
-        self.removed.append(None if places is None else _measure(before, places))
+        removal.layers.append(None if places is None else _measure(before, places))
 
     @torch.inference_mode()
-    def finish(self, cache: DynamicCache, logits: torch.Tensor) -> NDArray[np.float32]:
+    def finish(
+        self, cache: DynamicCache, logits: torch.Tensor, removal: Removal | None = None
+    ) -> NDArray[np.float32]:
         """All probes of the request, in the order of `PROBE_NAMES`; call it without the hooks.
 
         Args:
             cache: as the press left it; not changed.
             logits: (`replay_tokens` or more, vocabulary), the prefill's own of the last positions.
+            removal: of the press that left the cache; None: of the one that the hooks saw.
         """
-        values = self._removal() | self._prompt(logits)
-        if self.replayable and self.replay_tokens and all(self.removed):
-            values |= self._replay(cache, logits)
+        self.logits = logits
+        removal = self.removal if removal is None else removal
+        values = self._removal(removal) | self._prompt(logits)
+        if removal.replayable and self.replay_tokens and all(removal.layers):
+            values |= self._replay(cache, logits, removal)
         return np.array([values.get(name, np.nan) for name in PROBE_NAMES], dtype=np.float32)
 
     def _prompt(self, logits: torch.Tensor) -> dict[str, float]:
@@ -165,8 +203,8 @@ class CacheProbe:
             values["prompt_nll"] = float(-scores.gather(1, following[:, None]).mean())
         return values
 
-    def _removal(self) -> dict[str, float]:
-        layers = [layer for layer in self.removed if layer is not None]
+    def _removal(self, removal: Removal) -> dict[str, float]:
+        layers = [layer for layer in removal.layers if layer is not None]
         if not layers:
             return {}
         mass = torch.stack([layer.mass for layer in layers])  # (layers, query heads)
@@ -199,10 +237,12 @@ class CacheProbe:
             values["evicted_marked_everywhere"] = 1 - marked.any(0).float().mean().item()
         return values
 
-    def _replay(self, cache: DynamicCache, logits: torch.Tensor) -> dict[str, float]:
+    def _replay(
+        self, cache: DynamicCache, logits: torch.Tensor, removal: Removal
+    ) -> dict[str, float]:
         count, length = self.replay_tokens, len(self.token_ids)
         device = self.model.device
-        places = [layer.places for layer in self.removed if layer is not None]
+        places = [layer.places for layer in removal.layers if layer is not None]
         usable = [(place >= 0) & (place < length - count) for place in places]
         positions = torch.arange(length - count, length, device=device)
         before = self.model.config._attn_implementation
@@ -228,6 +268,16 @@ class CacheProbe:
             "replay_agreement": agree.mean().item(),
             "replay_entropy_shift": shift[-1].item(),
         }
+
+
+def replay_length(prompt_tokens: int) -> int:
+    """How many tokens of a prompt a replay runs."""
+    return min(REPLAY_TOKENS, prompt_tokens - 1)
+
+
+def replay_ran(probes: NDArray[np.floating]) -> bool:
+    """Whether the probes of a request, in the order of `PROBE_NAMES`, took a replay."""
+    return bool(np.isfinite(probes[PROBE_NAMES.index("replay_kl_last")]))
 
 
 def reads_probes(predictor: object) -> bool:

@@ -57,6 +57,8 @@ class Completion:
         notes: what went wrong and was survived.
         cold: the uncompressed entries outside device memory; None where there are none.
         probes: what the prefill measured, (24,) `schema.PROBE_NAMES`; None where not asked for.
+        start_ratio: at which a ladder let it start; None: no ladder was asked (`kvguard.ladder`).
+        replays: bytes of each cache that a ladder replayed the prompt's last tokens over.
     """
 
     request: Request
@@ -82,6 +84,8 @@ class Completion:
     notes: list[str] = field(default_factory=list)
     cold: ColdRow | None = None
     probes: NDArray[np.float32] | None = None
+    start_ratio: str | None = None
+    replays: list[int] = field(default_factory=list)
 
 
 @dataclass

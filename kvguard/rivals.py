@@ -406,6 +406,45 @@ class Gate(OneAlarm):
         return risky
 
 
+class Ladder(Policy):
+    """Start each request at the heaviest ratio of the press whose predicted harm is small.
+
+    The choice is made at prefill, before anything is evicted (`kvguard.ladder`), so the policy
+    relaxes only what it need not recover; afterwards it never acts. Adaptive budgets from what a
+    press removes: CompilerKV (2602.08686), which compiles a table of budgets per head and layer.
+
+    Args:
+        name: of the policy.
+        rows: slots of the batch.
+        threshold: a ratio is taken where the probability of harm is below it; one for all requests
+            or one for each.
+    """
+
+    chooses_ratio = True
+
+    def __init__(self, name: str, rows: int, threshold: ArrayLike) -> None:
+        super().__init__(name, rows)
+        self.threshold = np.broadcast_to(np.asarray(threshold, np.float64), (rows,)).copy()
+        self.row_state.append(self.threshold)
+
+
+def choose_rung(risk: NDArray[np.floating], threshold: ArrayLike) -> NDArray[np.int64]:
+    """The rung of a ladder that each request starts at: the first whose risk is small.
+
+    Args:
+        risk: (n, ratios) probability of harm, heaviest ratio first; NaN counts as too high.
+        threshold: a ratio is taken where the risk is below it; of all requests or (n,).
+
+    Returns:
+        (n,) number of the ratio; the number of ratios, the full cache, where none is.
+
+    >>> choose_rung(np.array([[0.5, 0.1], [0.5, 0.4]]), 0.2)
+    array([1, 2])
+    """
+    fine = risk.astype(np.float64) < np.asarray(threshold, np.float64).reshape(-1, 1)
+    return np.where(fine.any(axis=1), fine.argmax(axis=1), risk.shape[1]).astype(np.int64)
+
+
 class Lossless(Policy):
     """Check every m tokens and at the end, and go on compressed: VeriCache's rule (2605.17613).
 

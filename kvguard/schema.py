@@ -124,6 +124,9 @@ PROBE_NAMES: tuple[str, ...] = (
 """What `probes.CacheProbe` measures of one request at prefill; larger is riskier,
 except for ``replay_agreement``."""
 
+REPLAY_TOKENS = 4
+"""Last prompt tokens that the probes run again over the compressed cache."""
+
 PROBES: dict[str, pl.DataType] = {name: pl.Float32() for name in PROBE_NAMES}
 """Columns of TRACES; null where a probe is undefined (see `probes`) or was not asked for."""
 
@@ -222,6 +225,9 @@ FEATURE_NAMES: tuple[str, ...] = (
 )
 """The features, in the order in which a predictor expects them; probes are the request's own."""
 
+GATE_FEATURES: tuple[str, ...] = (*PROBE_NAMES, "compression_ratio")
+"""The features that are known before the first token: what a gate reads."""
+
 FEATURE_VERSION = 2
 """Raise it when any feature's meaning changes: a predictor refuses another version's features."""
 
@@ -270,9 +276,13 @@ RUNS: dict[str, pl.DataType] = _trace_key_types | {
     "non_termination": pl.Boolean(),
     "amnesia": pl.Boolean(),  # null where the final tokens were not audited
     "catastrophe": pl.Boolean(),
+    "start_ratio": pl.String(),  # that `ladder` chose; null: not asked, or not known
     **COSTS,
 }
 """One row per (trace, policy): the live experiment and its offline simulation share it."""
+
+LATER_COLUMNS = ("start_ratio",)
+"""Columns that files of earlier versions do not have: null there."""
 
 
 class SchemaError(ValueError):
@@ -285,6 +295,8 @@ def check(frame: pl.DataFrame, schema: Mapping[str, pl.DataType], table: str) ->
     Raises:
         SchemaError: names the table, and each column that is missing, unexpected or mistyped.
     """
+    later = [name for name in LATER_COLUMNS if name in schema and name not in frame.columns]
+    frame = frame.with_columns(pl.lit(None, schema[name]).alias(name) for name in later)
     problems = [f"column {name!r} is missing" for name in schema if name not in frame.columns]
     problems += [f"column {name!r} is not expected" for name in frame.columns if name not in schema]
     problems += [

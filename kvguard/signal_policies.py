@@ -17,6 +17,7 @@ from kvguard.config import BASELINE
 from kvguard.metrics import Measured, resample_weights
 from kvguard.oracles import oracle_ending
 from kvguard.paired_tests import holm
+from kvguard.rivals import choose_rung
 from kvguard.schema import TRACE_KEYS
 from kvguard.signal_models import GATE_MODELS, fit_and_score
 from kvguard.signal_study import SELECTED, SELECTED_GATE, Study, p_value
@@ -373,11 +374,9 @@ def ladder_choice(risk: Mapping[str, NDArray[np.float64]], threshold: float) -> 
     Returns:
         (n,) the ratio; "0.000", the full cache, where every ratio is too risky.
     """
-    size = len(next(iter(risk.values())))
-    chosen = np.full(size, "0.000", dtype="<U5")
-    for ratio in sorted(risk):
-        chosen[risk[ratio] < threshold] = ratio
-    return chosen
+    ratios = sorted(risk, reverse=True)
+    chosen = choose_rung(np.column_stack([risk[ratio] for ratio in ratios]), threshold)
+    return np.array([*ratios, "0.000"])[chosen]
 
 
 def ladder_table(

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from kvguard import config, schema
 from kvguard.controller import NEVER, Mode, first_alarm, stack_points
-from kvguard.costs import COSTS, check_cost, draft_cost, recovery_cost, trace_memory
+from kvguard.costs import COSTS, Cost, check_cost, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, judge_answers, loop_onsets
 from kvguard.harm import judge_harm
 from kvguard.oracles import ORACLES, Ending, is_proven, oracle_ending
@@ -42,7 +42,8 @@ from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, n
 from kvguard.policy_factory import make_policy
 from kvguard.predictor import Predictor
 from kvguard.rival_settings import gate_scores, trace_probes
-from kvguard.schema import CATASTROPHES, CONDITION, TRACE_KEYS
+from kvguard.rivals import Ladder, choose_rung
+from kvguard.schema import CATASTROPHES, CONDITION, REPLAY_TOKENS, TRACE_KEYS
 from kvguard.stored_requests import NOWHERE, StoredRequests
 
 OUTCOME_COLUMNS = ("answer", "right", "agrees", *CATASTROPHES)
@@ -144,6 +145,7 @@ def simulate_policies(
     random_rate: float | None = None,
     clock_tokens: IntArray | int | None = None,
     gate_threshold: FloatArray | float | None = None,
+    ladder_threshold: FloatArray | float | None = None,
     gate: Predictor | None = None,
     guard: config.GuardSettings | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
@@ -165,7 +167,9 @@ def simulate_policies(
         random_rate: the rate of ``random``; None takes the controller's own rate in each condition.
         clock_tokens: of ``clock_or_loop``, one for all or one per request.
         gate_threshold: of ``gate``, one for all or one per request.
-        gate: scores the probes of traces for it; None: it goes by the first token's entropy.
+        ladder_threshold: of ``ladder``, one for all or one per request.
+        gate: scores the probes of traces for both; None: ``gate`` goes by the first token's
+            entropy, and ``ladder`` starts every request at its own ratio.
         guard: how the guard works; None takes the defaults. Above a safe ratio of "0.000" what
             follows a recovery is unknown.
         decode: token ids to text, for requests that a policy stopped; None: their answer is null.
@@ -194,16 +198,24 @@ def simulate_policies(
             alarm_rate=rate,
             clock_tokens=clock_tokens,
             gate_threshold=gate_threshold,
+            ladder_threshold=ladder_threshold,
         )
         exact = guard.safe_ratio == config.BASELINE_RATIO
         scores = None
-        if name == "gate" and gate is not None:
+        if name in ("gate", "ladder") and gate is not None:
+            conditions = requests.table.select("press", pl.col("ratio").cast(pl.Float64))
             scores = gate_scores(
-                gate, trace_probes(requests.table), requests.table["press"].to_numpy()
+                gate, trace_probes(requests.table), *(column.to_numpy() for column in conditions)
             )
         replayed = replay(policy, requests, guard.check_every_tokens, scores)
         ending = _ending(policy, requests, replayed, exact)
+        if scores is not None:
+            ending = _with_replays(ending, requests)
+        if isinstance(policy, Ladder):
+            ending = ladder_ending(ending, requests, scores, policy.threshold)
         runs = ending_runs(name, requests, ending, guard.holdback_tokens)
+        if isinstance(policy, Ladder):
+            runs = runs.with_columns(start_ratio=_start_ratio(requests, ending))
         runs = _judge_stopped(runs, requests, prompts, detection, decode)
         runs = pl.concat([runs, failed.with_columns(policy=pl.lit(name))], how="diagonal")
         frames.append(runs if name == "none" else runs.filter(pl.col("press") != config.BASELINE))
@@ -262,6 +274,84 @@ def _ending(
         verifies | restarts,
         requests.cold and not policy.fresh_checks,
     )
+
+
+def _with_replays(ending: Ending, requests: StoredRequests) -> Ending:
+    """The same with the pass that each request's own probes took."""
+    ran = requests.table["replay_kl_last"].is_not_null().to_numpy()
+    size = np.nan_to_num(trace_memory(requests.table).start)
+    return ending._replace(replayed_bytes=np.where(ran, size, 0.0), replays=ran.astype(np.int64))
+
+
+def ladder_ending(
+    ending: Ending,
+    requests: StoredRequests,
+    risk: NDArray[np.float32] | None,
+    threshold: FloatArray,
+) -> Ending:
+    """How requests end that start at the heaviest ratio of their press that is fine.
+
+    Its own ratio at most: the ladder of a condition is the press's ratios from there down. The
+    trace at the chosen ratio is the answer; unknown where that prompt failed at a ratio which the
+    ladder asks first.
+
+    Args:
+        ending: of requests that nothing is done to, with the replays of their own probes.
+        requests: the traces.
+        risk: (N,) of each request; None: nothing is chosen.
+        threshold: (N,).
+    """
+    if risk is None:
+        return ending
+    table, size = requests.table, len(requests.lengths)
+    own = np.array([float(ratio) for ratio in table["ratio"]])
+    places = table.select("model", "press", "ratio", "prompt_id").with_row_index("row")
+    groups = ["model", "press"]
+    source, replays = np.full(size, -1), np.zeros(size, np.int64)
+    replayed, prefills = np.zeros(size), np.zeros(size, np.int64)
+    assert ending.replays is not None
+    assert ending.replayed_bytes is not None
+    for _, part in places.group_by(groups):
+        if part["press"][0] == config.BASELINE:
+            rows = part["row"].to_numpy()
+            source[rows] = rows
+            continue
+        ratios = part["ratio"].unique().sort(descending=True).to_list()
+        wide = part.pivot("ratio", index="prompt_id", values="row").select(
+            "prompt_id", *(pl.col(ratio).cast(pl.Int64).fill_null(-1) for ratio in ratios)
+        )
+        at = part.select("row", "prompt_id").join(
+            wide, on="prompt_id", how="left", maintain_order="left"
+        )
+        rows, rungs = at["row"].to_numpy(), at.select(ratios).to_numpy()  # (n,), (n, ratios)
+        asked = np.array([float(ratio) for ratio in ratios]) <= own[rows][:, None]
+        there = (rungs >= 0) & asked
+        risks = np.where(there, risk[rungs], np.nan)
+        chosen = choose_rung(risks, threshold[rows])
+        before = asked & (np.arange(len(ratios)) < chosen[:, None])
+        tried = asked & (np.arange(len(ratios)) <= chosen[:, None])
+        ends = np.column_stack([rungs, requests.baseline[rows]])[np.arange(len(rows)), chosen]
+        source[rows] = np.where((before & ~there).any(axis=1), -1, ends)
+        counted = np.where(tried & there, rungs, 0)
+        replays[rows] = np.where(tried & there, ending.replays[counted], 0).sum(axis=1)
+        replayed[rows] = np.where(tried & there, ending.replayed_bytes[counted], 0).sum(axis=1)
+        prefills[rows] = before.sum(axis=1) * (not requests.cold)
+    relaxed = source != np.arange(size)
+    return ending._replace(
+        source=source.astype(np.int64),
+        alarmed=relaxed,
+        draft=np.where(relaxed, 0, ending.draft),
+        replayed_bytes=replayed,
+        replays=replays,
+        prefills=prefills,
+    )
+
+
+def _start_ratio(requests: StoredRequests, ending: Ending) -> pl.Series:
+    """The ratio of the trace that each request ends as; null where that is unknown."""
+    found = requests.table["ratio"].gather(np.maximum(ending.source, 0))
+    known = pl.Series(ending.source >= 0)
+    return pl.select(pl.when(known).then(found).alias("start_ratio"))["start_ratio"]
 
 
 def _first_cut(
@@ -357,6 +447,7 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
     )
     own = type(own)(*(a + np.where(stays, b, 0) for a, b in zip(own, passed, strict=True)))
     checks = pl.Series(((ending.recovers | stays) & (ending.carried > 0)).astype(np.int64))
+    own, recovery = (_add_admission(cost, requests, ending) for cost in (own, recovery))
     costs = {"checks": pl.select(pl.when(pl.Series(determined)).then(checks))[checks.name]}
     for name in COSTS:
         value = np.where(ending.recovers, getattr(recovery, name), getattr(own, name))
@@ -364,6 +455,19 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
         column = pl.Series(np.where(sure, value, np.nan)).fill_nan(None)
         costs[name] = column.round() if schema.RUNS[name].is_integer() else column
     return costs
+
+
+def _add_admission(cost: Cost, requests: StoredRequests, ending: Ending) -> Cost:
+    """The same with the passes of an admission beyond its prefill."""
+    if ending.replays is None:
+        return cost
+    prompts = requests.table["prompt_tokens"].to_numpy().astype(np.int64)
+    again = 0 if ending.prefills is None else ending.prefills * prompts
+    tokens = ending.replays * np.minimum(REPLAY_TOKENS, prompts - 1) + again
+    return cost._replace(
+        device_byte_steps=cost.device_byte_steps + ending.replayed_bytes,
+        tokens_prefilled=cost.tokens_prefilled + tokens,
+    )
 
 
 def _judge_stopped(

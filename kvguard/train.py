@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "hazard_{target}.json"
 DEFAULT_FILE = "hazard_predictor.json"
 BASELINES_FILE = "baselines.json"
+GATE_FILE = "gate_predictor.json"
 
 
 # --- search --------------------------------------------------------------------------------------
@@ -190,9 +191,7 @@ def train_predictors(
             except Refusal as refusal:
                 missing[target, baseline] = str(refusal)
         for kind, model in made.items():
-            # a gate's probability is of the whole request, not of the next tokens
-            fitting = "none" if kind == "gate" else method
-            calibrated = trainer.calibrate(model, calibration, fitting, f"{kind} {target}")
+            calibrated = trainer.calibrate(model, calibration, method, f"{kind} {target}")
             origin = {
                 "config_digest": config_digest,
                 "splits_digest": splits_digest(known),
@@ -286,6 +285,8 @@ def _training_table(
 def save_models(models: Models, folder: str | Path) -> None:
     """Write hazard_predictor.json (the default), hazard_{target}.json and baselines.json.
 
+    The gate of harm, which a `KVGuard` with a ladder takes, is also a file of its own.
+
     A refused target's file says why, and `load_predictor` raises that reason; the default is never
     missing, see `train_predictors`.
     """
@@ -296,6 +297,11 @@ def save_models(models: Models, folder: str | Path) -> None:
         if target not in models.predictors:
             save_refusal(target, reason, folder / MODEL_FILE.format(target=target))
     save_predictor(next(iter(models.predictors.values())), folder / DEFAULT_FILE)
+    gate = models.baselines.get("gate", {}).get("harm")
+    if gate is None:
+        save_refusal("harm", "no gate was trained on the cache's probes", folder / GATE_FILE)
+    else:
+        save_predictor(gate, folder / GATE_FILE)
     content = {
         kind: {target: model.content() for target, model in by_target.items()}
         for kind, by_target in models.baselines.items()

@@ -243,14 +243,16 @@ class Trainer:
         )
 
     def _fit_gate(self, train: Rows, target: str) -> Predictor:
-        """Logistic regression of "this request is harmed" on its probes, on the press's scale."""
-        judged = as_bools(train.keys[f"hazard_{target}"].is_not_null()) & train.compressed()
-        first = as_bools(train.keys["position"] == 0)
-        names = schema.PROBE_NAMES
+        """Logistic regression of "this request is harmed" on its probes, on the press's scale.
+
+        The ratio is an input, so that requests of all ratios of a press teach one model, and it can
+        be asked about each ratio of a request (`kvguard.ladder`).
+        """
+        names = schema.GATE_FEATURES
         train, scale = self._scaled(train, names, True)  # docs/experiments/003-signals.md
-        rows = train.take(judged & first)
+        rows = train.take(_requests(train, target))
         data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]]
-        if not len(data) or np.isnan(data).all():
+        if not len(data) or np.isnan(data[:, : len(schema.PROBE_NAMES)]).all():
             raise Refusal("no compressed train request has probes of its cache")
         harmed = as_bools(rows.keys[f"steps_to_{target}"].is_not_null())
         prompts = rows.keys.filter(harmed)["prompt_id"].n_unique()
@@ -265,7 +267,7 @@ class Trainer:
         means[known] = np.nanmean(data[:, known], axis=0)
         scales[known] = np.nanstd(data[:, known], axis=0)
         scales = np.where(scales > 0, scales, 1.0)
-        fit = LogisticRegression(max_iter=1000, C=0.1)  # few requests, 24 probes
+        fit = LogisticRegression(max_iter=1000, C=0.1)  # few requests, 25 inputs
         fit.fit(np.nan_to_num((data - means) / scales), harmed)
         return Predictor(
             kind="gate",
@@ -292,6 +294,8 @@ class Trainer:
     ) -> Predictor:
         """Fit the map from log-odds to probabilities on tokens before the onset, compressed only.
 
+        That of a gate is fitted on requests, one row each.
+
         Where the prompts hold no positive or no negative token the map stays the identity, and says
         so.
 
@@ -302,10 +306,14 @@ class Trainer:
                 ``isotonic``, or ``none``.
             purpose: kept in the record of matrices.
         """
-        used = rows.take(rows.before_onset(predictor.target) & rows.compressed())
+        if predictor.kind == "gate":  # its probability is of a whole request
+            used = rows.take(_requests(rows, predictor.target))
+            labels = as_bools(used.keys[f"steps_to_{predictor.target}"].is_not_null())
+        else:
+            used = rows.take(rows.before_onset(predictor.target) & rows.compressed())
+            labels = used.label(predictor.target)
         prompts = used.keys["prompt_id"].unique().sort().to_list()
         provenance = predictor.provenance | {"probability_prompts": prompts}
-        labels = used.label(predictor.target)
         if method == "none" or labels.all() or not labels.any():
             note = None if method == "none" else "too few calibration prompts: no onset among them"
             mapping = CalibrationMap(note=note)
@@ -433,6 +441,12 @@ def make_trainer(
     """
     known = read_splits(splits)
     return Trainer(known, settings, horizon_tokens, seed, threads, LeakageCheck(known))
+
+
+def _requests(rows: Rows, target: str) -> Bools:
+    """The first token of each compressed request that was judged: one row a request."""
+    judged = as_bools(rows.keys[f"hazard_{target}"].is_not_null()) & rows.compressed()
+    return judged & as_bools(rows.keys["position"] == 0)
 
 
 def _fit_map(

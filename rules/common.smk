@@ -144,10 +144,16 @@ def task_files():
 
 
 def press_settings(wildcards):
-    """What decides how one press compresses, None for the baseline; its other ratios do not."""
+    """What decides how one press compresses, None for the baseline; its other ratios do not.
+
+    A ladder chooses among them, from the job's own down.
+    """
     if wildcards.press == BASELINE:
         return None
-    return plain_press(wildcards.press) | {"ratios": [wildcards.ratio]}
+    ratios = [wildcards.ratio]
+    if getattr(wildcards, "policy", None) == "ladder":
+        ratios = [each for each in experiment.press(wildcards.press).ratios if each <= ratios[0]]
+    return plain_press(wildcards.press) | {"ratios": ratios}
 
 
 @cache
@@ -194,7 +200,7 @@ def every_live_run(pattern):
             model=[model.name for model in experiment.models],
             press=press,
             ratio=ratio,
-            policy=experiment.live.policies,
+            policy=experiment.live_policies(press, ratio),
             shard=[f"{shard:02d}" for shard in range(shards)],
         )
     ]
@@ -218,9 +224,9 @@ def policy_files(wildcards):
             ratio=wildcards.ratio,
             shard=shards,
         )
-    if wildcards.policy in ("clock_or_loop", "gate"):
+    if wildcards.policy in ("clock_or_loop", "gate", "ladder"):
         files["rivals"] = "<results>/models/rivals.json"
-    if wildcards.policy == "gate":
+    if wildcards.policy in ("gate", "ladder"):
         files["baselines"] = "<results>/models/baselines.json"
     return files
 

@@ -77,6 +77,7 @@ rule train_predictor:
             "<results>/models/hazard_{target}.json", target=experiment.predictor.targets
         ),
         baselines="<results>/models/baselines.json",
+        gate="<results>/models/gate_predictor.json",
         predictions="<results>/predictions.parquet",
         training="<results>/tables/training.parquet",
         search_trials="<results>/tables/search_trials.parquet",

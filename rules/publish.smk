@@ -126,7 +126,7 @@ rule write_manifest:
         ),
         models=collect(
             "<results>/models/{name}.json",
-            name=["hazard_predictor", "baselines", "certificate", "rivals"],
+            name=["hazard_predictor", "gate_predictor", "baselines", "certificate", "rivals"],
         ),
         targets=collect(
             "<results>/models/hazard_{target}.json", target=experiment.predictor.targets

@@ -454,6 +454,24 @@ def test_live_shards_divide_each_tasks_test_prompts() -> None:
     assert parse_config(values).live_shards == [("a", 0, 3), ("a", 1, 3), ("a", 2, 3), ("b", 0, 1)]
 
 
+def test_a_ladder_runs_once_a_press_at_its_heaviest_live_ratio() -> None:
+    values = changed("live", {"policies": ["none", "ladder"]})
+    press = {"name": "p", "class": "KnormPress", "ratios": [0.2, 0.6, 0.4]}
+    values["presses"] = [
+        press | {"live_ratios": [0.2, 0.4]},
+        press | {"name": "q"},
+    ]
+    config = parse_config(values)
+    found = {pair: config.live_policies(*pair) for pair in config.live_conditions}
+    assert {pair for pair, policies in found.items() if "ladder" in policies} == {
+        ("p", "0.400"),
+        ("q", "0.600"),
+    }
+    assert all("none" in policies for policies in found.values())
+    with pytest.raises(ConfigError, match=r"live.ladder_threshold"):
+        parse_config(changed("live", {"ladder_threshold": 1.5}))
+
+
 def test_names_that_are_not_there_list_those_that_are() -> None:
     config = parse_config(SHIPPED)
     with pytest.raises(KeyError, match=r"no press 'tova'.*snapkv.*streaming_llm"):

@@ -53,6 +53,7 @@ GUARD = config.GuardSettings(check_every_tokens=1, tolerance=TOLERANCE)
 LIVE = config.Live(
     clock_tokens=17,
     gate_threshold=1.5,
+    ladder_threshold=0.3,
     probation_tokens=6,
     lossless_tokens=7,
     entropy_nats=3.0,

@@ -1,18 +1,26 @@
 """The live experiment: policies through the engine, with the simulation's own columns."""
 
+from typing import Any
+
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from test_experiment import EXAMPLES, configured, press, shard, some_prompts
 from test_guard import POINT, Threshold
+from test_ladder import gate_predictor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from kvguard.config import POLICY_NAMES
+from kvguard.config import POLICY_NAMES, Press
 from kvguard.detectors import detect_outcomes
+from kvguard.experiment import run_shard
 from kvguard.live import run_policy_shard
 from kvguard.models import LoadedModel
 from kvguard.prompts import prompts_frame
+from kvguard.rival_settings import gate_scores, trace_probes
 from kvguard.schema import RUNS, check
+from kvguard.simulation import simulate_policies
+from kvguard.stored_requests import load_requests
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +55,7 @@ def live(tiny: LoadedModel, baseline: pl.DataFrame, policy: str) -> pl.DataFrame
         constant_ratio="0.250",
         clock_tokens=5,
         gate_threshold=1.0,
+        ladder_threshold=0.5,
     )
 
 
@@ -90,3 +99,89 @@ def test_promoting_costs_more_memory_than_compression(
         for policy in ("none", "guard_promote")
     }
     assert spent["none"] < spent["guard_promote"]
+
+
+def two_ratios() -> Press:
+    return Press.model_validate(
+        {"name": "press", "class": "KnormPress", "kwargs": {}, "ratios": ["0.250", "0.500"]}
+    )
+
+
+def one_by_one(
+    tiny: LoadedModel, baseline: pl.DataFrame, policy: str, **given: Any
+) -> pl.DataFrame:
+    return run_policy_shard(
+        tiny,
+        some_prompts(),
+        EXAMPLES,
+        press=two_ratios(),
+        ratio="0.500",
+        policy=policy,
+        shard=0,
+        experiment=configured(batch_size=1),
+        baseline=baseline,
+        **given,
+    )
+
+
+def test_a_ladder_runs_as_it_is_simulated(tiny: LoadedModel, baseline: pl.DataFrame) -> None:
+    """Thresholds between the risks of the two ratios: every rung is somebody's."""
+    parts = [shard(tiny, batch_size=1)]
+    for ratio in ("0.500", "0.250"):
+        one = two_ratios().model_copy(update={"ratios": [ratio]})
+        parts.append(
+            run_shard(
+                tiny,
+                some_prompts(),
+                EXAMPLES,
+                press=one,
+                ratio=ratio,
+                shard=4,
+                experiment=configured(batch_size=1),
+            )
+        )
+    traces = pl.concat(part.traces for part in parts)
+    tokens = pl.concat(part.tokens for part in parts)
+    prompts, detection = prompts_frame(some_prompts()), configured().detection
+    outcomes = detect_outcomes(prompts, traces, tokens, detection)
+    requests = load_requests(traces, tokens, outcomes)
+    gate = gate_predictor(weight=4.0, intercept=-2.0)
+    conditions = traces.filter(press="press").select("press", pl.col("ratio").cast(pl.Float64))
+    risks = gate_scores(
+        gate,
+        trace_probes(traces.filter(press="press")),
+        *(column.to_numpy() for column in conditions),
+    )
+    started = set()
+    for threshold in [risks.min(), np.median(risks), np.quantile(risks, 0.8), 1.0]:
+        simulated = simulate_policies(
+            requests,
+            ["ladder", "gate"],
+            prompts=prompts,
+            live=configured().live,
+            detection=detection,
+            ladder_threshold=float(threshold),
+            gate_threshold=float(threshold),
+            gate=gate,
+        ).filter(ratio="0.500")
+        for policy in ("ladder", "gate"):
+            live = one_by_one(
+                tiny,
+                baseline,
+                policy,
+                gate=gate,
+                ladder_threshold=float(threshold),
+                gate_threshold=float(threshold),
+            )
+            own = live.join(
+                simulated.filter(policy=policy), on="prompt_id", maintain_order="left", suffix="_s"
+            )
+            assert own.height == live.height
+            for column in ("token_ids", "alarm_steps", "start_ratio", "tokens_prefilled"):
+                assert own[column].to_list() == own[f"{column}_s"].to_list(), (policy, column)
+            if policy == "ladder":  # alone in the batch: nothing but padding is estimated
+                started |= set(live["start_ratio"])
+                share = own["device_byte_steps_s"] / own["device_byte_steps"]
+                assert share.is_between(0.8, 1.0).all()
+                assert (live["alarmed"] == (live["start_ratio"] != "0.500")).all()
+    assert started == {"0.500", "0.250", "0.000"}

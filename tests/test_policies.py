@@ -21,6 +21,7 @@ def build(name, rows=1, max_new_tokens=100, **options):
         "random": {"alarm_rate": 0.5},
         "clock_or_loop": {"clock_tokens": 6},
         "gate": {"gate_threshold": 2.0},
+        "ladder": {"ladder_threshold": 0.2},
     }
     options = {"controller": POINT} | needs.get(name, {}) | options
     return make_policy(name, rows, max_new_tokens=max_new_tokens, **options)

@@ -134,3 +134,12 @@ def test_ten_thousand_traces_keep_their_rows_together():
     )
     _, offsets = schema.order_by_trace(tokens.sample(fraction=1, shuffle=True, seed=0))
     assert np.array_equal(np.diff(offsets), lengths)
+
+
+def test_a_column_of_later_versions_is_null_in_older_files(tmp_path):
+    old = pl.DataFrame(schema=schema.RUNS).drop("start_ratio")
+    schema.write_table(old, tmp_path / "runs.parquet")
+    read = schema.read_table(tmp_path / "runs.parquet", schema.RUNS)
+    assert read.columns == list(schema.RUNS)
+    with pytest.raises(schema.SchemaError, match="'alarmed' is missing"):
+        schema.check(old.drop("alarmed"), schema.RUNS, "runs")

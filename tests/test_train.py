@@ -494,3 +494,45 @@ def test_a_gate_learns_from_probes_which_request_is_harmed() -> None:
     unprobed = load_rows(bare, data.labels, splits, "train")
     with pytest.raises(Refusal, match="no compressed train request has probes"):
         _trainer(splits, QUICK).fit_baseline(unprobed, "harm", "gate", ())
+
+
+def test_a_gates_probabilities_are_of_whole_requests() -> None:
+    """One more ratio, other harm: the ratio is read, and the map is fitted on requests."""
+    data = planted.planted_harm(240, seed=8)
+    known = data.labels.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
+        harmed=pl.col("steps_to_harm").first().is_not_null()
+    )
+    rng = np.random.default_rng(1)
+    ratio = pl.Series(rng.choice([0.2, 0.8], len(known)), dtype=pl.Float32)
+    noise = pl.Series(rng.normal(size=len(known)), dtype=pl.Float32)
+    known = known.with_columns(
+        noise.alias("evicted_mass_mean"),
+        # harmed requests ran at the heavier ratio four times in five
+        compression_ratio=pl.when(pl.Series(rng.random(len(known)) < 0.8))
+        .then(0.2 + 0.6 * pl.col("harmed").cast(pl.Float32))
+        .otherwise(ratio)
+        .cast(pl.Float32),
+    )
+    features = (
+        data.features.drop("evicted_mass_mean", "compression_ratio")
+        .join(known.drop("harmed"), on=schema.TRACE_KEYS, how="left", maintain_order="left")
+        .select(list(schema.FEATURES))
+    )
+    splits = split_prompts(features["prompt_id"].unique(), Splits(), 0)
+    trainer = _trainer(splits, QUICK)
+    gate = trainer.fit_baseline(
+        load_rows(features, data.labels, splits, "train"), "harm", "gate", ()
+    )
+    assert gate.feature_names == schema.GATE_FEATURES
+    held_out = load_rows(features, data.labels, splits, "calibration")
+    fitted = trainer.calibrate(gate, held_out, "platt", "gate harm")
+    assert fitted.calibration.method == "platt"
+    assert set(fitted.provenance["probability_prompts"]) <= set(held_out.keys["prompt_id"])
+    test = load_rows(features, data.labels, splits, "test")
+    first = test.take((test.keys["position"] == 0).to_numpy() & test.compressed())
+    harmed = first.keys["steps_to_harm"].is_not_null().to_numpy()
+    risks = fitted.predict(first.features, first.press)
+    heavy = first.features[:, schema.FEATURE_NAMES.index("compression_ratio")] > 0.5
+    for part in (heavy, ~heavy):
+        assert risks[part].mean() == pytest.approx(harmed[part].mean(), abs=0.12)
+    assert risks[heavy].mean() > risks[~heavy].mean() + 0.3

@@ -41,7 +41,8 @@ def main(
             .collect()
         )
     else:
-        score = pl.Series(gate_scores(gate, trace_probes(rows), rows["press"].to_numpy()))
+        of = (rows["press"].to_numpy(), rows["ratio"].cast(pl.Float64).to_numpy())
+        score = pl.Series(gate_scores(gate, trace_probes(rows), *of))
         scores = rows.select(TRACE_KEYS).with_columns(score=score)
     save_rivals(fit_rivals(rows, scores, read_table(outcomes, OUTCOMES), known), target)
 

@@ -37,7 +37,7 @@ def main(
         needs |= match_guard(runs, job.policy, model=job.model, press=job.press, ratio=job.ratio)
     if "rivals" in inputs:
         fitted = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
-        needs |= fitted.model_dump(include={"clock_tokens", "gate_threshold"})
+        needs |= fitted.model_dump(include={"clock_tokens", "gate_threshold", "ladder_threshold"})
     if "baselines" in inputs:
         needs["gate"] = load_gate(inputs["baselines"])
     runs = run_policy_shard(
