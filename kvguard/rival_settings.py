@@ -216,7 +216,7 @@ def fit_rivals(
 
 def _ladder_thresholds(held_out: pl.DataFrame) -> dict[tuple[str, ...], float]:
     """By condition: the threshold of the ladder of all ratios of its press up to its own."""
-    found = {}
+    found: dict[tuple[str, ...], float] = {}
     for (model, press), part in held_out.group_by("model", "press", maintain_order=True):
         ratios = part["ratio"].unique().sort(descending=True).to_list()
         for first, ratio in enumerate(ratios):

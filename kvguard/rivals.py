@@ -442,7 +442,8 @@ def choose_rung(risk: NDArray[np.floating], threshold: ArrayLike) -> NDArray[np.
     array([1, 2])
     """
     fine = risk.astype(np.float64) < np.asarray(threshold, np.float64).reshape(-1, 1)
-    return np.where(fine.any(axis=1), fine.argmax(axis=1), risk.shape[1]).astype(np.int64)
+    chosen = np.where(fine.any(axis=1), fine.argmax(axis=1), risk.shape[1])
+    return np.asarray(chosen, np.int64)
 
 
 class Lossless(Policy):

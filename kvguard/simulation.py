@@ -459,7 +459,7 @@ def _costs(requests: StoredRequests, ending: Ending) -> dict[str, pl.Series]:
 
 def _add_admission(cost: Cost, requests: StoredRequests, ending: Ending) -> Cost:
     """The same with the passes of an admission beyond its prefill."""
-    if ending.replays is None:
+    if ending.replays is None or ending.replayed_bytes is None:
         return cost
     prompts = requests.table["prompt_tokens"].to_numpy().astype(np.int64)
     again = 0 if ending.prefills is None else ending.prefills * prompts
