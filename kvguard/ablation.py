@@ -63,7 +63,8 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
 def ablate(features: Table, labels: Table, trainer: Trainer) -> dict[str, pl.DataFrame]:
     """Train again with fewer features and in the other formulation; and controls that must fail.
 
-    All variants have the configured tree parameters, so that they differ in one thing only.
+    All variants are trees with the configured parameters, so that they differ in one thing only;
+    the controls are of the configured kind.
 
     Args:
         features: `schema.FEATURES`, a frame or its file.

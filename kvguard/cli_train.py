@@ -81,7 +81,7 @@ def train(
         settings,
         seed=seed,
     )["predictor_metrics"]
-    trained = ("target", "predictor", "status", "train_prompts", "harmed_prompts", "reason")
+    trained = ("target", "predictor", "kind", "status", "train_prompts", "harmed_prompts", "reason")
     print_frame(models.tables["training"], "training", trained)
     print_frame(
         spread_metrics(metrics.filter(pl.col("group_by") == "all"), SHOWN_METRICS),

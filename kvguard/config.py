@@ -30,6 +30,9 @@ from kvguard.config_policies import PointName as PointName
 from kvguard.config_policies import PolicyEntry as PolicyEntry
 from kvguard.config_policies import Recovery as Recovery
 from kvguard.config_policies import Tolerance as Tolerance
+from kvguard.config_predictor import Predictor as Predictor
+from kvguard.config_predictor import SequenceSettings as SequenceSettings
+from kvguard.config_predictor import Target as Target
 from kvguard.config_tasks import Gsm8k as Gsm8k
 from kvguard.config_tasks import GsmSymbolic as GsmSymbolic
 from kvguard.config_tasks import Task as Task
@@ -166,42 +169,6 @@ class Splits(Section):
 
 
 Price = Annotated[float, Field(gt=0, lt=1)]
-
-Target = Literal["harm", "any", "looping", "non_termination", "amnesia", "divergence"]
-
-
-class Predictor(Section):
-    """Training of the hazard predictors."""
-
-    targets: list[Target] = Field(default=list(get_args(Target)))
-    feature_set: Literal[
-        "full",
-        "with_probes",
-        "normalised",
-        "no_ratio",
-        "no_repetition",
-        "logit_only",
-        "entropy_only",
-        "clock_repetition",
-        "probes_only",
-    ] = "no_ratio"
-    formulation: Literal["windowed", "discrete_time"] = "windowed"
-    include_post_onset: bool = False
-    include_baseline: bool = True
-    max_rounds: Count = 400
-    early_stopping_rounds: Count = 20
-    early_stopping_share: Probability = 0.25
-    search_trials: int = Field(default=8, ge=0)
-    search_folds: int = Field(default=3, ge=2)
-    max_depth: Count = 4
-    learning_rate: float = Field(default=0.1, gt=0, le=1)
-    probability_calibration: Literal["isotonic", "platt", "none"] = "platt"
-    probability_share: Probability = Field(
-        default=0.34,
-        description="of the calibration prompts: they fit the probabilities, the rest certify",
-    )
-    bootstrap_samples: Count = 500
-    false_alarm_rate: Probability = 0.05
 
 
 class Controller(Section):

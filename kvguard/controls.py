@@ -35,7 +35,6 @@ _CONTROL_TYPES: dict[str, Any] = (
 
 def measure_controls(study: Study, calibration: Rows, target: str) -> pl.DataFrame:
     settings, seed = study.trainer.settings, study.trainer.seed
-    names = FEATURE_SETS[settings.feature_set]
     prompts = study.weights.shape[1]
     rows: list[tuple[dict[str, Any], Measured]] = []
 
@@ -54,7 +53,7 @@ def measure_controls(study: Study, calibration: Rows, target: str) -> pl.DataFra
             measured = undefined(study.weights)
         rows.append((described, measured))
 
-    windowed = settings.model_copy(update={"include_post_onset": False})
+    windowed = settings.model_copy(update={"include_post_onset": False, "formulation": "windowed"})
     trainer = replace(study.trainer, settings=windowed)
     relabelled: dict[str, Callable[[Rows, int], Rows]] = {
         "permuted requests": lambda rows, salt: permute_requests(
@@ -67,13 +66,13 @@ def measure_controls(study: Study, calibration: Rows, target: str) -> pl.DataFra
     for control, relabel in relabelled.items():
         train, test = relabel(study.train, 0), relabel(study.test, 1)
         panel = study.panel(test, target)
-        for predictor_name, columns in (
-            ("hazard", names),
-            ("clock_repetition", FEATURE_SETS["clock_repetition"]),
-        ):
+        for predictor_name in ("hazard", "clock_repetition"):
             try:
                 purpose = f"control: {control}, {predictor_name}"
-                fitted = trainer.fit(train, target, columns, purpose, formulation="windowed")
+                if predictor_name == "hazard":
+                    fitted = trainer.fit_kind(settings.kind, train, target, purpose)
+                else:
+                    fitted = trainer.fit(train, target, FEATURE_SETS[predictor_name], purpose)
             except Refusal as refusal:
                 for metric in ("same_position", "request"):
                     add(control, metric, 0.5, str(refusal), predictor_name)
@@ -83,7 +82,7 @@ def measure_controls(study: Study, calibration: Rows, target: str) -> pl.DataFra
                 add(control, metric, 0.5, found[metric], predictor_name)
 
     try:
-        predictor = study.fit(target, names, "control: matched rate")
+        predictor = study.fit_configured(target, "control: matched rate")
     except Refusal as refusal:
         add("random alarm", "recall", None, str(refusal))
     else:

@@ -40,6 +40,13 @@ _WITH_PROBES = tuple(name for name in schema.FEATURE_NAMES if name != "compressi
 _NO_RATIO = tuple(name for name in _WITH_PROBES if name not in schema.PROBE_NAMES)
 _NO_REPETITION = tuple(name for name in _NO_RATIO if name not in _REPETITION)
 
+SEQUENCE_SIGNALS: tuple[str, ...] = (
+    *("entropy", "alternatives_entropy", "chosen_logprob", "entropy_delta", "relative_position"),
+    *(f"top_logprob_{rank:02d}" for rank in range(schema.TOP_LOGPROBS)),
+)
+SEQUENCE_FEATURES = (*SEQUENCE_SIGNALS, *schema.PROBE_NAMES)
+"""What a sequence predictor reads: of each token alone, for it makes its own of earlier ones."""
+
 FEATURE_SETS: dict[str, tuple[str, ...]] = {
     "full": schema.FEATURE_NAMES,
     "with_probes": _WITH_PROBES,

@@ -7,7 +7,6 @@ it.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,14 +18,14 @@ from kvguard.checks import RECOVERABLE, free_memory, run_checks
 from kvguard.config import BASELINE_RATIO, Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Session, Step, generate, synchronize
-from kvguard.features import FeatureState
 from kvguard.guard_report import GuardError, RowReport
+from kvguard.hazards import HazardModel as HazardModel
+from kvguard.hazards import HazardState
 from kvguard.ladder import charge_replays, relaxed
 from kvguard.policies import AFTER_END, CHECKS, Action, Observation, Policy, is_alarm
 from kvguard.prefill import prefill
 from kvguard.presses import fresh, phases, with_ratio
 from kvguard.requests import Completion, Request
-from kvguard.schema import FEATURE_NAMES
 from kvguard.signals import SIGNAL_INDEX
 
 logger = logging.getLogger(__name__)
@@ -40,15 +39,6 @@ Stopping = Callable[[str, list[int], torch.Tensor], bool]
 
 ProbeScore = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """(n, probes) of prefills in the order of schema.PROBE_NAMES to (n,) scores, higher is riskier."""
-
-
-class HazardModel(Protocol):
-    """What the guard asks of a predictor."""
-
-    feature_version: int
-
-    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Hazard in [0, 1] of each row of (n, features) in schema.FEATURE_NAMES order."""
 
 
 class GuardObserver:
@@ -115,9 +105,9 @@ class GuardObserver:
         self.final = final and released is not None
         self.reports: dict[str, RowReport] = {}
         rows = session.slots.rows
-        self.features = (
-            FeatureState(rows, session.decoding.max_new_tokens, ratio)
-            if policy.needs_hazard
+        self.hazards = (
+            HazardState(predictor, rows, session.decoding.max_new_tokens, ratio)
+            if policy.needs_hazard and predictor is not None
             else None
         )
         self.modes: NDArray[np.int8] = np.zeros(rows, np.int8)
@@ -135,9 +125,9 @@ class GuardObserver:
         completion = session.rows[row].completion
         request = completion.request
         self.policy.reset(row, request.seed)
-        if self.features is not None:
+        if self.hazards is not None:
             limit = int(session.limits[row])
-            self.features.reset(row, self.ratio, limit, completion.probes)
+            self.hazards.reset(row, self.ratio, limit, completion.probes)
         if completion.start_ratio == BASELINE_RATIO:
             self.policy.enter_safe_mode(row)
         charge_replays(session, row)
@@ -158,8 +148,8 @@ class GuardObserver:
         if source == target:
             return
         self.policy.move(source, target)
-        if self.features is not None:
-            self.features.move(source, target)
+        if self.hazards is not None:
+            self.hazards.move(source, target)
         self.modes[target] = self.modes[source]
         self.seen[target] = self.seen[source]
         self.due_at[target] = self.due_at[source]
@@ -287,23 +277,14 @@ class GuardObserver:
 
         NaN (no evidence for the controller) where there is no such token or the predictor fails.
         """
-        if self.features is None:
+        if self.hazards is None:
             return None
-        assert self.predictor is not None
-        longest = int(counts.max())
-        hazard = np.full((len(rows), longest), np.nan, np.float32)
-        features = np.empty((*hazard.shape, len(FEATURE_NAMES)), np.float32)
-        for count in set(counts.tolist()):  # mostly one: rows in step with each other
-            index = np.flatnonzero(counts == count)
-            row, at = rows[index], seen[index, None] + np.arange(count)
-            features[index, :count] = self.features.advance(
-                row, session.signals[row[:, None], at], session.history[row[:, None], at], at[:, 0]
-            )
-        present = np.arange(longest) < counts[:, None]
+        features = self.hazards.features(rows, seen, counts, session.signals, session.history)
         try:
-            hazard[present] = self.predictor.predict(features[present])
+            hazard = self.hazards.predict(rows, features, counts)
         except Exception as error:  # any predictor may be plugged in; the requests must go on
             logger.exception("the predictor failed; these tokens have no hazard")
+            hazard = np.full(features.shape[:2], np.nan, np.float32)
             note = f"predictor failed: {type(error).__name__}: {error}"
             for row in rows:
                 notes = self._report(session, int(row)).notes
@@ -524,11 +505,11 @@ class GuardObserver:
 
     def _replace_features(self, session: Session, row: int, changed: bool, ratio: float) -> None:
         """Compute the features of a row afresh from the tokens that it has kept."""
-        if self.features is None or not changed:
+        if self.hazards is None or not changed:
             return
         tokens = np.array(session.tokens(row), np.int32)
         session.compute_pending_signals()
-        self.features.replace(row, session.signals[row, : len(tokens)], tokens, ratio=ratio)
+        self.hazards.replace(row, session.signals[row, : len(tokens)], tokens, ratio=ratio)
 
     def _record(self, row: int, kept: int, cut: bool, report: RowReport) -> None:
         """Note what a recovery kept, and whether streamed tokens were among those it took back."""

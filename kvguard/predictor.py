@@ -14,11 +14,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import xgboost
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy.special import expit
 
 from kvguard import schema
 from kvguard.config import digest
+from kvguard.gru import Gru, answer_lengths
 from kvguard.probe_scale import PROBE_COLUMNS, ProbeScale
 
 Floats = NDArray[np.float64]
@@ -64,7 +65,8 @@ class Predictor(BaseModel):
     """One hazard model for one target; make it with `kvguard.train` or `load_predictor`.
 
     Attributes:
-        kind: ``xgboost``; or the scores that are trained beside it: ``logistic`` (all its
+        kind: ``xgboost`` (a token by its features), ``sequence`` (a GRU over the answer up to the
+            token); or the scores that are trained beside it: ``logistic`` (all its
             features), ``entropy``, ``mean_entropy`` and ``position`` (one feature), ``gate`` (the
             cache's probes; a probability that the request is harmed); or ``rules`` (not trained).
         target: the failure that it forecasts, one of `schema.TARGETS`.
@@ -73,7 +75,7 @@ class Predictor(BaseModel):
         horizon_tokens: how far ahead "within the horizon" reaches.
         feature_names: the columns that it reads, names of `schema.FEATURE_NAMES`.
         feature_version: of the features that it was trained on.
-        model: the booster or the coefficients.
+        model: the booster, the GRU's weights or the coefficients.
         calibration: from log-odds to probability.
         probe_scale: puts the probes on the press's own scale before anything reads them; None: they
             are read as they are.
@@ -83,7 +85,9 @@ class Predictor(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     format: int = FORMAT
-    kind: Literal["xgboost", "logistic", "entropy", "mean_entropy", "position", "gate", "rules"]
+    kind: Literal[
+        "xgboost", "sequence", "logistic", "entropy", "mean_entropy", "position", "gate", "rules"
+    ]
     target: str
     formulation: Literal["windowed", "discrete_time"] = "windowed"
     horizon_tokens: int = Field(ge=1)
@@ -94,11 +98,22 @@ class Predictor(BaseModel):
     probe_scale: ProbeScale | None = None
     provenance: dict[str, Any] = {}
 
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "Predictor":
+        if self.gru is not None and self.gru.width != len(self.feature_names):
+            raise ValueError(
+                f"model: weights for {self.gru.width} inputs, but {len(self.feature_names)} "
+                "feature_names"
+            )
+        return self
+
     def predict(self, features: Features, press: str | ArrayLike = "") -> NDArray[np.float32]:
         """Calibrated probability that the onset lies within the horizon, one per row.
 
         Args:
             features: (n, features) float32 in the order of `schema.FEATURE_NAMES`; NaN: missing.
+                Of the kind ``sequence``: answers, or their beginnings, one after the other, each
+                from its first token (`gru.answer_lengths`).
             press: of the requests, one name for all or (n,); read by ``probe_scale`` alone. Under a
                 press without a reference the probes count as missing.
 
@@ -106,7 +121,8 @@ class Predictor(BaseModel):
             (n,) float32 in [0, 1]; higher is riskier.
 
         Raises:
-            ValueError: another number of columns.
+            ValueError: another number of columns; or, of the kind ``sequence``, answers that begin
+                late or lack a token.
         """
         return self.calibration.apply(self.log_odds(features, press)).astype(np.float32)
 
@@ -134,6 +150,16 @@ class Predictor(BaseModel):
         return self.model_dump(mode="json", exclude=without)
 
     @cached_property
+    def gru(self) -> Gru | None:
+        """What a predictor of the kind ``sequence`` runs over an answer; None: another kind."""
+        return Gru(self.model) if self.kind == "sequence" else None
+
+    @cached_property
+    def columns(self) -> NDArray[np.int64]:
+        """(features it reads,) their places in `schema.FEATURE_NAMES`."""
+        return np.array([schema.FEATURE_NAMES.index(name) for name in self.feature_names])
+
+    @cached_property
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of the predictor's content."""
         return digest(self.content())
@@ -141,14 +167,17 @@ class Predictor(BaseModel):
     def __getstate__(self) -> dict[Any, Any]:
         """What was computed from the fields is computed again where it is unpickled."""
         state = super().__getstate__()
-        fields = {key: value for key, value in state["__dict__"].items() if key != "_score"}
+        made = ("_score", "gru")
+        fields = {key: value for key, value in state["__dict__"].items() if key not in made}
         return state | {"__dict__": fields}
 
     @cached_property
     def _score(self) -> Callable[[Features], Floats]:
-        columns = np.array([schema.FEATURE_NAMES.index(name) for name in self.feature_names])
+        columns, gru = self.columns, self.gru
         if self.kind == "rules":
             return lambda features: _rules_log_odds(features[:, columns])
+        if gru is not None:
+            return lambda features: gru.predict(features[:, columns], answer_lengths(features))
         if self.kind != "xgboost":
             return _linear_score(self.model, columns)
         return _booster_score(self.model, columns)
@@ -168,9 +197,16 @@ class PressPredictor:
 
     def predict(self, features: Features) -> NDArray[np.float32]:
         """`Predictor.predict` under its press."""
+        return self.predictor.predict_scaled(self._scaled(features))
+
+    def inputs(self, features: Features) -> Features:
+        """The columns (n, features it reads) of the predictor, probes on their scale."""
+        return self._scaled(features)[:, self.predictor.columns]
+
+    def _scaled(self, features: Features) -> Features:
         scale = self.predictor.probe_scale
         if scale is None:
-            return self.predictor.predict(features)
+            return features
         probes = features[:, PROBE_COLUMNS]
         keys = [row.tobytes() for row in probes]
         unknown = [index for index, key in enumerate(keys) if key not in self._ranks]
@@ -182,20 +218,20 @@ class PressPredictor:
             self._ranks |= {keys[index]: rank for index, rank in zip(unknown, ranks, strict=True)}
         scaled = features.copy()
         scaled[:, PROBE_COLUMNS] = [self._ranks[key] for key in keys]
-        return self.predictor.predict_scaled(scaled)
+        return scaled
 
 
 Model = TypeVar("Model")
 
 
 def for_press(model: Model, press: str) -> Model | PressPredictor:
-    """A model for the requests of one press: as it is, unless it has a scale for each press.
+    """A model for the requests of one press: as it is, unless it has a scale or a state to keep.
 
     Args:
         model: any hazard model, or None.
         press: its name in the configuration, or its class.
     """
-    if isinstance(model, Predictor) and model.probe_scale is not None:
+    if isinstance(model, Predictor) and (model.probe_scale is not None or model.gru is not None):
         return PressPredictor(model, press)
     return model
 

@@ -16,9 +16,9 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
 from kvguard import schema
-from kvguard.features import FEATURE_SETS
+from kvguard.features import FEATURE_SETS, SEQUENCE_SIGNALS
 from kvguard.probe_scale import PROBE_COLUMNS
-from kvguard.sequence_predictor import SEQUENCE_SIGNALS, fit_sequence_predictor
+from kvguard.sequence_predictor import fit_gru, watched_prompts
 from kvguard.signal_answers import Answers, Bools, Floats, deal_folds
 from kvguard.trainer import Refusal
 
@@ -62,6 +62,8 @@ TREES: dict[str, Any] = {
 }
 TREE_ROUNDS = 150
 RIDGE = 0.1
+WATCHED_SHARE = 0.25
+"""Of the fit prompts: they choose the GRU's epoch."""
 MIN_SILENT_PROMPTS = 4
 """Fit prompts with a silently harmed request that a fit needs, and with an unharmed one."""
 
@@ -95,22 +97,18 @@ def fit_and_score(name: str, answers: Answers, fitted: Bools, seed: int) -> Scor
             )
     gate = name in GATE_MODELS
     how, blocks = (GATE_MODELS if gate else TOKEN_MODELS)[name]
-    data, names = _columns(answers, blocks, known_prompts)
+    data = _columns(answers, blocks, known_prompts)
     owner = answers.owner
     if gate:
         data, owner = data[answers.first], np.arange(len(answers.lengths))
     use = fitted[owner]
     labels = answers.silent[owner]
     if how == "gru":
-        model = fit_sequence_predictor(
-            data[use],
-            answers.lengths[fitted],
-            answers.silent[fitted],
-            answers.prompts[fitted].tolist(),
-            names,
-            seed=seed,
+        watched = watched_prompts(answers.prompts[fitted].tolist(), WATCHED_SHARE, seed)
+        lengths = answers.lengths[fitted]
+        return fit_gru(data[use], lengths, labels[use], watched, seed=seed)[0].predict(
+            data, answers.lengths
         )
-        return model.predict(data, answers.lengths)
     weights = np.ones(len(owner)) if gate else 1 / answers.lengths[owner]
     if how == "trees":
         return _trees(data, labels, weights, use, seed)
@@ -127,28 +125,23 @@ def fit_and_score(name: str, answers: Answers, fitted: Bools, seed: int) -> Scor
 
 def _columns(
     answers: Answers, blocks: Sequence[str], prompts: Sequence[str]
-) -> tuple[NDArray[np.float32], list[str]]:
-    """The matrix (tokens, columns) of some blocks, references from ``prompts``; its names."""
+) -> NDArray[np.float32]:
+    """The matrix (tokens, columns) of some blocks, references from ``prompts``."""
     parts: list[NDArray[np.float32]] = []
-    names: list[str] = []
     features = answers.rows.features
     for block in blocks:
         if block == "probes":
             parts.append(features[:, PROBE_COLUMNS])
-            names += schema.PROBE_NAMES
         elif block == "ranks":
             own = features[answers.first][:, PROBE_COLUMNS]
             ranks = answers.scale(prompts).ranks(own, answers.presses)
             parts.append(ranks[answers.owner])
-            names += schema.PROBE_NAMES
         elif block == "levels":
             parts.append(answers.signals(prompts))
-            names += ["" for _ in range(parts[-1].shape[1])]
         else:
             chosen = SEQUENCE_SIGNALS if block == "sequence" else FEATURE_SETS[block]
             parts.append(features[:, [schema.FEATURE_NAMES.index(name) for name in chosen]])
-            names += chosen
-    return np.concatenate(parts, axis=1), names
+    return np.concatenate(parts, axis=1)
 
 
 def _trees(

@@ -278,7 +278,7 @@ def _run_scores(
     trained = {"hazard": models.predictors.get(TARGET)} | {
         kind: by_target.get(TARGET) for kind, by_target in models.baselines.items()
     }
-    for kind in ("hazard", "logistic", CLOCK, "gate"):
+    for kind in ("hazard", "sequence", "boosted", "logistic", CLOCK, "gate"):
         model = trained.get(kind)
         if model is None or model.kind == "rules":
             continue

@@ -1,4 +1,4 @@
-"""Train one hazard predictor per target and its baselines; their files and predictions.
+"""Train one hazard predictor per target and what it is compared with; files and predictions.
 
 How one predictor is fitted is `kvguard.trainer`.
 """
@@ -7,14 +7,15 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
 import pyarrow.parquet
 from sklearn.metrics import roc_auc_score
 
-from kvguard import schema
+from kvguard import config, schema
+from kvguard.config_predictor import PredictorKind
 from kvguard.features import FEATURE_SETS
 from kvguard.leakage import assert_disjoint
 from kvguard.predictor import (
@@ -36,6 +37,13 @@ BASELINES_FILE = "baselines.json"
 GATE_FILE = "gate_predictor.json"
 
 
+def fitted_kinds(settings: config.Predictor) -> list[PredictorKind]:
+    """The kinds of predictor that are fitted, the configured one first."""
+    kinds: tuple[PredictorKind, ...] = get_args(PredictorKind)
+    others = [kind for kind in kinds if kind != settings.kind and settings.compare_kinds]
+    return [settings.kind, *others]
+
+
 # --- search --------------------------------------------------------------------------------------
 
 
@@ -49,11 +57,12 @@ def search_parameters(
 
     Returns:
         The best parameters, and one row per trial: number, auroc, the parameters as JSON, best.
-        Without a search (no trials asked for, or too few harmed prompts) the configured ones.
+        Without a search (no trials asked for, too few harmed prompts, no trees) the configured
+        ones.
     """
     trials: list[dict[str, Any]] = []
     best = trainer.parameters
-    if trainer.settings.search_trials:
+    if trainer.settings.search_trials and "boosted" in fitted_kinds(trainer.settings):
         try:
             best = _run_search(trainer, train, target, feature_names, trials)
         except Refusal as refusal:
@@ -174,17 +183,31 @@ def train_predictors(
     targets: list[str] = sorted(settings.targets, key=schema.TARGETS.index)
     refusals = {target: why for target in targets if (why := trainer.refusal(train, target))}
     searched = next((target for target in targets if target not in refusals), targets[0])
+    others = fitted_kinds(settings)[1:]
     parameters, trials = search_parameters(trainer, train, searched, names)
     predictors: dict[str, Predictor] = {}
-    baselines: dict[str, dict[str, Predictor]] = {kind: {} for kind in BASELINE_KINDS}
+    baselines: dict[str, dict[str, Predictor]]
+    baselines = {kind: {} for kind in (*others, *BASELINE_KINDS)}
     missing: dict[tuple[str, str], str] = {}
     method = settings.probability_calibration if probability_ids else "none"
     for target in targets:
         if target in refusals:
             logger.warning("no predictor for %s: %s", target, refusals[target])
             continue
-        fitted = trainer.fit(train, target, names, f"hazard {target}", parameters=parameters)
+        try:
+            purpose = f"hazard {target}"
+            fitted = trainer.fit_kind(settings.kind, train, target, purpose, parameters)
+        except Refusal as refusal:  # a sequence needs enough of it in compressed answers
+            refusals[target] = str(refusal)
+            logger.warning("no predictor for %s: %s", target, refusal)
+            continue
         made: dict[str, Predictor] = {"hazard": fitted}
+        for other in others:
+            try:
+                purpose = f"{other} {target}"
+                made[other] = trainer.fit_kind(other, train, target, purpose, parameters)
+            except Refusal as refusal:
+                missing[target, other] = str(refusal)
         for baseline in BASELINE_KINDS:
             try:
                 made[baseline] = trainer.fit_baseline(train, target, baseline, names)
@@ -239,6 +262,7 @@ def _training_table(
                 origin = model.provenance
                 row |= {
                     "status": "trained",
+                    "kind": model.kind,
                     "formulation": model.formulation,
                     "features": len(model.feature_names),
                     "rounds": origin.get("rounds"),
@@ -260,6 +284,7 @@ def _training_table(
         schema={
             "target": text,
             "predictor": text,
+            "kind": text,
             "status": text,
             "reason": text,
             "formulation": text,

@@ -7,25 +7,22 @@ onset in a stretch, given none before it, and the risk is one minus the survival
 censored).
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
 import xgboost
-from scipy import optimize, stats
-from scipy.special import expit
-from sklearn.isotonic import IsotonicRegression
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from kvguard import config, schema
-from kvguard.config import digest
-from kvguard.features import FEATURE_SETS
+from kvguard.config_predictor import PredictorKind
+from kvguard.features import FEATURE_SETS, SEQUENCE_FEATURES
+from kvguard.gru import answer_lengths
 from kvguard.leakage import LeakageCheck, assert_disjoint
 from kvguard.predictor import (
     CalibrationMap,
@@ -35,8 +32,10 @@ from kvguard.predictor import (
     lead_rows,
     survival_log_odds,
 )
+from kvguard.predictor_provenance import provenance
+from kvguard.probability_maps import fit_calibration_map
 from kvguard.probe_scale import PROBE_COLUMNS, ProbeScale, fit_probe_scale
-from kvguard.row_batches import BLOCK_ROWS, quantile_matrix
+from kvguard.row_batches import quantile_matrix
 from kvguard.rows import Bools, Rows, as_bools, eligible, outcome
 from kvguard.splits import Table, hash_order, read_splits
 
@@ -113,6 +112,74 @@ class Trainer:
             return str(refusal)
         return None
 
+    def fit_kind(
+        self,
+        kind: PredictorKind,
+        train: Rows,
+        target: str,
+        purpose: str,
+        parameters: Parameters | None = None,
+    ) -> Predictor:
+        """Fit a predictor of one kind on the features that the configuration gives it."""
+        if kind == "sequence":
+            return self.fit_sequence(train, target, purpose)
+        names = FEATURE_SETS[self.settings.feature_set]
+        return self.fit(train, target, names, purpose, parameters=parameters)
+
+    def fit_sequence(self, train: Rows, target: str, purpose: str) -> Predictor:
+        """Fit a GRU over whole compressed answers; a part of the train prompts chooses the epoch.
+
+        A token is positive where the onset lies within the horizon, or behind it: a check that
+        comes late cuts back to the first rejected token all the same, so after the onset one is
+        due no less than before it. Tokens after the onset are therefore fitted whatever
+        ``include_post_onset`` says. Every answer weighs the same.
+
+        Args:
+            train: tokens of train prompts, whole answers.
+            target: one of `schema.TARGETS`.
+            purpose: kept in the record of matrices.
+
+        Raises:
+            Refusal, LeakageError: as `fit`.
+        """
+        from kvguard.sequence_predictor import fit_gru  # torch
+
+        settings, names = self.settings.sequence, SEQUENCE_FEATURES
+        if refused := self.refusal(train, target):
+            raise Refusal(refused)
+        train, scale = self._scaled(train, names, True)
+        judged = as_bools(train.keys[f"hazard_{target}"].is_not_null()) & train.compressed()
+        rows = _share_of_answers(train.take(judged), BASELINE_ROWS)
+        _enough(rows, target)
+        self.leakage.check("fit", rows.keys["prompt_id"], purpose)
+        stopping = _stopping_prompts(rows, target, self.settings.early_stopping_share)
+        self.leakage.check("early_stopping", stopping, purpose)
+        lengths = answer_lengths(rows.features)
+        first = np.cumsum(lengths) - lengths
+        unit, epochs = fit_gru(
+            rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]],
+            lengths,
+            outcome(rows, target),
+            as_bools(rows.keys["prompt_id"].is_in(stopping))[first],
+            seed=self.seed,
+            settings=settings,
+        )
+        return Predictor(
+            kind="sequence",
+            target=target,
+            horizon_tokens=self.horizon_tokens,
+            feature_names=names,
+            feature_version=schema.FEATURE_VERSION,
+            model=unit.to_json(),
+            probe_scale=scale,
+            provenance=provenance(rows, target, self.seed)
+            | {
+                "rounds": epochs,
+                "parameters": settings.model_dump(mode="json"),
+                "stopping_prompts": len(stopping),
+            },
+        )
+
     def fit(
         self,
         train: Rows,
@@ -171,7 +238,7 @@ class Trainer:
                 "lead_bins": layout.bins,
             },
             probe_scale=scale,
-            provenance=_provenance(rows, target, self.seed)
+            provenance=provenance(rows, target, self.seed)
             | {"rounds": rounds, "parameters": dict(parameters), "stopping_prompts": len(stopping)},
         )
 
@@ -239,7 +306,7 @@ class Trainer:
                 "intercept": intercept,
             },
             probe_scale=scale,
-            provenance=_provenance(rows, target, self.seed),
+            provenance=provenance(rows, target, self.seed),
         )
 
     def _fit_gate(self, train: Rows, target: str) -> Predictor:
@@ -282,7 +349,7 @@ class Trainer:
                 "intercept": float(fit.intercept_[0]),
             },
             probe_scale=scale,
-            provenance=_provenance(rows, target, self.seed),
+            provenance=provenance(rows, target, self.seed),
         )
 
     def calibrate(
@@ -313,14 +380,16 @@ class Trainer:
             used = rows.take(rows.before_onset(predictor.target) & rows.compressed())
             labels = used.label(predictor.target)
         prompts = used.keys["prompt_id"].unique().sort().to_list()
-        provenance = predictor.provenance | {"probability_prompts": prompts}
+        origin = predictor.provenance | {"probability_prompts": prompts}
         if method == "none" or labels.all() or not labels.any():
             note = None if method == "none" else "too few calibration prompts: no onset among them"
             mapping = CalibrationMap(note=note)
         else:
             self.leakage.check("probability_calibration", used.keys["prompt_id"], purpose)
-            mapping = _fit_map(predictor.log_odds(used.features, used.press), labels, method)
-        return predictor.model_copy(update={"calibration": mapping, "provenance": provenance})
+            mapping = fit_calibration_map(
+                predictor.log_odds(used.features, used.press), labels, method
+            )
+        return predictor.model_copy(update={"calibration": mapping, "provenance": origin})
 
     def out_of_fold(
         self,
@@ -449,36 +518,6 @@ def _requests(rows: Rows, target: str) -> Bools:
     return judged & as_bools(rows.keys["position"] == 0)
 
 
-def _fit_map(
-    log_odds: Floats, labels: Bools, method: Literal["isotonic", "platt"]
-) -> CalibrationMap:
-    if method == "isotonic":
-        fit = IsotonicRegression(y_min=1e-4, y_max=1 - 1e-4, out_of_bounds="clip")
-        fit.fit(log_odds, labels)
-        return CalibrationMap(
-            method="isotonic", x=fit.X_thresholds_.tolist(), y=fit.y_thresholds_.tolist()
-        )
-    positives = int(labels.sum())
-    # Platt's own targets: a Laplace-like correction, so that separable scores stay finite
-    high, low = (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2)
-    wanted = np.where(labels, high, low)
-
-    def loss(point: Floats) -> tuple[float, Floats]:
-        margin = point[0] * log_odds + point[1]
-        residual = expit(margin) - wanted
-        value = np.mean(np.logaddexp(0, margin) - wanted * margin)
-        return float(value), np.array([np.mean(residual * log_odds), np.mean(residual)])
-
-    found = optimize.minimize(
-        loss,
-        np.array([1.0, 0.0]),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(0.05, 20.0), (-50.0, 50.0)],
-    )
-    return CalibrationMap(method="platt", slope=float(found.x[0]), intercept=float(found.x[1]))
-
-
 def _enough(rows: Rows, target: str) -> None:
     positive = outcome(rows, target)
     harmed = rows.keys.filter(positive)["prompt_id"].n_unique()
@@ -489,6 +528,15 @@ def _enough(rows: Rows, target: str) -> None:
         )
     if positive.all():
         raise Refusal(f"every train token lies within the horizon of an onset of {target}")
+
+
+def _share_of_answers(rows: Rows, tokens: int) -> Rows:
+    """Every answer; where they have more tokens than that, every second, third and so on."""
+    every = -(-len(rows.features) // tokens)
+    if every <= 1:
+        return rows
+    lengths = answer_lengths(rows.features)
+    return rows.take(np.repeat(np.arange(len(lengths)) % every == 0, lengths))
 
 
 def _stopping_prompts(rows: Rows, target: str, share: float) -> list[str]:
@@ -534,41 +582,6 @@ def _matrix(
 
     ends = np.cumsum(at_risk.reshape(-1, max(layout.bins, 1)).sum(axis=1))
     return quantile_matrix(data, ends, labels, weights / weights.mean(), reference)
-
-
-def _provenance(rows: Rows, target: str, seed: int) -> dict[str, Any]:
-    labels = outcome(rows, target)
-    content = hashlib.sha256()
-    for start in range(0, len(rows.features), BLOCK_ROWS):
-        content.update(rows.features[start : start + BLOCK_ROWS].tobytes())
-    content.update(labels.tobytes())
-    prompts = rows.keys["prompt_id"].unique().sort().to_list()
-    content.update("".join(prompts).encode())
-    return {
-        "seed": seed,
-        "data_digest": content.hexdigest()[:16],
-        "train_prompts": len(prompts),
-        "train_prompts_digest": digest(prompts),
-        "train_rows": len(labels),
-        "positive_rows": int(labels.sum()),
-        "harmed_prompts": rows.keys.filter(labels)["prompt_id"].n_unique(),
-        "conditions": _conditions(rows),
-        "versions": {
-            name: metadata.version(name) for name in ("xgboost", "scikit-learn", "numpy", "polars")
-        },
-    }
-
-
-def _conditions(rows: Rows) -> dict[str, Any]:
-    """What the rows come from: (press, ratio) pairs, and token budgets."""
-    pairs = rows.keys.select("press", "ratio").unique().sort("press", "ratio").rows()
-    relative = rows.features[:, schema.FEATURE_NAMES.index("relative_position")]
-    started = relative > 0
-    budgets = np.round(rows.keys["position"].to_numpy()[started] / relative[started].astype(float))
-    return {
-        "presses": [list(pair) for pair in pairs],
-        "max_new_tokens": sorted({int(budget) for budget in budgets}),
-    }
 
 
 def _folds(rows: Rows, target: str, folds: int) -> dict[str, int]:

@@ -8,7 +8,6 @@ from typing import Any
 import polars as pl
 
 from kvguard.config import BASELINE
-from kvguard.features import FEATURE_SETS
 from kvguard.metrics import Measured
 from kvguard.predictor import Predictor
 from kvguard.rows import Rows
@@ -57,11 +56,10 @@ def _without(rows: Rows, column: str, value: str, *, keep: bool = False) -> Rows
 
 
 def _leave_one_out(study: Study, target: str) -> pl.DataFrame:
-    names = FEATURE_SETS[study.trainer.settings.feature_set]
     rows: list[tuple[dict[str, Any], Measured]] = []
     whole: Predictor | str
     try:
-        whole = study.fit(target, names, "leave one out: everything")
+        whole = study.fit_configured(target, "leave one out: everything")
     except Refusal as refusal:
         whole = str(refusal)
     for column in ("task", "press", "ratio"):
@@ -81,7 +79,7 @@ def _leave_one_out(study: Study, target: str) -> pl.DataFrame:
                     alone = trained_on == "itself"
                     kept = _without(study.train, column, value, keep=alone)
                     purpose = f"{column} {value}: trained on {trained_on}"
-                    predictor = study.fit(target, names, purpose, rows=kept)
+                    predictor = study.fit_configured(target, purpose, kept)
                 except Refusal as refusal:
                     rows += compared(described, str(refusal), None, {})
                     continue
@@ -92,7 +90,6 @@ def _leave_one_out(study: Study, target: str) -> pl.DataFrame:
 
 
 def _transfer(study: Study, target: str) -> pl.DataFrame:
-    names = FEATURE_SETS[study.trainer.settings.feature_set]
     models = _values(study.train, "model")
     rows: list[tuple[dict[str, Any], Measured]] = []
     if len(models) == 1:
@@ -102,7 +99,7 @@ def _transfer(study: Study, target: str) -> pl.DataFrame:
     for model in models if len(models) > 1 else ():
         try:
             part = _without(study.train, "model", model, keep=True)
-            fitted[model] = study.fit(target, names, f"transfer from {model}", rows=part)
+            fitted[model] = study.fit_configured(target, f"transfer from {model}", part)
         except Refusal as refusal:
             fitted[model] = str(refusal)
     for tested in fitted:

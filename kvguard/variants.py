@@ -49,15 +49,18 @@ class Study(NamedTuple):
         names: Sequence[str],
         purpose: str,
         *,
-        rows: Rows | None = None,
         formulation: Formulation | None = None,
         normalised: bool | None = None,
     ) -> Predictor:
-        """A predictor with the configured parameters, its probabilities not calibrated."""
-        train = self.train if rows is None else rows
+        """Trees with the configured parameters, probabilities not calibrated."""
         return self.trainer.fit(
-            train, target, names, purpose, formulation=formulation, normalised=normalised
+            self.train, target, names, purpose, formulation=formulation, normalised=normalised
         )
+
+    def fit_configured(self, target: str, purpose: str, rows: Rows | None = None) -> Predictor:
+        """A predictor of the configured kind, its probabilities not calibrated."""
+        train = self.train if rows is None else rows
+        return self.trainer.fit_kind(self.trainer.settings.kind, train, target, purpose)
 
     def targets(self) -> list[str]:
         """The configured targets, those that can be trained first, the default in front."""

@@ -25,6 +25,7 @@ from kvguard.predictor import (
     save_predictor,
     survival_log_odds,
 )
+from kvguard.probability_maps import fit_calibration_map
 from kvguard.rows import Rows, load_rows
 from kvguard.splits import calibration_parts, prompts_of, split_prompts
 from kvguard.train import (
@@ -437,7 +438,7 @@ def test_an_anti_predictive_score_is_not_turned_around() -> None:
     rng = np.random.default_rng(0)
     odds = rng.normal(size=400)
     labels = rng.random(400) < 1 / (1 + np.exp(2 * odds))
-    assert trainer._fit_map(odds, labels, "platt").slope > 0
+    assert fit_calibration_map(odds, labels, "platt").slope > 0
 
 
 def test_rules_rise_with_repetition_and_entropy() -> None:
