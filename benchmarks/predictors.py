@@ -1,12 +1,13 @@
-"""What a hazard costs: the booster alone, behind a press's scale, and a step of the GRU.
+"""What a hazard costs: boosted trees, and a sequence predictor, behind a press's scale.
 
     python benchmarks/predictors.py
 
-times each for batches of 1, 8 and 32 rows, in turn, and writes results/bench/predictors.json:
-``seconds`` by score and batch, median and 99th percentile of one call, and ``cpu_seconds``, the
-processor's mean over all calls, which a busy machine changes less. The models are fitted on random
-numbers: what they say does not matter, their size does (68 features, 100 trees of depth 4; a GRU of
-16 units over 49 inputs).
+times the hazards of the next 1 and the next 8 tokens of 1, 8 and 32 rows, as a guard asks for them,
+the kinds in turn, and writes results/bench/predictors.json: ``seconds`` by predictor and ``rows x
+tokens``, median and 99th percentile of one call, and ``cpu_seconds``, the processor's mean over all
+calls, which a busy machine changes less; ``ratio``, the sequence's median over the trees'. The
+models are made of random numbers: what they say does not matter, their size does (68 features, 100
+trees of depth 4; a GRU of 16 units over 49 inputs).
 """
 
 import json
@@ -19,15 +20,14 @@ import xgboost
 from measuring import FOLDER, machine, say, write
 
 from kvguard import schema
+from kvguard.features import SEQUENCE_FEATURES
+from kvguard.gru import Gru
+from kvguard.hazards import HazardState
 from kvguard.predictor import Predictor, for_press
 from kvguard.probe_scale import fit_probe_scale
-from kvguard.sequence_predictor import (
-    SEQUENCE_SIGNALS,
-    SequenceSettings,
-    fit_sequence_predictor,
-)
 
 BATCHES = (1, 8, 32)
+TOKENS = (1, 8)
 CALLS = 300
 TARGET = FOLDER / "predictors.json"
 
@@ -54,20 +54,66 @@ def make_predictor(rng: np.random.Generator) -> Predictor:
     )
 
 
-def time_calls(call: Callable[[], object]) -> dict[str, float]:
-    """Seconds of one call."""
-    call()
-    seconds = np.empty(CALLS)
-    began = time.process_time()
-    for number in range(CALLS):
-        started = time.perf_counter()
+def make_sequence(rng: np.random.Generator, scaled: Predictor) -> Predictor:
+    """A GRU of the size that training gives it, with the same scale."""
+    size, width = 16, len(SEQUENCE_FEATURES)
+    unit = Gru(
+        {
+            "input": rng.normal(size=(3 * size, width)),
+            "hidden": rng.normal(size=(3 * size, size)),
+            "input_bias": rng.normal(size=3 * size),
+            "hidden_bias": rng.normal(size=3 * size),
+            "head": rng.normal(size=size),
+            "head_bias": 0.0,
+            "means": np.zeros(width),
+            "scales": np.ones(width),
+        }
+    )
+    return Predictor(
+        kind="sequence",
+        target="harm",
+        horizon_tokens=32,
+        feature_names=SEQUENCE_FEATURES,
+        feature_version=schema.FEATURE_VERSION,
+        model=unit.to_json(),
+        probe_scale=scaled.probe_scale,
+    )
+
+
+def call_of(predictor: Predictor, features: np.ndarray) -> Callable[[], object]:
+    """What a guard calls for the next tokens (rows, tokens, features) of a full batch."""
+    rows, tokens = features.shape[:2]
+    state = HazardState(for_press(predictor, "snapkv"), rows, 1_000_000, 0.5)
+    every, counts = np.arange(rows), np.full(rows, tokens)
+
+    def call() -> object:
+        found = state.predict(every, features, counts)
+        for row in every.tolist():  # so that no state grows with the number of calls
+            state.reset(row, 0.5, 1_000_000)
+        return found
+
+    return call if predictor.kind == "sequence" else partial(state.predict, every, features, counts)
+
+
+def time_calls(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+    """Seconds of one call of each, the calls in turn."""
+    seconds = {name: np.empty(CALLS) for name in calls}
+    cpu = dict.fromkeys(calls, 0.0)
+    for call in calls.values():
         call()
-        seconds[number] = time.perf_counter() - started
-    cpu = (time.process_time() - began) / CALLS
+    for number in range(CALLS):
+        for name, call in calls.items():
+            began, started = time.process_time(), time.perf_counter()
+            call()
+            seconds[name][number] = time.perf_counter() - started
+            cpu[name] += (time.process_time() - began) / CALLS
     return {
-        "p50": float(np.median(seconds)),
-        "p99": float(np.quantile(seconds, 0.99)),
-        "cpu_seconds": cpu,
+        name: {
+            "p50": float(np.median(each)),
+            "p99": float(np.quantile(each, 0.99)),
+            "cpu_seconds": cpu[name],
+        }
+        for name, each in seconds.items()
     }
 
 
@@ -75,33 +121,28 @@ def main() -> None:
     """Measure and write the file."""
     rng = np.random.default_rng(0)
     scaled = make_predictor(rng)
-    plain = scaled.model_copy(update={"probe_scale": None})
-    pressed = for_press(scaled, "snapkv")
-    names = (*SEQUENCE_SIGNALS, *schema.PROBE_NAMES)
-    lengths = np.full(40, 12)
-    inputs = rng.normal(size=(480, len(names)))
-    harmed = np.arange(40) % 2 == 0
-    gru = fit_sequence_predictor(
-        inputs,
-        lengths,
-        harmed,
-        [f"p{number}" for number in range(40)],
-        names,
-        settings=SequenceSettings(max_epochs=1),
-    )
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for batch in BATCHES:
-        features = rng.normal(size=(batch, len(schema.FEATURE_NAMES))).astype(np.float32)
-        step, state = rng.normal(size=(batch, len(names))), gru.start(batch)
-        calls: dict[str, Callable[[], object]] = {
-            "booster": partial(plain.predict, features),
-            "booster behind the press's scale": partial(pressed.predict, features),
-            "gru": partial(gru.advance, state, step),
-        }
-        for name, call in calls.items():
-            found.setdefault(name, {})[str(batch)] = time_calls(call)
-            say(f"batch {batch}, {name}: {1e6 * found[name][str(batch)]['cpu_seconds']:.0f} us")
-    write(TARGET, {"machine": machine(), "seconds": found})
+    sequence = make_sequence(rng, scaled)
+    kinds = {
+        "boosted, raw probes": scaled.model_copy(update={"probe_scale": None}),
+        "boosted": scaled,
+        "sequence": sequence,
+    }
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in kinds}
+    ratio: dict[str, float] = {}
+    for rows in BATCHES:
+        for tokens in TOKENS:
+            shape = (rows, tokens, len(schema.FEATURE_NAMES))
+            features = rng.normal(size=shape).astype(np.float32)
+            probes = [schema.FEATURE_NAMES.index(name) for name in schema.PROBE_NAMES]
+            features[..., probes] = features[:, :1, probes]  # those of the request
+            size = f"{rows} x {tokens}"
+            timed = time_calls({name: call_of(model, features) for name, model in kinds.items()})
+            for name, seconds in timed.items():
+                found[name][size] = seconds
+                say(f"{size}, {name}: {1e6 * seconds['cpu_seconds']:.0f} us of processor time")
+            ratio[size] = timed["sequence"]["p50"] / timed["boosted"]["p50"]
+            say(f"{size}: sequence takes {ratio[size]:.2f} of boosted, median of calls in turn")
+    write(TARGET, {"machine": machine(), "seconds": found, "ratio": ratio})
 
 
 if __name__ == "__main__":

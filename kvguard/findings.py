@@ -358,8 +358,9 @@ def _made_of(tables: Mapping[str, pl.DataFrame]) -> str:
         for row in importance.to_dicts()
     ]
     text = (
-        "### Features and formulation\n\nHow much AUROC falls when a group of features is permuted "
-        "(on calibration prompts: in sample for the choice of thresholds, not for the fit):\n\n"
+        "### Features and formulation\n\nHow much the AUROC of boosted trees falls when a group of "
+        "features is permuted (on calibration prompts: in sample for the choice of thresholds, not "
+        "for the fit):\n\n"
     ) + table(["group", "features", "fall"], lines)
     text += (
         f"\n\n{measured.height - importance.height} of {measured.height} groups are left out: the "

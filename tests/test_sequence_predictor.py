@@ -196,7 +196,7 @@ PREDICTOR = _random_predictor(0)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_a_batch_with_refills_and_cuts_says_what_whole_answers_say(seed: int, rows: int) -> None:
     rng = np.random.default_rng(seed)
     state = HazardState(for_press(PREDICTOR, "snapkv"), rows, LIMIT, 0.5)
