@@ -119,7 +119,7 @@ POLICIES: dict[str, PolicyEntry] = {
 """Every policy, in the order in which tables and figures show them."""
 
 POLICY_NAMES = tuple(name for name, entry in POLICIES.items() if entry.live)
-"""The policies that `kvguard.policies` implements and the live experiment can run."""
+"""The policies that `kvguard.policy_factory` builds and the live experiment can run."""
 
 PointName = Literal["conservative", "balanced", "aggressive"]
 

@@ -517,6 +517,7 @@ def test_status_counts_jobs_per_stage(tmp_path: Path) -> None:
         ("kvguard analyze --results-dir nowhere", "nowhere/kvguard.duckdb"),
         ("kvguard train --results-dir nowhere", "nowhere"),
         ("kvguard eval-controller --results-dir nowhere", "nowhere"),
+        ("kvguard findings --results-dir nowhere", "nowhere holds no run"),
     ],
 )
 def test_wrong_input_ends_with_one_message(

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import kvpress
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_VOCABULARY, make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpress.presses.scorer_press import ScorerPress
@@ -384,21 +386,23 @@ def test_every_supported_press_is_in_the_matrix() -> None:
 @settings(max_examples=25)
 @given(order=st.permutations(range(9)), rows=st.integers(1, 9))
 def test_a_row_does_not_depend_on_its_neighbours(order: list[int], rows: int) -> None:
-    from conftest import make_tiny_model
+    requests = ragged_requests(TINY_VOCABULARY)
+    together = sampled_under_snapkv([requests[i] for i in order], rows)
+    alone = alone_under_snapkv()
+    assert {key: done.token_ids for key, done in together.items()} == alone
 
-    model = make_tiny_model("llama")
-    requests = ragged_requests(model.config.vocab_size)
+
+def sampled_under_snapkv(requests: Sequence[Request], rows: int) -> dict[str, Completion]:
     decoding = Decoding(NEW_TOKENS, (2,), do_sample=True, temperature=1.3, top_p=0.9, top_k=40)
-    press = spec("SnapKVPress", 3, "both")
-    alone = {
-        request.key: run(model, [request], build_press(press, "0.500"), 1, decoding=decoding)
-        for request in requests
-    }
-    together = run(
-        model, [requests[i] for i in order], build_press(press, "0.500"), rows, decoding=decoding
-    )
-    for key, done in together.items():
-        assert done.token_ids == alone[key][key].token_ids
+    press = build_press(spec("SnapKVPress", 3, "both"), "0.500")
+    return run(make_tiny_model("llama"), requests, press, rows, decoding=decoding)
+
+
+@cache
+def alone_under_snapkv() -> dict[str, list[int]]:
+    """Each request's answer in a batch of its own."""
+    requests = ragged_requests(TINY_VOCABULARY)
+    return {each.key: sampled_under_snapkv([each], 1)[each.key].token_ids for each in requests}
 
 
 def test_rows_end_at_any_end_token(tiny_llama: PreTrainedModel) -> None:
