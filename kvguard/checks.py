@@ -2,10 +2,18 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kvguard.audit import Answer, Check, check_answers
+from kvguard.check_timing import Prices
 from kvguard.engine import Session
+
+BUS = 50.0
+"""Bytes read from device memory in the time that the bus brings one: HBM over PCIe 5."""
+
+PREFILL_TOKEN = 0.1
+"""Cost of a token of a prefill, in drafted tokens; about what SmolLM2 takes on a CPU."""
 
 RECOVERABLE = (AssertionError, IndexError, MemoryError, OSError, RuntimeError, ValueError)
 """Errors of a check, a recovery or a press (out of memory too, on the device, on the host or on the
@@ -94,6 +102,28 @@ def _one_pass(session: Session, answers: list[Answer], keep_inputs: bool) -> lis
         prefix=session.prefix,
         keep_inputs=keep_inputs,
     )
+
+
+def check_prices(session: Session) -> Prices:
+    """What checks of the active rows cost now, in drafted tokens, from the bytes that are read.
+
+    A decoding step reads the weights, shared by its rows, and each row's compressed cache; a check
+    reads the weights and each row's cold cache, over the bus where the device is not the host. A
+    check without a cold cache computes prompt and answer, `PREFILL_TOKEN` each.
+    """
+    active, slots = session.active, session.slots
+    weights = sum(parameter.nbytes for parameter in session.model.parameters())
+    own = slots.lengths[:, :active].sum(axis=0) * slots.bytes_per_entry
+    drafted = weights / max(1, active) + own.mean()
+    bus = 1.0 if session.model.device.type == "cpu" else BUS
+    prices = []
+    for number, row in enumerate(session.rows):
+        if row.cold is None:
+            tokens = int(session.prompt_lengths[number] + session.lengths[number])
+            prices.append(PREFILL_TOKEN * tokens)
+        else:
+            prices.append(bus * row.cold.length * row.cold.store.bytes_per_token / drafted)
+    return Prices(float(weights / drafted), np.array(prices))
 
 
 def free_memory(device: torch.device, error: BaseException) -> None:

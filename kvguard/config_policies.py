@@ -60,6 +60,7 @@ POLICIES: dict[str, PolicyEntry] = {
             "exact where compression happens at prefill alone: nothing changes",
         ),
         PolicyEntry("lossless", "lossless", False, "check", _CHECKED),
+        PolicyEntry("lossless_auto", "lossless, adaptive", False, "check", _CHECKED),
         PolicyEntry(
             "probation",
             "probation",

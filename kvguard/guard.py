@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from kvguard.config import OperatingPoint, Tolerance
+from kvguard.config import Live, OperatingPoint, Tolerance
 from kvguard.guard_predictor import resolve_point, resolve_predictor
 from kvguard.guard_report import GuardError, GuardReport
 from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
-from kvguard.rivals import Ladder, Lossless
+from kvguard.rivals import Ladder
 from kvguard.schema import PROBE_NAMES
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class KVGuard:
         check_every_tokens: the predictor is asked every so many tokens of a row (default 8), and at
             its end, about all of them at once, which costs a small batch a fraction of asking each
             time. An alarm is acted upon that much later at most. With "lossless": the tokens
-            between two checks (default 16).
+            between two checks (default 16), or "auto": a row is checked when its draft is no
+            longer worth going on with (`check_timing`), rows together.
         holdback_tokens: streaming releases a token once a check has accepted it or this many have
             followed it. Released tokens stay. In ALERT and SAFE, and with "lossless", accepted
             tokens alone are released.
@@ -127,7 +128,7 @@ class KVGuard:
         safe_ratio: float = 0.0,
         margin_nats: float = 1e-4,
         tolerance: Tolerance | None = None,
-        check_every_tokens: int | None = None,
+        check_every_tokens: int | Literal["auto"] | None = None,
         holdback_tokens: int = 16,
         batch_size: int | None = None,
         seed: int | None = None,
@@ -141,11 +142,15 @@ class KVGuard:
         if press is not None and not isinstance(press, BasePress):
             raise GuardError(f"press: a kvpress press, e.g. SnapKVPress(0.75), got {press!r}")
         phases(press)  # refuses a press by name, before any token is generated
+        adaptive = policy == "lossless" and check_every_tokens == "auto"
         if check_every_tokens is None:
             check_every_tokens = 16 if policy == "lossless" else 8
         limits = {
             "safe_ratio lies in [0, 1)": (safe_ratio, 0 <= safe_ratio < 1),
-            "check_every_tokens is at least 1": (check_every_tokens, check_every_tokens >= 1),
+            "check_every_tokens is at least 1, or 'auto' with policy='lossless'": (
+                check_every_tokens,
+                adaptive or (isinstance(check_every_tokens, int) and check_every_tokens >= 1),
+            ),
             "holdback_tokens is at least 0": (holdback_tokens, holdback_tokens >= 0),
             "margin_nats is at least 0": (margin_nats, margin_nats >= 0),
             "batch_size is at least 1, or None": (batch_size, batch_size is None or batch_size > 0),
@@ -186,7 +191,8 @@ class KVGuard:
                 operating_point, self.certificate, rules=predictor == "rules"
             )
         self.task, self.safe_ratio = task, safe_ratio
-        self.check_every_tokens, self.recovery = check_every_tokens, recovery
+        self.check_every_tokens: int | Literal["auto"] = check_every_tokens
+        self.recovery = recovery
         self._point = operating_point if isinstance(operating_point, str) else None
         self.statements = self._statements()
         self.drift = self._drift_monitor()
@@ -202,6 +208,8 @@ class KVGuard:
         self._prompts_seen: set[int] = set()
         names = {"continue": "guard"}
         self.policy_name = names.get(recovery, f"guard_{recovery}") if policy == "guard" else policy
+        if adaptive:
+            self.policy_name = "lossless_auto"
         self.cold, self.cold_folder = cold, cold_folder
         self._warned: set[str] = set()
         self.margin_nats, self.tolerance = margin_nats, tolerance
@@ -363,7 +371,7 @@ class KVGuard:
             safe_ratio=self.safe_ratio,
             margin_nats=self.margin_nats,
             tolerance=self.tolerance,
-            check_every_tokens=self.check_every_tokens,
+            check_every_tokens=self._every,
             holdback_tokens=self.holdback_tokens,
             released=None if streamer is None else release,
             stopping=stopping,
@@ -392,7 +400,7 @@ class KVGuard:
             self._point,
             press=self.press,
             recovery=self.recovery,
-            check_every_tokens=self.check_every_tokens,
+            check_every_tokens=self._every,
             safe_ratio=self.safe_ratio,
             task=self.task,
             model=model,
@@ -423,17 +431,21 @@ class KVGuard:
         if self.drift.drifted != before:
             logger.warning("%s", self.drift.text)
 
+    @property
+    def _every(self) -> int:
+        """`check_every_tokens` as a number; an adaptive policy looks at every token."""
+        return 1 if self.check_every_tokens == "auto" else self.check_every_tokens
+
     def _policy(self, rows: int, max_new_tokens: int) -> Policy:
-        if self.policy_name == "lossless":
-            return Lossless("lossless", rows, self.check_every_tokens)
         if self.ladder is not None:
             return Ladder("ladder", rows, self.threshold)
         return make_policy(
             self.policy_name,
             rows,
             max_new_tokens=max_new_tokens,
+            live=Live(lossless_tokens=self._every),
             controller=self.operating_point,
-            check_every_tokens=self.check_every_tokens,
+            check_every_tokens=self._every,
         )
 
     def _warn_of_transfer(self, max_new_tokens: int) -> None:

@@ -14,7 +14,8 @@ from kvpress import BasePress
 from numpy.typing import NDArray
 
 from kvguard.audit import Check, first_rejected, harmful_token
-from kvguard.checks import RECOVERABLE, free_memory, run_checks
+from kvguard.check_timing import LosslessAuto
+from kvguard.checks import RECOVERABLE, check_prices, free_memory, run_checks
 from kvguard.config import BASELINE_RATIO, Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Session, Step, generate, synchronize
@@ -179,6 +180,8 @@ class GuardObserver:
         due = (lengths >= due_at) | (ended & (due_at != NEVER_DUE))
         due[broken] = False
         rows = np.flatnonzero(due)
+        if isinstance(self.policy, LosslessAuto):
+            self.policy.set_prices(check_prices(session))
         actions = self._decide(session, rows) if len(rows) else []
         share = (time.perf_counter() - started) / session.active
         for state in session.rows:
@@ -191,6 +194,9 @@ class GuardObserver:
                 self._act(session, row, action, amount)
         for row in self._unreleased(session, rows):
             checks.setdefault(row, Action.CHECK)
+        if checks and isinstance(self.policy, LosslessAuto):
+            others = [i for i in range(session.active) if i not in checks and i not in broken]
+            checks |= dict.fromkeys(self.policy.share_pass(len(checks), others), Action.CHECK)
         if checks:
             self._check(session, checks)
         done = [*broken, *rows.tolist()]

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from kvguard.check_timing import LosslessAuto
 from kvguard.config import POLICY_NAMES, Live, OperatingPoint, ratio_text
 from kvguard.policies import Action, Guard, Policy
 from kvguard.rivals import (
@@ -84,6 +85,8 @@ def make_policy(
         return VerifyAll(name, rows)
     if name == "lossless":
         return Lossless(name, rows, live.lossless_tokens)
+    if name == "lossless_auto":
+        return LosslessAuto(name, rows)
     if name == "probation":
         return Probation(name, rows, live.probation_tokens)
     if name == "gate":

@@ -24,6 +24,7 @@ from transformers import (
 from kvguard import audit, press_catalogue
 from kvguard.audit import check_answers, harmful_token
 from kvguard.certificate import CertificateError, save_certificate
+from kvguard.check_timing import LosslessAuto, Prices
 from kvguard.cold_cache import ColdStore, Part
 from kvguard.config import OperatingPoint, Tolerance
 from kvguard.controller import Mode
@@ -189,18 +190,30 @@ def test_the_theorem_at_any_step_any_number_of_times(
     assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
 
 
-@settings(max_examples=30)
+class Dear(LosslessAuto):
+    """Checks at its own moments, whatever they cost: up to ``price`` tokens for row 0, 1 and on."""
+
+    def __init__(self, name: str, rows: int, price: float) -> None:
+        super().__init__(name, rows, longest_tokens=1 + int(price) // 10)
+        self.price = price
+
+    def set_prices(self, prices: Prices) -> None:
+        count = len(prices.own)
+        super().set_prices(Prices(self.price, self.price / np.arange(1, count + 1)))
+
+
+@settings(max_examples=40)
 @given(
     name=st.sampled_from([name for name in PREFILL if name != "ObservedAttentionPress"]),
     phase=st.sampled_from(["prefill", "decode", "both"]),
-    every=st.integers(1, 23),
+    every=st.one_of(st.integers(1, 23), st.floats(0, 200)),
     rows=st.integers(1, 9),
     sample=st.booleans(),
     share=st.booleans(),
     cold=st.sampled_from(["host", "disk", "none"]),
 )
 def test_lossless_is_the_uncompressed_model(
-    name: str, phase: str, every: int, rows: int, sample: bool, share: bool, cold: Any
+    name: str, phase: str, every: int | float, rows: int, sample: bool, share: bool, cold: Any
 ) -> None:
     """Any press, any draft length, batches with refill, greedy and sampled: the same tokens."""
     model = make_tiny_model("llama")
@@ -211,7 +224,9 @@ def test_lossless_is_the_uncompressed_model(
     prefix = prefill_prefix(model, requests[0].prompt_ids[:11]) if share else None
     press = build_press(spec(name, 3, phase), "0.500")
     session = Session(model, decoding, press=press, rows=rows, prefix=prefix, cold=cold)
-    observer = GuardObserver(session, Lossless("lossless", rows, every))
+    fixed = isinstance(every, int)
+    policy = Lossless("lossless", rows, every) if fixed else Dear("lossless_auto", rows, every)
+    observer = GuardObserver(session, policy)
     done = {
         done.request.key: (done, report) for done, report in guarded(session, requests, observer)
     }

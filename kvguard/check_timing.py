@@ -1,0 +1,226 @@
+"""When a draft is worth a check: the horizon of `lossless_auto`.
+
+A check may come after any token; what is kept is the uncompressed answer either way. So the moment
+is a question of cost alone, and an optimal-stopping problem with a closed answer.
+
+**Survival.** S is the probability that the uncompressed model would have chosen every token of the
+draft so far. A token with top-1 probability p is rejected at the rate ``rejection_rate(p)``, times
+a factor of the row: how much the press disturbs this prompt. The factor has a Gamma prior of mean 1
+and mass `PRIOR_REJECTIONS`; the row's checks update it (rejections seen over rejections expected),
+and S is its posterior mean of exp(-factor x rates): (e / (e + R)) ** a, with a the rejections, e
+the expected ones and R the draft's own rates, all with the prior.
+
+**Check when due.** One more token costs 1 (costs are in drafted tokens) and is kept with the
+probability S. With theta the kept tokens that a drafted token's cost buys in the long run, going on
+pays while S > theta. S falls with every token, so looking one token ahead is optimal (the monotone
+case of Chow and Robbins; SpecDec++, arXiv 2405.19715, derives the threshold on S and trains a head
+for it; VeriCache, arXiv 2605.17613, checks after a fixed number). A cycle of n tokens at the
+constant rate h, where a check costs k and gives a token itself, keeps 1 + (1 - S) / h for n + k:
+the theta at which it is best to stop fulfils, with x = 1 / theta,
+
+    h (k - x) = x - 1 - ln x.
+
+**Join when a check happens anyway.** A pass over several rows costs a shared part (the weights are
+read once) and each row's own (its cold cache). A row that would be due later spares its share of
+another pass by joining now, and loses what the tokens until then would have brought: at the
+constant rate h that is (y - 1 - ln y) / h in drafted tokens, with y = S / theta. So it joins where
+y - 1 - ln y < h x share. The two thresholds are the can-order policy of joint replenishment.
+
+**Prices** follow from sizes (`check_prices`): no clock is read, so a run can be repeated.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvguard.policies import Action, Decision, Observation
+from kvguard.rivals import Lossless
+from kvguard.schema import SIGNALS
+
+TOP1 = list(SIGNALS).index("top1_probability")
+
+RATE_FACTOR, RATE_POWER, RATE_FLOOR = 0.7, 1.2, 0.001
+"""Of `rejection_rate`; docs/decisions.jsonl says what they were fitted to."""
+
+PRIOR_REJECTIONS = 2.0
+"""Mass of the prior of a row's factor, in expected rejections."""
+
+PRIOR_TOKENS = 32
+"""Tokens whose mean rate is taken as `RATE_MEAN` before a row has shown its own."""
+
+RATE_MEAN = 0.06
+"""Rejections a drafted token, before a row has shown its own."""
+
+LONGEST_TOKENS = 64
+"""A row is checked after so many tokens, whatever its survival."""
+
+MEMORY_PASSES = 4
+"""Passes over which the number of rows that share one is averaged."""
+
+SHARED_TOKENS, OWN_TOKENS = 3.0, 1.0
+"""What a check costs in drafted tokens until `LosslessAuto.set_prices` says otherwise."""
+
+FloatArray = NDArray[np.float64]
+
+
+def rejection_rate(top1: NDArray[np.floating]) -> FloatArray:
+    """Rejections expected of drafted tokens, any shape, from their top-1 probability."""
+    unsure = np.clip(1 - np.nan_to_num(top1.astype(np.float64), nan=0.0), 0, 1)
+    return np.asarray(RATE_FACTOR * unsure**RATE_POWER + RATE_FLOOR)
+
+
+def stopping_survival(rate: ArrayLike, price: ArrayLike) -> FloatArray:
+    """The survival below which a draft is due, theta of the module's equation.
+
+    Args:
+        rate: rejections a token, > 0.
+        price: of a check, in drafted tokens; at most 1: theta is 1, checking beats drafting.
+
+    >>> stopping_survival([0.01, 0.1], 4.0).round(2)
+    array([0.8 , 0.55])
+    """
+    rates, prices = np.broadcast_arrays(
+        np.asarray(rate, np.float64), np.maximum(np.asarray(price, np.float64), 1.0)
+    )
+    x = prices.copy()
+    for _ in range(8):  # Newton's method, from the right on a convex function: it never overshoots
+        excess = x - 1 - np.log(x) - rates * (prices - x)
+        x = np.maximum(x - excess / (1 - 1 / x + rates), 1.0)
+    return np.asarray(1 / x)
+
+
+class Prices(NamedTuple):
+    """What checks cost, in drafted tokens.
+
+    Attributes:
+        shared: of a pass, however many rows it is for.
+        own: (rows,) of each row in it.
+    """
+
+    shared: float
+    own: FloatArray
+
+
+class LosslessAuto(Lossless):
+    """Check when the draft is no longer worth going on with, and at the end; go on compressed.
+
+    Every answer is the uncompressed one, as with `Lossless`; the module says when checks come.
+
+    Args:
+        name: of the policy.
+        rows: slots.
+        longest_tokens: a draft is checked after so many tokens at the latest.
+    """
+
+    def __init__(self, name: str, rows: int, longest_tokens: int = LONGEST_TOKENS) -> None:
+        super().__init__(name, rows, longest_tokens)
+        self.shared_tokens = SHARED_TOKENS
+        self.rows_a_pass = 1.0  # running mean
+        self._priced = False
+        self.own_tokens = np.full(rows, OWN_TOKENS)
+        self.drafted = np.zeros(rows, np.int64)  # tokens of the draft at work
+        self.rates = np.zeros((rows, longest_tokens))  # cumulative, of the draft's tokens
+        self.asked = np.zeros(rows, np.bool_)  # a check of the draft was decided on
+        self.rejections = np.full(rows, PRIOR_REJECTIONS)
+        self.expected = np.full(rows, PRIOR_REJECTIONS)
+        self.judged = np.zeros(rows, np.int64)  # tokens that checks have looked at
+        self.row_state += [
+            self.own_tokens,
+            self.drafted,
+            self.rates,
+            self.asked,
+            self.rejections,
+            self.expected,
+            self.judged,
+        ]
+
+    def reset(self, row: int, seed: int) -> None:
+        """Nothing of the new request has been drafted; its factor is the prior's."""
+        super().reset(row, seed)
+        self.drafted[row] = self.judged[row] = 0
+        self.asked[row] = False
+        self.own_tokens[row] = OWN_TOKENS
+        self.rejections[row] = self.expected[row] = PRIOR_REJECTIONS
+
+    def set_prices(self, prices: Prices) -> None:
+        """What checks of the first ``len(prices.own)`` rows cost from now on."""
+        self.shared_tokens = prices.shared
+        most = float(len(prices.own))
+        self.rows_a_pass = min(self.rows_a_pass, most) if self._priced else most
+        self._priced = True
+        self.own_tokens[: len(prices.own)] = prices.own
+
+    def due(
+        self, rows: NDArray[np.intp], tokens: NDArray[np.int64], every: int
+    ) -> NDArray[np.int64]:
+        """At every token."""
+        return tokens + 1
+
+    def checked(self, row: int, kept: int) -> None:
+        """Learn from a check: the row's first ``kept`` tokens stay, the next draft begins there."""
+        start, drafted = int(self.start[row]), int(self.drafted[row])
+        accepted = kept - start
+        if drafted > 0 and accepted > 0:  # the first is never rejected: nothing was evicted there
+            seen = min(accepted + 1, drafted)
+            self.rejections[row] += accepted < drafted
+            self.expected[row] += self.rates[row, min(seen, self.rates.shape[1]) - 1]
+            self.judged[row] += seen - 1
+        self._begin(np.array([row]), np.array([kept]))
+
+    def _begin(self, rows: NDArray[np.intp], tokens: NDArray[np.int64]) -> None:
+        """Rows whose next draft begins behind so many tokens."""
+        self.start[rows], self.drafted[rows], self.asked[rows] = tokens, 0, False
+
+    def step(self, observation: Observation) -> Decision:
+        """Check where the draft with this token is due."""
+        rows, tokens = observation.rows, observation.positions.astype(np.int64) + 1
+        stale = self.asked[rows]  # nobody told of the check: its draft counts as done with
+        self._begin(rows[stale], self.start[rows[stale]] + self.drafted[rows[stale]])
+        self.drafted[rows] = tokens - self.start[rows]
+        last = np.minimum(self.drafted[rows], self.rates.shape[1]) - 1
+        own = rejection_rate(observation.signals[:, TOP1])
+        # The first token comes from the prefill's or the check's logits: nothing was evicted there.
+        rates = np.where(last > 0, self.rates[rows, np.maximum(last - 1, 0)] + own, 0.0)
+        self.rates[rows, last] = rates
+        survival, rate, threshold = self._outlook(rows)
+        due = survival * np.exp(-rate) < threshold
+        due |= self.drafted[rows] >= self.every_tokens
+        self.asked[rows] = due
+        return self._decide(observation, Action.CHECK, due)
+
+    def finish(self, observation: Observation) -> Decision:
+        """Check what is unchecked."""
+        due = self.drafted[observation.rows] > 0
+        self.asked[observation.rows] = due
+        return self._decide(observation, Action.CHECK, due)
+
+    def share_pass(self, due: int, others: Sequence[int]) -> list[int]:
+        """Rows that join a pass which happens anyway.
+
+        Args:
+            due: rows that the pass is for.
+            others: rows that `step` has just let go on.
+        """
+        rows = np.array(others, np.intp)
+        survival, rate, threshold = self._outlook(rows)
+        y = np.maximum(survival / threshold, 1.0)
+        joins = y - 1 - np.log(y) < rate * self.shared_tokens / self.rows_a_pass
+        joins &= self.drafted[rows] > 0
+        joining = rows[joins]
+        self.asked[joining] = True
+        self.rows_a_pass += (due + len(joining) - self.rows_a_pass) / MEMORY_PASSES
+        return [int(row) for row in joining]
+
+    def _outlook(self, rows: NDArray[np.intp]) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(n,) survival of the drafts, rejections a token to come, survival at which to stop."""
+        mass, expected = self.rejections[rows], self.expected[rows]
+        last = np.clip(self.drafted[rows], 1, self.rates.shape[1]) - 1
+        draft = self.rates[rows, last]
+        survival = (expected / (expected + draft)) ** mass
+        seen = self.expected[rows] - PRIOR_REJECTIONS
+        mean = (seen + PRIOR_TOKENS * RATE_MEAN) / (self.judged[rows] + PRIOR_TOKENS)
+        rate = mean * mass / expected
+        price = self.own_tokens[rows] + self.shared_tokens / self.rows_a_pass
+        return survival, rate, stopping_survival(rate, price)
