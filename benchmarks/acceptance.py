@@ -1,11 +1,13 @@
 """How far drafts on a compressed cache get until the uncompressed model rejects a token.
 
-    python benchmarks/acceptance.py [--contexts 1024 4096] [--every 16] [--requests 4]
+    python benchmarks/acceptance.py [--contexts 1024 4096] [--every 16] [--requests 4] [--minutes 8]
 
 SmolLM2 in float32. The requests of long_context.py, decoded by ``lossless`` with a check every
-``--every`` tokens, which goes on compressed behind what it accepted. Nothing is timed: the numbers
-do not depend on the machine's load. Adds to results/bench/acceptance.json after every run; a row
-with the same press, ratio, context and m is replaced. ``acceptance``, a row each:
+``--every`` tokens, which goes on compressed behind what it accepted; ``--every 0`` is
+``lossless_auto``. Nothing is timed: the numbers do not depend on the machine's load. Writes
+results/bench/acceptance.json after every run, with this call's runs alone (``--add``: beside what
+the file has; a row with the same press, ratio, context and m is replaced). No run starts once the
+minutes are over; ``left_out`` names those. ``acceptance``, a row each:
 
 - ``accepted_share``: of the drafted tokens;
 - ``tokens_per_check``: accepted tokens over checks;
@@ -15,7 +17,9 @@ with the same press, ratio, context and m is replaced. ``acceptance``, a row eac
 """
 
 import argparse
+import itertools
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,27 +69,37 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--add", action="store_true", help="keep the rows that the file has")
     parser.add_argument("--output", type=Path, default=TARGET)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    began = time.perf_counter()
     experiment = load_experiment(given.requests, given.max_new_tokens)
     model = load_embedded(experiment)
     rows: list[dict[str, Any]] = []
-    if given.output.is_file():
+    if given.add and given.output.is_file():
         rows = json.loads(given.output.read_text())["acceptance"]
+    left_out: list[dict[str, Any]] = []
     for tokens in given.contexts:
-        ready = prepare(model, experiment, tokens, given.requests, given.max_new_tokens)
-        for press in given.presses:
-            for ratio in given.ratios:
-                for every in given.every:
-                    _, reports = run(model, ready, "lossless", press, ratio, every)
-                    key = dict(zip(KEYS, (press, ratio, tokens, every), strict=True))
-                    row: dict[str, Any] = {**key, "requests": given.requests}
-                    row |= acceptance(reports)
-                    rows = [other for other in rows if place(other) != place(row)] + [row]
-                    rows.sort(key=place)
-                    write(given.output, {"acceptance": rows})
-                    say(json.dumps(row))
+        ready = None
+        for press, ratio, every in itertools.product(given.presses, given.ratios, given.every):
+            m = every or "auto"
+            key = dict(zip(KEYS, (press, ratio, tokens, m), strict=True))
+            if rows and time.perf_counter() - began > 60 * given.minutes:
+                left_out.append(key)
+                write(given.output, {"acceptance": rows, "left_out": left_out})
+                continue
+            if ready is None:
+                ready = prepare(model, experiment, tokens, given.requests, given.max_new_tokens)
+            policy = "lossless" if every else "lossless_auto"
+            _, reports = run(model, ready, policy, press, ratio, every or 1)
+            row: dict[str, Any] = {**key, "requests": given.requests}
+            row |= acceptance(reports)
+            rows = [other for other in rows if place(other) != place(row)] + [row]
+            rows.sort(key=lambda one: [str(part) for part in place(one)])
+            write(given.output, {"acceptance": rows, "left_out": left_out})
+            say(json.dumps(row))
 
 
 if __name__ == "__main__":

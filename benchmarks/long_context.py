@@ -11,7 +11,8 @@ results/bench/long_context.json after every policy:
 
 - ``policies``: per policy device byte-steps of all requests, the batch's peak, host byte-steps and
   bytes moved, decoding seconds (checks included, prefill not) and tokens per second, checks,
-  tokens wasted, and the share of requests with the uncompressed tokens;
+  tokens wasted, and the share of requests with the uncompressed tokens; ``lossless_16`` checks
+  every 16 tokens, ``lossless_auto`` when the draft is no longer worth going on with;
 - ``ratios``: per policy ``device_byte_steps`` (goals: lossless 0.5, guard 0.4) and
   ``tokens_per_second`` (goals: 1.0, 1.3) over those of ``always_safe``, never compressing; of the
   latter also each round's own, slowest first (``tokens_per_second_rounds``).
@@ -195,7 +196,7 @@ def main() -> None:
     }
     plans = [("always_safe", 0), ("guard", 0)]
     plans += [("lossless", every) for every in arguments.every]
-    plans += [("none", 0)]
+    plans += [("lossless_auto", 0), ("none", 0)]
     truth: list[Completion] = []
     rounds: dict[str, list[dict[str, float]]] = {}
     for number in Rounds(arguments.rounds, arguments.minutes):
