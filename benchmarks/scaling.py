@@ -9,10 +9,14 @@ not:
 
     seconds = max(m * step + rows * check, rows * cold_bytes / bus)
     check = max(arithmetic of m tokens, (weights / g + cold_bytes) / HBM rate)
-    tokens = rows * (1 - (1 - 1 / A) ** m) * A      A: tokens_per_rejection
+    tokens = rows * (1 + the expected accepted ones of m)      A: tokens_per_rejection
 
 A pass of g rows holds two layers of the cold cache of each, which leaves less room for rows. The
-horizon m and g are the best ones. Writes results/bench/scaling.json: ``machine`` and ``model``,
+horizon m and g are the best ones. With the adaptive horizon (``adaptive``: `lossless_auto`) a row
+is checked when the survival of its draft falls below a threshold, the best one; its tokens differ
+in how sure they are as `TOP1` says, scaled to the same acceptance length, and the rows' drafts are
+of different lengths, so that a cycle is the mean draft. What the bus cannot bring in time waits,
+as before. Writes results/bench/scaling.json: ``machine`` and ``model``,
 what follows from them, and for acceptance lengths A, some of them those that acceptance.json
 measured with a small model, tokens per second over never compressing (``speedup``), ``bus`` PCIe or
 the direct link of a GH200.
@@ -21,6 +25,11 @@ the direct link of a GH200.
 import json
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvguard.check_timing import rejection_rate
 
 TARGET = Path("results/bench/scaling.json")
 MEASURED = Path("results/bench/acceptance.json")
@@ -63,12 +72,47 @@ def check_seconds(tokens: int, group: int) -> float:
     return max(arithmetic_seconds(tokens), reading)
 
 
+TOP1 = (
+    *(0.33, 0.562, 0.711, 0.834, 0.901, 0.937, 0.957, 0.971, 0.979, 0.985),
+    *(0.989, 0.992, 0.9944, 0.9964, 0.9975, 0.9985, 0.9991, 0.9994, 0.9997, 1.0),
+)
+"""Top-1 probabilities of drafted tokens, in steps of 5 % of them (docs/decisions.jsonl)."""
+DRAFTS, LONGEST = 2_000, 4_096
+
+
 class Best(NamedTuple):
     """Tokens per second at the best horizon and the best number of rows in a check."""
 
     rate: float
-    horizon: int
+    horizon: float
     group: int
+
+
+def draft_survivals(accepted: float) -> NDArray[np.float64]:
+    """(drafts, tokens) survival of random drafts whose tokens differ in how sure they are."""
+    draws = np.random.default_rng(0).integers(len(TOP1), size=(DRAFTS, LONGEST))
+    rates = rejection_rate(np.array(TOP1))
+    rates *= -np.log(1 - 1 / accepted) / rates.mean() if accepted > 1 else 1
+    return np.exp(-np.cumsum(rates[draws], axis=1))
+
+
+def adaptive(ratio: float, accepted: float, bus: float) -> Best:
+    """The best that an adaptive horizon does at an acceptance length."""
+    survival = draft_survivals(accepted)
+    kept = np.cumsum(survival, axis=1)
+    found = []
+    for threshold in np.geomspace(0.002, 0.98, 60):
+        tokens = np.minimum((survival >= threshold).sum(axis=1) + 1, LONGEST)
+        horizon = float(tokens.mean())
+        made = 1 + float(kept[np.arange(DRAFTS), tokens - 1].mean())
+        for group in GROUPS:
+            drafting = batch(FULL * (1 - ratio), reserved=group * 2 * FULL / LAYERS)
+            if group > drafting.rows:
+                continue
+            checks = drafting.rows * check_seconds(round(horizon), group)
+            seconds = max(horizon * drafting.step + checks, drafting.rows * FULL / bus)
+            found.append(Best(drafting.rows * made / seconds, horizon, group))
+    return max(found)
 
 
 def lossless(ratio: float, accepted: float, bus: float) -> Best:
@@ -79,7 +123,8 @@ def lossless(ratio: float, accepted: float, bus: float) -> Best:
         if group > drafting.rows:
             continue
         for horizon in range(1, 2049):
-            made = (1 - (1 - 1 / accepted) ** horizon) * accepted
+            survives = 1 - 1 / accepted
+            made = 1 + (1 - survives**horizon) * accepted * survives  # 1: the check's own token
             checks = drafting.rows * check_seconds(horizon, group)
             seconds = max(horizon * drafting.step + checks, drafting.rows * FULL / bus)
             found.append(Best(drafting.rows * made / seconds, horizon, group))
@@ -115,6 +160,7 @@ def main() -> None:
     for source, ratio, accepted in lengths:
         for name, bus in BUSES.items():
             best = lossless(ratio, max(accepted, 1.0), bus)
+            auto = adaptive(ratio, max(accepted, 1.0), bus)
             table.append(
                 {
                     "acceptance": source,
@@ -124,6 +170,8 @@ def main() -> None:
                     "best_horizon": best.horizon,
                     "rows_a_check": best.group,
                     "speedup": best.rate / baseline,
+                    "mean_adaptive_horizon": auto.horizon,
+                    "adaptive_speedup": auto.rate / baseline,
                 }
             )
     result["lossless"] = table
