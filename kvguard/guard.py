@@ -379,7 +379,7 @@ class KVGuard:
         self._warn_of_transfer(decoding.max_new_tokens)
         finished = {}
         for completion, report in guarded(session, requests, observer):
-            if self.policy_name == "lossless":
+            if policy.checks_everything:
                 report.scheduled_steps, report.alarm_steps = report.alarm_steps, []
             finished[completion.request.key] = (completion, report)
         self.report = GuardReport(finished[request.key][1] for request in requests)
