@@ -206,7 +206,7 @@ class Dear(LosslessAuto):
 @given(
     name=st.sampled_from([name for name in PREFILL if name != "ObservedAttentionPress"]),
     phase=st.sampled_from(["prefill", "decode", "both"]),
-    every=st.one_of(st.integers(1, 23), st.floats(0, 200)),
+    every=st.one_of(st.integers(1, 23), st.floats(0, 60)),
     rows=st.integers(1, 9),
     sample=st.booleans(),
     share=st.booleans(),
