@@ -13,7 +13,8 @@ shard with n answers of L tokens behind prompts of P tokens, decoded B at a time
     start   = imports + weights / min(client rate, file system's rate / GPUs)
 
 The caches are counted uncompressed and the audit as if it read the prompt again: upper bounds. A
-phase has ceil(jobs / GPUs) waves. Harm is looked for by bisection, ceil(log2 L) rounds of one batch
+job makes ``shards_a_job`` shards (``jobs.shards_per_job``) with one start; a phase has
+ceil(jobs / GPUs) waves. Harm is looked for by bisection, ceil(log2 L) rounds of one batch
 with L / 2 new tokens. A live policy may decode everything twice. Where results/bench/scale.json is
 there, its time a row says how long the tables take, and the fits of all targets and of the search.
 Writes results/bench/sweep.json.
@@ -33,7 +34,8 @@ from kvguard.workflow import PAPER_CONFIG, workflow_folder
 TARGET = Path("results/bench/sweep.json")
 MEASURED = Path("results/bench/scale.json")
 WEIGHTS = PARAMETERS * ITEM
-GPUS = (1, 64)
+CASES = ((1, 1, 1), (1, 1, 16), (1, 64, 1), (137, 64, 1), (137, 64, 60))
+"""Times the prompts of the configuration, GPUs, shards a job; 137 times are 8,768 shards."""
 ANSWER_TOKENS = (200, 512)
 """Mean length: of a short chain of thought, and of answers that all run to the limit."""
 
@@ -50,11 +52,19 @@ ASSUMED = {
 
 
 class Phase(NamedTuple):
-    """Jobs of one kind: how many, and seconds of work of each, start-up left out."""
+    """Shards of one kind: how many, and seconds of work of each, start-up left out.
+
+    ``loads`` are the ways in which a model is loaded (models, attention): no job mixes two.
+    """
 
     name: str
     jobs: int
     seconds: float
+    loads: int = 1
+
+    def blocks(self, shards: int) -> int:
+        """Jobs when each makes so many shards."""
+        return self.loads * math.ceil(self.jobs / self.loads / shards)
 
 
 def step_seconds(rows: int, tokens: float) -> float:
@@ -68,8 +78,8 @@ def pass_seconds(tokens: float) -> float:
     return tokens * 2 * PARAMETERS / (FLOPS * FLOPS_EFFICIENCY)
 
 
-def phases(experiment: Config, answer_tokens: int) -> list[Phase]:
-    """The sweep's phases on GPUs."""
+def phases(experiment: Config, answer_tokens: int, times: int = 1) -> list[Phase]:
+    """The phases on GPUs of a sweep with so many times the configuration's shards."""
     prompt, limit = ASSUMED["prompt_tokens"], experiment.generation.max_new_tokens
     batch = experiment.generation.batch_size
     if not isinstance(batch, int):
@@ -95,11 +105,14 @@ def phases(experiment: Config, answer_tokens: int) -> list[Phase]:
     tested = experiment.splits.test * prompts / live_shards
     live = ASSUMED["live_decodings"] * decode(tested)
     live_jobs = models * len(experiment.live_conditions) * len(experiment.live.policies)
-    return [
-        Phase("generation", models * len(experiment.conditions) * shards, decode(answers) + audit),
-        Phase("harm onsets", models * compressed * shards, search),
-        Phase("live policies", live_jobs * live_shards, live),
-    ]
+    loads = models * len({press.attention for press in experiment.presses})
+    generated = models * len(experiment.conditions) * shards
+    found = (
+        ("generation", generated, decode(answers) + audit),
+        ("harm onsets", models * compressed * shards, search),
+        ("live policies", live_jobs * live_shards, live),
+    )
+    return [Phase(name, times * jobs, seconds, loads) for name, jobs, seconds in found]
 
 
 def start_seconds(gpus: int) -> float:
@@ -108,23 +121,22 @@ def start_seconds(gpus: int) -> float:
     return ASSUMED["import_seconds"] + WEIGHTS / min(ASSUMED["client_bytes_per_second"], shared)
 
 
-def on_gpus(found: list[Phase], gpus: int) -> dict[str, Any]:
-    """Hours of the phases one after the other, and where they go."""
+def on_gpus(found: list[Phase], gpus: int, shards: int = 1) -> dict[str, Any]:
+    """Hours of the phases one after the other, and where they go, with so many shards a job."""
     start = start_seconds(gpus)
-    waves = {phase.name: math.ceil(phase.jobs / gpus) for phase in found}
-    minutes = {
-        f"{phase.name} minutes": waves[phase.name] * (start + phase.seconds) / 60 for phase in found
-    }
-    jobs = sum(phase.jobs for phase in found)
+    minutes = {}
+    for phase in found:
+        blocks = phase.blocks(shards)
+        mean = start + phase.seconds * phase.jobs / blocks
+        minutes[f"{phase.name} minutes"] = math.ceil(blocks / gpus) * mean / 60
+    jobs = sum(phase.blocks(shards) for phase in found)
     work = sum(phase.jobs * phase.seconds for phase in found)
-    generation = found[0]
     return {
         **minutes,
         "hours": sum(minutes.values()) / 60,
         "gpu_hours": (work + jobs * start) / 3600,
         "start_s": start,
         "start_share": jobs * start / (work + jobs * start),
-        "shards_a_job_for_5_percent": math.ceil(19 * start / generation.seconds),
     }
 
 
@@ -164,8 +176,11 @@ def main() -> None:
         for phase in found:
             entry = {"phase": phase.name, "jobs": phase.jobs, "work_s_a_job": phase.seconds}
             jobs.append({"answer_tokens": answer_tokens, **entry})
-        for gpus in GPUS:
-            table.append({"answer_tokens": answer_tokens, "gpus": gpus, **on_gpus(found, gpus)})
+        for times, gpus, shards in CASES:
+            found = phases(experiment, answer_tokens, times)
+            entry = {"answer_tokens": answer_tokens, "shards": found[0].jobs}
+            entry |= {"gpus": gpus, "shards_a_job": shards}
+            table.append(entry | on_gpus(found, gpus, shards))
         cpu.append({"answer_tokens": answer_tokens, **on_cpu(experiment, answer_tokens)})
     result = {"assumed": ASSUMED, "jobs": jobs, "sweep": table, "tables": cpu}
     with atomic_path(TARGET) as temporary:

@@ -22,7 +22,7 @@ from kvguard.files import file_sha256
 
 PACKAGE = Path(__file__).parent
 
-NOT_RESULTS = frozenset({"files", "joblog", "untrusted"})
+NOT_RESULTS = frozenset({"blocks", "files", "joblog", "untrusted"})
 """Modules whose code changes no stored value."""
 
 _SPEAKERS = frozenset({"logger", "logging", "warnings"})

@@ -270,6 +270,8 @@ class Job(Section):
 class Jobs(Section):
     """Per kind of job: ``model`` runs the language model, ``train`` fits, ``small`` is the rest."""
 
+    shards_per_job: Count = 1
+    """Shards that one job of the language model makes with the model loaded once."""
     model: Job = Job()
     train: Job = Job()
     small: Job = Job(mem_mb=2000, runtime=20, threads=1)

@@ -63,8 +63,8 @@ def digest_path(path: str | Path) -> Path:
 
 def recorded_digest(path: str | Path) -> str | None:
     """The SHA-256 of a file as it was written; None where none is recorded."""
-    record = digest_path(path)
-    return record.read_text().split("\n", 1)[0].strip() if record.is_file() else None
+    lines = _record_lines(path)
+    return lines[0].strip() if lines else None
 
 
 def content_digest(path: str | Path) -> str | None:
@@ -85,12 +85,19 @@ def origin_of(path: str | Path) -> dict[str, Any]:
     Raises:
         DamagedFile: the record is not what was written.
     """
-    record = digest_path(path)
-    lines = record.read_text().splitlines() if record.is_file() else []
+    lines = _record_lines(path) or []
     try:
         return dict(json.loads(lines[1])) if len(lines) > 1 else {}
-    except ValueError as error:
-        raise DamagedFile(path, f"{record.name} cannot be read ({error})") from None
+    except (ValueError, TypeError) as error:
+        raise DamagedFile(path, f"{digest_path(path).name} cannot be read ({error})") from None
+
+
+def _record_lines(path: str | Path) -> list[str] | None:
+    """Lines of a file's record, at least one; None where there is none. Noise is some text too."""
+    record = digest_path(path)
+    if not record.is_file():
+        return None
+    return record.read_text(errors="replace").split("\n")
 
 
 def check_file(path: str | Path) -> None:
@@ -99,9 +106,11 @@ def check_file(path: str | Path) -> None:
     A file without a record, such as one that a user provides, is not checked.
 
     Raises:
-        DamagedFile: its content is another one.
+        DamagedFile: its content is another one, or a folder is in its place.
     """
     recorded = recorded_digest(path)
+    if recorded is not None and Path(path).is_dir():
+        raise DamagedFile(path, "a folder is in the place of the file")
     if recorded is not None and recorded != file_sha256(path):
         raise DamagedFile(path, "its content is not what was written (SHA-256)")
 
@@ -133,7 +142,7 @@ def check_inputs(paths: Iterable[str | Path]) -> None:
     for path in map(Path, paths):
         if (path / RECORD).is_file():
             check_model(path)
-        elif path.is_file():
+        else:
             check_file(path)
 
 

@@ -362,7 +362,11 @@ def _check_origins(config: Config, results: Path) -> Problems:
         name = path.relative_to(results).as_posix()
         if counted is not None and name not in counted:
             continue  # of an earlier configuration
-        origin = origin_of(path)
+        try:
+            origin = origin_of(path)
+        except DamagedFile as error:
+            yield str(error)
+            continue
         if not origin:
             continue  # written by a version that recorded no origin
         others = [
@@ -429,7 +433,7 @@ def _written_files(results: Path) -> list[Path]:
 
 def _check_written(path: Path) -> None:
     """Raise where a file is not what was written, or its time is wrong."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     check_file(path)
     ahead = path.stat().st_mtime - time.time()
@@ -480,6 +484,8 @@ def discard_damaged(config: Config, results: str | Path) -> list[Path]:
             removed.append(path)
         except FileNotFoundError:
             pass
+        except PermissionError:
+            continue  # what nobody could read is not known to be damaged; `verify` names it
         else:
             continue
         lost = True

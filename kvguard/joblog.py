@@ -55,22 +55,32 @@ def configure_logging(log: str | Path | None = None) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-def start_job() -> Any:
-    """Set up the log of the rule whose script is running, and check the digests of its inputs.
-
-    What the job writes carries what made it (`kvguard.provenance.describe_job`).
+def start_log() -> Any:
+    """Set up the log of the rule whose script is running.
 
     Returns:
         The object that Snakemake puts into a script's globals: input, output, params, wildcards.
 
     Raises:
         RuntimeError: the script was not started by Snakemake.
-        DamagedFile: an input is not what was written; names it and how to heal it.
     """
     job = getattr(sys.modules.get("__main__"), "snakemake", None)
     if job is None:
         raise RuntimeError("this script is started by Snakemake, as the rule of the same name")
     configure_logging(job.log[0])
+    return job
+
+
+def start_job() -> Any:
+    """As `start_log`; besides, check the digests of the job's inputs.
+
+    What the job writes carries what made it (`kvguard.provenance.describe_job`).
+
+    Raises:
+        RuntimeError: the script was not started by Snakemake.
+        DamagedFile: an input is not what was written; names it and how to heal it.
+    """
+    job = start_log()
     from kvguard.provenance import describe_job  # not at the top: the hook is set before
 
     check_inputs(map(str, job.input))

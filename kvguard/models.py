@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -109,6 +110,12 @@ def load_model(folder: str | Path, *, dtype: str, device: str, attention: str) -
         folder, trust_remote_code=False, local_files_only=True
     )
     return LoadedModel(model, tokenizer, end_token_ids, target, record["name"], record["digest"])
+
+
+@lru_cache(maxsize=1)
+def load_once(folder: Path, *, dtype: str, device: str, attention: str) -> LoadedModel:
+    """`load_model` for a process that makes several shards: the last one loaded is kept."""
+    return load_model(folder, dtype=dtype, device=device, attention=attention)
 
 
 def recorded_digest(model: PreTrainedModel) -> str | None:

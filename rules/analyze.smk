@@ -15,6 +15,8 @@ rule find_harm_onsets:
         "<results>/logs/find_harm_onsets/{model}/{press}/{ratio}/{shard}.log",
     benchmark:
         "<results>/benchmarks/find_harm_onsets/{model}/{press}/{ratio}/{shard}.tsv"
+    wildcard_constraints:
+        shard=single_shards(),
     conda:
         "../envs/kvguard.yaml"
     threads: experiment.jobs.model.threads

@@ -4,8 +4,10 @@ from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.iocontainers import Wildcards
 from snakemake.logging import logger
 
+from kvguard.blocks import block_name, cut, pack, rule_of_block
 from kvguard.code_digest import code_digest, data_digest, definition_digest
 from kvguard.config import BASELINE, POLICIES, ConfigError, digest, parse_config
 from kvguard.figures import FIGURES
@@ -206,6 +208,103 @@ def every_live_run(pattern):
     ]
 
 
+class Block:
+    """One job that makes several shards of a rule: its name, files and parameters."""
+
+    def __init__(self, single, number, shards):
+        self.template, self.made_by = single, single.name
+        self.name, self.number = block_name(single.name, number), f"{number:03d}"
+        self.wildcards = [Wildcards(fromdict=shard) for shard in shards]
+
+    @property
+    def output(self):
+        """Files of all shards."""
+        return [path for shard in self.wildcards for path in self.template.expand_output(shard)[0]]
+
+    def input(self, wildcards):
+        """What any of the shards reads, each file once."""
+        read = (path for shard in self.wildcards for path in self.template.expand_input(shard)[0])
+        return list(dict.fromkeys(map(str, read)))
+
+    def shards(self, wildcards):
+        """Wildcards, files and parameters of each shard, for `kvguard.blocks.read_shards`."""
+        parts = {"wildcards": [], "input": [], "output": [], "params": []}
+        for shard in self.wildcards:
+            read = self.template.expand_input(shard)[0]
+            written = self.template.expand_output(shard)[0]
+            params = self.template.expand_params(shard, read, written, None)[0]
+            parts["wildcards"].append(dict(shard.items()))
+            parts["input"].append(named_files(read))
+            parts["output"].append(named_files(written))
+            parts["params"].append(dict(params.items()))
+        return {part: pack(rows) for part, rows in parts.items()}
+
+
+def named_files(files):
+    """Paths by name; more than one under a name as a list."""
+    return {
+        name: str(given) if isinstance(given, str) else list(map(str, given))
+        for name, given in files.items()
+    }
+
+
+def blocks(single, shards):
+    """Blocks of a rule's shards, given by their wildcards; none where each shard is a job.
+
+    One block holds shards of one model, loaded in one way. A rival that is matched to the guard
+    waits for the guard's runs, so that they are of different blocks.
+    """
+    if experiment.jobs.shards_per_job == 1:
+        return []
+
+    def together(shard):
+        press = None if shard["press"] == BASELINE else experiment.press(shard["press"])
+        matched = shard.get("policy") == "constant"
+        return shard["model"], press and press.attention, matched
+
+    size = experiment.jobs.shards_per_job
+    ordered = sorted(shards, key=lambda shard: str(together(shard)))
+    return [
+        Block(single, number, block) for number, block in enumerate(cut(ordered, size, together))
+    ]
+
+
+def single_shards():
+    """Wildcard constraint of the rules of one shard, which match nothing where blocks are made."""
+    return r"\d\d+" if experiment.jobs.shards_per_job == 1 else r"(?!)"
+
+
+def every_shard(compressed=False):
+    """Wildcards of all (model, press, ratio, shard), in the order of the configuration.
+
+    ``compressed`` leaves out the uncompressed baseline.
+    """
+    return [
+        {"model": model.name, "press": press, "ratio": ratio, "shard": f"{shard:02d}"}
+        for model in experiment.models
+        for press, ratio in experiment.conditions
+        if not (compressed and press == BASELINE)
+        for shard in range(len(experiment.shards))
+    ]
+
+
+def every_live_shard():
+    """Wildcards of all (model, press, ratio, policy, shard) of the live experiment.
+
+    The runs that a matched rival waits for are there too.
+    """
+    policies = list(experiment.live.policies)
+    if "constant" in policies and "guard_promote" not in policies:
+        policies.append("guard_promote")
+    return [
+        {"model": model.name, "press": press, "ratio": ratio, "policy": policy, "shard": shard}
+        for model in experiment.models
+        for press, ratio in live_conditions()
+        for policy in policies
+        for shard in (f"{shard:02d}" for shard in range(len(experiment.live_shards)))
+    ]
+
+
 def policy_files(wildcards):
     """What a policy needs beyond the model: a guard its predictor, a matched rival what it matches."""
     files = {}
@@ -306,7 +405,7 @@ def planned_jobs():
             state = "failed" if job in failed else "left"
         if job.output:
             files = [[str(path) for path in paths] for paths in (job.output, job.log)]
-            yield PlannedJob(job.rule.name, dict(job.wildcards_dict), *files, state)
+            yield PlannedJob(rule_of_block(job.rule.name), dict(job.wildcards_dict), *files, state)
 
 
 def record_plan():

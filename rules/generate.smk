@@ -13,6 +13,8 @@ rule generate:
         "<results>/logs/generate/{model}/{press}/{ratio}/{shard}.log",
     benchmark:
         "<results>/benchmarks/generate/{model}/{press}/{ratio}/{shard}.tsv"
+    wildcard_constraints:
+        shard=single_shards(),
     conda:
         "../envs/kvguard.yaml"
     threads: experiment.jobs.model.threads

@@ -15,6 +15,8 @@ rule run_live:
         "<results>/logs/run_live/{model}/{press}/{ratio}/{policy}/{shard}.log",
     benchmark:
         "<results>/benchmarks/run_live/{model}/{press}/{ratio}/{policy}/{shard}.tsv"
+    wildcard_constraints:
+        shard=single_shards(),
     conda:
         "../envs/kvguard.yaml"
     threads: experiment.jobs.model.threads

@@ -15,10 +15,10 @@ import polars as pl
 import pytest
 from synthetic import SyntheticRun, make_run
 
-from kvguard import schema
+from kvguard import files, schema
 from kvguard.config import Config, parse_config
 from kvguard.database import DatabaseLocked, build_database, read_view
-from kvguard.files import DamagedFile, content_digest, digest_path, record_origin
+from kvguard.files import DamagedFile, check_inputs, content_digest, digest_path, record_origin
 from kvguard.integrity import (
     CHECKS,
     Check,
@@ -407,6 +407,51 @@ def test_a_changed_model_is_discarded_whole(results: Path) -> None:
     assert f"`rm -r {weights.parent}`" in problem
     assert discard_damaged(make_config(), results) == [weights.parent, results / "manifest.json"]
     assert not weights.parent.exists()
+
+
+def test_a_folder_in_the_place_of_a_file_is_found_by_its_reader_and_discarded(
+    results: Path,
+) -> None:
+    path = results / "traces/tiny/snapkv/0.750/01.parquet"
+    path.unlink()
+    path.mkdir()
+    (path / "note.txt").write_text("a folder of somebody")
+    (problem,) = failed(results)["written files"]
+    assert f"{path} is damaged: a folder is in the place" in problem
+    with pytest.raises(DamagedFile, match="`rm -r "):
+        check_inputs([path])
+    assert discard_damaged(make_config(), results) == [path, results / "manifest.json"]
+
+
+def test_a_record_of_noise_hides_no_other_damage(results: Path) -> None:
+    noisy, broken = results / "labels.parquet", results / "traces/tiny/none/0.000/00.parquet"
+    digest_path(noisy).write_bytes(bytes(range(256)))
+    flip_a_bit(broken)
+    problems = failed(results)["written files"]
+    assert [any(str(path) in problem for problem in problems) for path in (noisy, broken)]
+    assert len(problems) == 2
+    assert discard_damaged(make_config(), results) == [noisy, broken, results / "manifest.json"]
+
+
+def test_a_file_that_may_not_be_read_is_named_and_stays(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, broken = results / "labels.parquet", results / "traces/tiny/none/0.000/00.parquet"
+    flip_a_bit(broken)
+
+    def refuse(path: Path) -> str:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return digest_of(path)
+
+    digest_of = files.file_sha256
+    monkeypatch.setattr(files, "file_sha256", refuse)
+    problems = failed(results)["written files"]
+    assert [
+        problem for problem in problems if "Permission denied" in problem and str(closed) in problem
+    ]
+    assert discard_damaged(make_config(), results) == [broken, results / "manifest.json"]
+    assert closed.exists()
 
 
 def test_half_written_files_are_found_and_discarded(results: Path) -> None:

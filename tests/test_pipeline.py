@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kvguard
+from kvguard.blocks import rule_of_block
 from kvguard.code_digest import code_digest
 from kvguard.config import load_config, overlay
 from kvguard.figures import FIGURES
@@ -210,6 +212,16 @@ def test_one_press_parameter_reruns_that_press_alone(finished: Path) -> None:
     more = dict(PRESS, ratios=[0.5, 0.75, 0.875])
     jobs = planned(finished, target, **SMALL | {"presses": [more]})
     assert jobs["generate"] == 2, "two shards of the new ratio"
+
+
+def test_blocks_cover_every_shard_and_a_matched_rival_waits_for_the_guard(tmp_path: Path) -> None:
+    live = SMALL["live"] | {"policies": ["none", "constant"]}
+    jobs = planned(copy_checkout(tmp_path), "all", live=live, jobs={"shards_per_job": 4})
+    blocks = Counter(rule_of_block(rule) for rule in jobs if "_block_" in rule)
+    assert blocks["generate"] == 2, "six shards: the baseline and two ratios, two shards each"
+    assert blocks["find_harm_onsets"] == 1
+    assert blocks["run_live"] == 2, "none and guard_promote under two ratios; constant after them"
+    assert not {"generate", "find_harm_onsets", "run_live"} & set(jobs)
 
 
 def test_detection_parameters_rerun_no_model_for_generation(finished: Path) -> None:

@@ -165,6 +165,9 @@ def test_waves_and_the_share_of_starting() -> None:
     assert found["generation minutes"] == pytest.approx(2 * (start + 60) / 60)
     assert found["gpu_hours"] == pytest.approx(3 * (start + 60) / 3600)
     assert found["start_share"] == pytest.approx(start / (start + 60))
-    assert found["shards_a_job_for_5_percent"] == 6  # 5.7 minutes of work
+    # 5 shards of either of two ways to load the model, at most 3 a job: 2 + 2 jobs on 2 GPUs
+    found = sweep.on_gpus([sweep.Phase("generation", 10, 60.0, loads=2)], 2, 3)
+    assert found["generation minutes"] == pytest.approx(2 * (start + 2.5 * 60) / 60)
+    assert found["start_share"] == pytest.approx(4 * start / (4 * start + 10 * 60))
     # 64 at once: 10 GB/s for all of them
     assert sweep.start_seconds(64) == pytest.approx(10 + 64 * 16.06 / 10)

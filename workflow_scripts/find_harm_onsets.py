@@ -1,14 +1,15 @@
 """Find where harm begins in the harmed requests of one shard."""
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from tokenizers import Tokenizer
 
-from kvguard import joblog
+from kvguard import blocks
 from kvguard.config import Config, config_part
 from kvguard.harm_onsets import find_harm_onsets
-from kvguard.models import LoadedModel, load_model
+from kvguard.models import LoadedModel, load_once
 from kvguard.prompts import read_examples, read_prompts
 from kvguard.schema import HARM_ONSETS, TRACES, read_table, write_table
 
@@ -25,7 +26,7 @@ def main(
     columns = ["prompt_id", "position", "token_id", "audit_gap"]
 
     def load() -> LoadedModel:
-        return load_model(inputs["checkpoint"], **model)
+        return load_once(inputs["checkpoint"], **model)
 
     onsets = find_harm_onsets(
         prompts,
@@ -40,12 +41,16 @@ def main(
     write_table(onsets, target, HARM_ONSETS)
 
 
-if __name__ == "__main__":
-    snakemake = joblog.start_job()
+def start(job: Any) -> None:
+    """Search the shard of one of Snakemake's jobs."""
     main(
-        config_part(snakemake.params.experiment),
-        snakemake.params.model,
-        slice(*snakemake.params.places[:2]),
-        {name: Path(path) for name, path in snakemake.input.items()},
-        Path(snakemake.output.onsets),
+        config_part(job.params.experiment),
+        job.params.model,
+        slice(*job.params.places[:2]),
+        {name: Path(path) for name, path in job.input.items()},
+        Path(job.output.onsets),
     )
+
+
+if __name__ == "__main__":
+    blocks.run_shards(start)

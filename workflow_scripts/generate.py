@@ -1,11 +1,12 @@
 """Answer one shard of prompts under one press at one ratio, with signals and audit."""
 
 from pathlib import Path
+from typing import Any
 
-from kvguard import joblog
+from kvguard import blocks
 from kvguard.config import Config, Press, config_part
 from kvguard.experiment import run_shard
-from kvguard.models import load_model
+from kvguard.models import load_once
 from kvguard.prompts import read_examples, read_prompts
 from kvguard.schema import TOKENS, TRACES, write_table
 
@@ -25,7 +26,7 @@ def main(
         model = model | {"attention": press.attention}
     prompts = read_prompts(inputs["prompts"])[places]
     result = run_shard(
-        load_model(inputs["checkpoint"], **model),
+        load_once(inputs["checkpoint"], **model),
         prompts,
         read_examples(inputs["examples"])[prompts[0].task],
         press=press,
@@ -37,15 +38,19 @@ def main(
     write_table(result.tokens, targets["tokens"], TOKENS)
 
 
-if __name__ == "__main__":
-    snakemake = joblog.start_job()
-    params, wildcards = snakemake.params, snakemake.wildcards
+def start(job: Any) -> None:
+    """Run the shard of one of Snakemake's jobs."""
+    params = job.params
     main(
         config_part(params.experiment),
         params.model,
         None if params.press is None else Press.model_validate(params.press),
         slice(*params.places[:2]),
-        (wildcards.ratio, int(wildcards.shard)),
-        {name: Path(path) for name, path in snakemake.input.items()},
-        {name: Path(path) for name, path in snakemake.output.items()},
+        (job.wildcards.ratio, int(job.wildcards.shard)),
+        {name: Path(path) for name, path in job.input.items()},
+        {name: Path(path) for name, path in job.output.items()},
     )
+
+
+if __name__ == "__main__":
+    blocks.run_shards(start)

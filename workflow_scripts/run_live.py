@@ -5,11 +5,11 @@ from typing import Any
 
 import polars as pl
 
-from kvguard import joblog
+from kvguard import blocks
 from kvguard.certificate import load_certificate
 from kvguard.config import Config, Press, config_part
 from kvguard.live import match_guard, run_policy_shard
-from kvguard.models import load_model
+from kvguard.models import load_once
 from kvguard.predictor import load_predictor
 from kvguard.prompts import read_examples, read_prompts
 from kvguard.rival_settings import load_gate, load_rivals
@@ -41,7 +41,7 @@ def main(
     if "baselines" in inputs:
         needs["gate"] = load_gate(inputs["baselines"])
     runs = run_policy_shard(
-        load_model(inputs["checkpoint"], **params["model"] | attention),
+        load_once(inputs["checkpoint"], **params["model"] | attention),
         prompts[part::parts],
         read_examples(inputs["examples"])[task],
         press=press,
@@ -52,8 +52,11 @@ def main(
     write_table(runs, target, RUNS)
 
 
+def start(job: Any) -> None:
+    """Run the shard of one of Snakemake's jobs."""
+    inputs, params = dict(job.input.items()), dict(job.params.items())
+    main(config_part(params["experiment"]), params, inputs, Path(job.output.runs), job.wildcards)
+
+
 if __name__ == "__main__":
-    snakemake = joblog.start_job()
-    inputs, params = dict(snakemake.input.items()), dict(snakemake.params.items())
-    target, job = Path(snakemake.output.runs), snakemake.wildcards
-    main(config_part(params["experiment"]), params, inputs, target, job)
+    blocks.run_shards(start)

@@ -9,8 +9,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +92,21 @@ class OneNode:
         self.folder = folder
 
     def start(self) -> None:
-        """Write the configuration, start the three daemons, wait until the node is idle."""
+        """Write the configuration, start the three daemons, wait until the node is idle.
+
+        Raises:
+            Unavailable: a daemon does not start here; none is left running.
+        """
+        _watch(self.folder)
+        try:
+            self._start()
+        except (RuntimeError, TimeoutError, OSError) as error:
+            self.stop()
+            logs = (self.folder / "log").glob("*.log")
+            said = [line for log in logs for line in log.read_text().splitlines()[-3:]]
+            raise Unavailable("\n".join([f"SLURM does not start: {error}", *said])) from error
+
+    def _start(self) -> None:
         for part in ("run", "state", "spool", "log"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
@@ -114,12 +130,8 @@ class OneNode:
         wait_until(lambda: _call("sinfo", "-h", "-p", "cpu", "-o", "%T").strip() == "idle", 60)
 
     def stop(self) -> None:
-        """Cancel every job, end the daemons, remove the configuration."""
-        subprocess.run(["scancel", "--user", "root"], capture_output=True)
-        wait_until(lambda: not self.queue(), 30)
-        _end_daemons(self.folder)
-        for name in ("slurm.conf", "gres.conf"):
-            (ETC / name).unlink()
+        """End every job and the daemons, remove the configuration."""
+        end_cluster(self.folder)
 
     def queue(self) -> dict[str, str]:
         """State of each job that has not ended, by its number: PENDING, RUNNING, COMPLETING."""
@@ -183,7 +195,7 @@ def install() -> None:
 
 
 def stop_leftover() -> None:
-    """End the daemons of an earlier test run that was killed before it could."""
+    """End the cluster of an earlier test run that was killed before it could."""
     config = ETC / "slurm.conf"
     if config.exists() and config.read_text().startswith(OURS):
         (spool,) = (
@@ -191,7 +203,33 @@ def stop_leftover() -> None:
             for line in config.read_text().splitlines()
             if line.startswith("SlurmdSpoolDir")
         )
-        _end_daemons(Path(spool).parent)
+        end_cluster(Path(spool).parent)
+
+
+def end_cluster(folder: Path) -> None:
+    """End jobs and daemons, whatever state they are in, and remove the configuration."""
+    if (folder / "run/slurmctld.pid").exists():
+        for signals in ([], ["--signal", "KILL", "--full"]):
+            subprocess.run(["scancel", "--user", "root", *signals], capture_output=True)
+            done = subprocess.run(["squeue", "-h"], capture_output=True, text=True)
+            end = time.monotonic() + 20
+            while done.stdout.strip() and time.monotonic() < end:
+                time.sleep(0.5)
+                done = subprocess.run(["squeue", "-h"], capture_output=True, text=True)
+    _end_daemons(folder)
+    for name in ("slurm.conf", "gres.conf"):
+        (ETC / name).unlink(missing_ok=True)
+
+
+def _watch(folder: Path) -> None:
+    """Start a process that ends the cluster when this one is gone, however it ended."""
+    subprocess.Popen(
+        [sys.executable, __file__, str(os.getpid()), str(folder)],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str = "") -> None:
@@ -209,10 +247,19 @@ def _end_daemons(folder: Path) -> None:
         if not file.exists():
             continue
         pid = int(file.read_text())
-        name = Path(f"/proc/{pid}/comm")
-        if name.exists() and name.read_text().strip() == program:
-            os.kill(pid, signal.SIGTERM)
-            wait_until(lambda gone=name: not gone.exists(), 30, f"{program} does not end")
+        running = Path(f"/proc/{pid}/cmdline")
+
+        def gone(running: Path = running, program: str = program) -> bool:
+            try:
+                return program.encode() not in running.read_bytes()  # empty once it has ended
+            except (FileNotFoundError, ProcessLookupError):
+                return True
+
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not gone():
+                os.kill(pid, number)
+                with suppress(TimeoutError):
+                    wait_until(gone, 30)
 
 
 def _call(*command: str) -> str:
@@ -225,3 +272,12 @@ def _call(*command: str) -> str:
 def _megabytes(text: str) -> int:
     number, unit = float(text[:-1]), text[-1]
     return round(number * {"K": 1 / 1024, "M": 1, "G": 1024}[unit])
+
+
+if __name__ == "__main__":
+    tests, cluster = Path(f"/proc/{sys.argv[1]}"), Path(sys.argv[2])
+    while tests.exists() and cluster.exists():
+        time.sleep(2)
+    if cluster.exists():
+        end_cluster(cluster)
+        shutil.rmtree(cluster, ignore_errors=True)

@@ -1,0 +1,30 @@
+# Several shards a job where `jobs.shards_per_job` is above 1: the model is loaded once for all.
+
+
+for block in [
+    *blocks(rules.generate.rule, every_shard()),
+    *blocks(rules.find_harm_onsets.rule, every_shard(compressed=True)),
+    *blocks(rules.run_live.rule, every_live_shard()),
+]:
+
+    rule:
+        name:
+            block.name
+        input:
+            block.input,
+        output:
+            block.output,
+        log:
+            f"<results>/logs/{block.made_by}/blocks/{block.number}.log",
+        benchmark:
+            f"<results>/benchmarks/{block.made_by}/blocks/{block.number}.tsv"
+        conda:
+            "../envs/kvguard.yaml"
+        threads: experiment.jobs.model.threads
+        resources:
+            **job("model"),
+        params:
+            shards=block.shards,
+            script=block.made_by,
+        script:
+            "../workflow_scripts/{params.script}.py"
