@@ -2,11 +2,15 @@
 
     python benchmarks/probes.py [--lengths 400 4096] [--repeats 9] [--minutes 5]
 
-SmolLM2 in float32, 2 threads, one prompt of text that long, snapkv at 0.500. A prefill with and one
-without `probes.CacheProbe` alternate; then single decoding steps of that row. Writes
-results/bench/probes.json after every length: per length the medians ``prefill_seconds``,
-``probed_seconds`` and ``step_seconds``, ``steps`` = (probed - prefill) / step, goal at most 1, and
-``of_prefill``, the same difference over the prefill.
+SmolLM2 in float32, 2 threads, one prompt of text that long, snapkv at 0.500. In every round
+alternate: a prefill with and one without `probes.CacheProbe`, one with a ladder of three ratios
+that stops at the first (`kvguard.ladder`), a pass of the model over four tokens alone, and single
+decoding steps of that row. Writes results/bench/probes.json after every length: medians over the
+rounds, in seconds (``prefill_seconds``, ``probed_seconds``, ``step_seconds``) and in steps of the
+same round: ``steps``, all that the probes add, goal at most 1; ``finish_steps`` of it, the replay
+and the numbers of the whole request, once a request; ``ladder_steps``, all that the ladder adds;
+``four_token_steps``, the pass that a replay cannot go below. ``of_prefill``: what the probes add
+over the prefill.
 """
 
 import argparse
@@ -15,20 +19,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from generation import PRESS, load_embedded
 from measuring import FOLDER, Rounds, machine, say, write
+from numpy.typing import NDArray
+from transformers import DynamicCache
 
 from kvguard.config import load_config
 from kvguard.engine import Session
+from kvguard.ladder import RatioLadder
 from kvguard.prefill import prefill
 from kvguard.presses import build_press
 from kvguard.probes import CacheProbe, marked_tokens
-from kvguard.requests import Request
+from kvguard.requests import Completion, Request
 from kvguard.sampling import Decoding
 
 TARGET = FOLDER / "probes.json"
-STEPS = 24
+STEPS = 5
+RATIOS = ("0.500", "0.400", "0.300")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -57,34 +66,74 @@ def main() -> None:
     for length in given.lengths:
         ids = (words * (length // len(words) + 1))[:length]
 
-        def probed(ids: list[int] = ids) -> object:
-            probe = CacheProbe(model, ids, marked)
-            return prefill(model, ids, build_press(PRESS, "0.500"), probe=probe)
-
         def plain(ids: list[int] = ids) -> object:
             return prefill(model, ids, build_press(PRESS, "0.500"))
 
+        finishing: list[float] = []
+
+        def probed(ids: list[int] = ids, finishing: list[float] = finishing) -> object:
+            probe = CacheProbe(model, ids, marked)
+            own = probe.finish
+
+            def timed(cache: DynamicCache, logits: torch.Tensor) -> NDArray[np.float32]:
+                began = time.perf_counter()
+                found = own(cache, logits)
+                finishing.append(time.perf_counter() - began)
+                return found
+
+            probe.finish = timed  # type: ignore[method-assign, assignment]
+            return prefill(model, ids, build_press(PRESS, "0.500"), probe=probe)
+
+        ladder = RatioLadder({r: build_press(PRESS, r) for r in RATIOS}, lambda _, __: 0.0, 0.5)
+        session = Session(
+            model,
+            Decoding(STEPS * (given.repeats + 1)),
+            press=build_press(PRESS, "0.500"),
+            rows=1,
+            probes=True,
+            marked=marked,
+            cold="host",
+        )
+        request = Request("0", ids)
+        session.admit(request)
+
+        def laddered(
+            ladder: RatioLadder = ladder, session: Session = session, request: Request = request
+        ) -> object:
+            return ladder.start(session, request, Completion(request))
+
+        @torch.inference_mode()
+        def four(ids: list[int] = ids) -> object:
+            return model(torch.tensor([ids[-4:]]), use_cache=False)
+
+        def step(session: Session = session) -> float:
+            taken = []
+            for _ in range(STEPS):
+                session.choose()
+                taken.append(seconds(session.advance))
+            return statistics.median(taken)
+
         plain()
         probed()
-        pairs = []
+        laddered()
+        step()
+        finishing.clear()
+        rounds = []
         for _ in Rounds(given.repeats, given.minutes):
-            pairs.append((seconds(plain), seconds(probed)))
-            say(f"{length} tokens: {pairs[-1][0]:.2f} s, with probes {pairs[-1][1]:.2f} s")
-        session = Session(model, Decoding(STEPS), press=build_press(PRESS, "0.500"), rows=1)
-        session.admit(Request("0", ids))
-        steps = []
-        for _ in range(STEPS - 1):
-            session.choose()
-            steps.append(seconds(session.advance))
-        prefilled, with_probe = (statistics.median(each) for each in zip(*pairs, strict=True))
-        extra = statistics.median(two - one for one, two in pairs)
-        step = statistics.median(steps)
+            took = [seconds(work) for work in (plain, probed, laddered, four)]
+            rounds.append([*took, finishing[-1], step()])
+            say(f"{length} tokens: {took[0]:.2f} s, with probes {took[1]:.2f} s")
+        table = np.array(rounds).T  # (what, rounds)
+        prefilled, with_probe, with_ladder, pass_of_four, finishes, steps = table
         results[str(length)] = {
-            "prefill_seconds": prefilled,
-            "probed_seconds": with_probe,
-            "step_seconds": step,
-            "steps": extra / step,
-            "of_prefill": extra / prefilled,
+            "prefill_seconds": float(np.median(prefilled)),
+            "probed_seconds": float(np.median(with_probe)),
+            "step_seconds": float(np.median(steps)),
+            "steps": float(np.median((with_probe - prefilled) / steps)),
+            "finish_steps": float(np.median(finishes / steps)),
+            "ladder_steps": float(np.median((with_ladder - prefilled) / steps)),
+            "four_token_steps": float(np.median(pass_of_four / steps)),
+            "of_prefill": float(np.median((with_probe - prefilled) / prefilled)),
         }
         write(given.output, {**results, "machine": before})
 

@@ -196,6 +196,7 @@ def prefill(
             stack.callback(model.lm_head.register_forward_pre_hook(keep_hidden).remove)
         if probe is not None:
             stack.enter_context(probe.before_press(layers))
+            stack.enter_context(probe.listening([press, *getattr(press, "presses", [])]))
         if press is not None:
             devices = [model.device] if model.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices=devices))

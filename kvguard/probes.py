@@ -15,12 +15,13 @@ Eviction Ratio (arXiv 2603.01426); the attention window is SnapKV's (arXiv 2404.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from kvpress import ScorerPress
 from kvpress.utils import get_prerope_query_states
 from numpy.typing import NDArray
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
@@ -45,15 +46,27 @@ _HASH_DIMENSIONS = 8  # of a vector; equal bits in these are taken for the same 
 class _Window(NamedTuple):
     """One layer before its press: uncompressed entries and the last tokens' attention.
 
+    What does not depend on a ratio is computed once, for all of a ladder.
+
     Attributes:
         keys: (heads, prompt tokens, head_dim).
         values: like keys.
-        weights: (query heads, window, prompt tokens) float32, rows sum to 1.
+        weights: (heads, query heads per head x window, prompt tokens) float32, rows sum to 1.
+        content: (query heads,) mass outside sinks and window, mean over the window.
+        mixed: (heads, query heads per head x window, head_dim) float32, the attention's output.
+        sizes: (heads, query heads per head x window) norm of ``mixed``.
+        norms: (heads, prompt tokens) float32, of the keys.
+        window: last tokens whose queries these are.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     weights: torch.Tensor
+    content: torch.Tensor
+    mixed: torch.Tensor
+    sizes: torch.Tensor
+    norms: torch.Tensor
+    window: int
 
 
 class _Removed(NamedTuple):
@@ -66,7 +79,7 @@ class _Removed(NamedTuple):
         content_mass: (query heads,) evicted mass over all mass outside sinks and window.
         last_mass: (query heads,) evicted mass of the last token's query.
         error: (query heads,) relative change of the attention output without evicted entries.
-        norm_loss: share of the summed key norms that was evicted.
+        norm_loss: () share of the summed key norms that was evicted.
     """
 
     places: torch.Tensor
@@ -75,7 +88,7 @@ class _Removed(NamedTuple):
     content_mass: torch.Tensor
     last_mass: torch.Tensor
     error: torch.Tensor
-    norm_loss: float
+    norm_loss: torch.Tensor
 
 
 @dataclass
@@ -122,6 +135,9 @@ class CacheProbe:
         ids = np.asarray(self.token_ids)
         self.marked = None if marked is None else torch.from_numpy(marked[ids]).to(model.device)
         self.windows: dict[int, _Window] = {}
+        self._queries: torch.Tensor | None = None  # of the layer at work, before its rotation
+        self._scores: torch.Tensor | None = None  # that the press at work has given its entries
+        self.has_marked = marked is not None and bool(marked[ids].any())
         self.removal = Removal()
         self.entropies: list[torch.Tensor] = []
         self.logits: torch.Tensor | None = None  # what `finish` was given
@@ -134,8 +150,38 @@ class CacheProbe:
     @contextmanager
     def before_press(self, layers: Sequence[Any]) -> Iterator[None]:
         """Hooks that must run before the press's."""
-        with _hooks(layers, self._before):
+        with ExitStack() as stack:
+            for layer in layers:
+                source = _query_source(layer)
+                if source is not None:
+                    stack.callback(source.register_forward_hook(self._keep_queries).remove)
+            stack.enter_context(_hooks(layers, self._before))
             yield
+
+    @contextmanager
+    def listening(self, presses: Sequence[object]) -> Iterator[None]:
+        """Note the scores that presses give: the kept entries' places follow from them."""
+        heard = [press for press in presses if isinstance(press, ScorerPress)]
+
+        def listen(press: Any) -> None:
+            own = press.score
+
+            def score(*args: Any, **kwargs: Any) -> torch.Tensor:
+                self._scores = own(*args, **kwargs)
+                return self._scores
+
+            press.score = score
+
+        for press in heard:
+            listen(press)
+        try:
+            yield
+        finally:
+            for press in heard:
+                del press.score
+
+    def _keep_queries(self, module: Any, args: Any, output: torch.Tensor) -> None:
+        self._queries = output[:, -WINDOW_TOKENS:]
 
     @contextmanager
     def after_press(self, layers: Sequence[Any]) -> Iterator[None]:
@@ -145,12 +191,11 @@ class CacheProbe:
 
     def _before(self, layer: Any, _: Any, kwargs: dict[str, Any], __: Any) -> None:
         entry = kwargs["past_key_values"].layers[layer.layer_idx]
-        keys, values = entry.keys[0], entry.values[0]
-        queries = _queries(layer, kwargs)
-        weights = _window_attention(queries, keys, float(layer.scaling))
-        clamped = weights.clamp_min(1e-30)
-        self.entropies.append(-(weights * clamped.log()).sum(-1).mean())
-        self.windows[layer.layer_idx] = _Window(keys, values, weights)
+        queries = _rotated_queries(layer, kwargs, self._queries)
+        self._queries = self._scores = None
+        window, entropy = _look(queries, entry.keys[0], entry.values[0], float(layer.scaling))
+        self.entropies.append(entropy)
+        self.windows[layer.layer_idx] = window
 
     def _after(self, layer: Any, _: Any, kwargs: dict[str, Any], __: Any) -> None:
         self.note(layer, kwargs["past_key_values"].layers[layer.layer_idx], self.removal)
@@ -165,13 +210,15 @@ class CacheProbe:
             removal: gets the numbers.
         """
         before = self.windows[layer.layer_idx]
-        places, replayable = _places(before, entry.keys[0], entry.values[0])
+        places, replayable = _places(before, entry.keys[0], entry.values[0], self._scores)
+        self._scores = None
         removal.replayable &= replayable
         hidden = layer.masked_key_indices
         if places is not None and hidden is not None:
             places = places.clone()
             places[hidden[1], hidden[2]] = -1
-        removal.layers.append(None if places is None else _measure(before, places))
+        hides = hidden is not None
+        removal.layers.append(None if places is None else _measure(before, places, hides))
 
     @torch.inference_mode()
     def finish(
@@ -186,24 +233,25 @@ class CacheProbe:
         """
         self.logits = logits
         removal = self.removal if removal is None else removal
-        values = self._removal(removal) | self._prompt(logits)
+        own = logits[-max(self.replay_tokens, 1) :].float().log_softmax(-1)
+        values = self._removal(removal) | self._prompt(own)
         if removal.replayable and self.replay_tokens and all(removal.layers):
-            values |= self._replay(cache, logits, removal)
-        return np.array([values.get(name, np.nan) for name in PROBE_NAMES], dtype=np.float32)
+            values |= self._replay(cache, own, removal)
+        numbers = torch.stack(list(values.values())).tolist()  # one transfer
+        found = dict(zip(values, numbers, strict=True))
+        return np.array([found.get(name, np.nan) for name in PROBE_NAMES], dtype=np.float32)
 
-    def _prompt(self, logits: torch.Tensor) -> dict[str, float]:
-        count = min(len(logits), self.replay_tokens)
+    def _prompt(self, own: torch.Tensor) -> dict[str, torch.Tensor]:
         values = {
-            "attention_entropy": float(torch.stack(self.entropies).mean()),
-            "first_entropy": float(_entropy(logits[-1:])[0]),
+            "attention_entropy": torch.stack(self.entropies).mean(),
+            "first_entropy": _entropy(own[-1]),
         }
-        if count > 1:
-            following = torch.tensor(self.token_ids[-(count - 1) :], device=logits.device)
-            scores = logits[-count:-1].float().log_softmax(-1)
-            values["prompt_nll"] = float(-scores.gather(1, following[:, None]).mean())
+        if len(own) > 1:
+            following = torch.tensor(self.token_ids[-(len(own) - 1) :], device=own.device)
+            values["prompt_nll"] = -own[:-1].gather(1, following[:, None]).mean()
         return values
 
-    def _removal(self, removal: Removal) -> dict[str, float]:
+    def _removal(self, removal: Removal) -> dict[str, torch.Tensor]:
         layers = [layer for layer in removal.layers if layer is not None]
         if not layers:
             return {}
@@ -211,35 +259,35 @@ class CacheProbe:
         content = torch.stack([layer.content_mass for layer in layers])
         last = torch.stack([layer.last_mass for layer in layers])
         error = torch.stack([layer.error for layer in layers])
-        thirds = [part.mean().item() for part in torch.tensor_split(mass.mean(1), 3)]
+        thirds = [part.mean() for part in torch.tensor_split(mass.mean(1), 3)]
         kept_somewhere = torch.stack([layer.kept.any(0) for layer in layers])  # (layers, tokens)
         largest = mass.flatten().topk(min(LARGEST_HEADS, mass.numel())).values
         values = {
-            "evicted_mass_mean": mass.mean().item(),
-            "evicted_mass_max": mass.max().item(),
-            "evicted_mass_top20": largest.mean().item(),
-            "evicted_mass_std": mass.std(correction=0).item(),
+            "evicted_mass_mean": mass.mean(),
+            "evicted_mass_max": mass.max(),
+            "evicted_mass_top20": largest.mean(),
+            "evicted_mass_std": mass.std(correction=0),
             "evicted_mass_early": thirds[0],
             "evicted_mass_middle": thirds[1],
             "evicted_mass_late": thirds[2],
-            "evicted_content_mass": content.nanmean().item(),
-            "evicted_mass_last": last.mean().item(),
-            "evicted_everywhere": 1 - kept_somewhere.any(0).float().mean().item(),
-            "evicted_by_layer": 1 - kept_somewhere.float().mean().item(),
-            "key_norm_loss": float(np.mean([layer.norm_loss for layer in layers])),
-            "output_error_mean": error.mean().item(),
-            "output_error_max": error.max().item(),
+            "evicted_content_mass": content.nanmean(),
+            "evicted_mass_last": last.mean(),
+            "evicted_everywhere": 1 - kept_somewhere.any(0).float().mean(),
+            "evicted_by_layer": 1 - kept_somewhere.float().mean(),
+            "key_norm_loss": torch.stack([layer.norm_loss for layer in layers]).mean(),
+            "output_error_mean": error.mean(),
+            "output_error_max": error.max(),
         }
-        if self.marked is not None and bool(self.marked.any()):
+        if self.marked is not None and self.has_marked:
             marked = kept_somewhere[:, self.marked]
             shares = torch.stack([layer.kept[:, self.marked].float().mean() for layer in layers])
-            values["evicted_marked"] = 1 - shares.mean().item()
-            values["evicted_marked_everywhere"] = 1 - marked.any(0).float().mean().item()
+            values["evicted_marked"] = 1 - shares.mean()
+            values["evicted_marked_everywhere"] = 1 - marked.any(0).float().mean()
         return values
 
     def _replay(
-        self, cache: DynamicCache, logits: torch.Tensor, removal: Removal
-    ) -> dict[str, float]:
+        self, cache: DynamicCache, own: torch.Tensor, removal: Removal
+    ) -> dict[str, torch.Tensor]:
         count, length = self.replay_tokens, len(self.token_ids)
         device = self.model.device
         places = [layer.places for layer in removal.layers if layer is not None]
@@ -257,16 +305,15 @@ class CacheProbe:
             ).logits[0]
         finally:
             self.model.config._attn_implementation = before
-        own, other = (part.float().log_softmax(-1) for part in (logits[-count:], replayed))
+        other = replayed.float().log_softmax(-1)
         divergence = (own.exp() * (own - other)).sum(-1)
         agree = (own.argmax(-1) == other.argmax(-1)).float()
-        shift = _entropy(replayed) - _entropy(logits[-count:])
         return {
-            "replay_kl_last": divergence[-1].item(),
-            "replay_kl_mean": divergence.mean().item(),
-            "replay_kl_max": divergence.max().item(),
-            "replay_agreement": agree.mean().item(),
-            "replay_entropy_shift": shift[-1].item(),
+            "replay_kl_last": divergence[-1],
+            "replay_kl_mean": divergence.mean(),
+            "replay_kl_max": divergence.max(),
+            "replay_agreement": agree.mean(),
+            "replay_entropy_shift": _entropy(other[-1]) - _entropy(own[-1]),
         }
 
 
@@ -316,24 +363,70 @@ def _hooks(layers: Sequence[Any], hook: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _queries(layer: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Queries of the last tokens that this pass runs, (query heads, window, head_dim), rotated."""
-    hidden = kwargs["hidden_states"][:, -WINDOW_TOKENS:]
-    cos, sin = (part[:, -hidden.shape[1] :, :][:, None] for part in kwargs["position_embeddings"])
-    queries = get_prerope_query_states(layer, hidden)
+def _query_source(layer: Any) -> Any:
+    """The module whose output are an attention layer's queries before rotation; None: not known."""
+    for name in ("q_norm", "q_proj", "qkv_proj"):
+        if getattr(layer, name, None) is not None:
+            return getattr(layer, name)
+    return None
+
+
+def _rotated_queries(layer: Any, kwargs: dict[str, Any], seen: torch.Tensor | None) -> torch.Tensor:
+    """Queries of the last tokens that this pass runs, (query heads, window, head_dim), rotated.
+
+    Args:
+        layer: the attention module.
+        kwargs: that it was called with.
+        seen: what `_query_source` gave for them; None: they are computed again.
+    """
+    if seen is None:
+        queries = get_prerope_query_states(layer, kwargs["hidden_states"][:, -WINDOW_TOKENS:])
+    else:  # (1, window, heads x head_dim), perhaps with keys and values behind, or split by heads
+        size, heads = layer.head_dim, layer.config.num_attention_heads
+        queries = seen.reshape(1, seen.shape[1], -1)[..., : heads * size]
+        queries = queries.view(1, -1, heads, size).transpose(1, 2)
+    cos, sin = (part[:, -queries.shape[2] :][:, None] for part in kwargs["position_embeddings"])
     rotated, rest = queries[..., : cos.shape[-1]], queries[..., cos.shape[-1] :]
     rotated = rotated * cos + rotate_half(rotated) * sin
-    return torch.cat([rotated, rest], dim=-1)[0]
+    return torch.cat([rotated, rest], dim=-1)[0] if rest.shape[-1] else rotated[0]
 
 
-def _window_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention (query heads, window, tokens) float32 of the last tokens."""
-    heads, window, size = queries.shape
-    groups, tokens = heads // len(keys), keys.shape[1]
-    grouped = queries.reshape(len(keys), groups * window, size)
-    scores = (grouped @ keys.transpose(1, 2)).reshape(heads, window, tokens).float() * scale
-    beyond = torch.ones(window, tokens, dtype=torch.bool, device=keys.device)
-    return scores.masked_fill(beyond.triu(tokens - window + 1), -torch.inf).softmax(-1)
+def _look(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[_Window, torch.Tensor]:
+    """Causal attention of the last tokens before anything is removed, and its mean entropy.
+
+    Args:
+        queries: (query heads, window, head_dim).
+        keys: (heads, prompt tokens, head_dim).
+        values: like keys.
+        scale: factor on the scores.
+    """
+    query_heads, window, size = queries.shape
+    heads, tokens = keys.shape[:2]
+    grouped = queries.reshape(heads, -1, size)  # query heads of one head lie side by side
+    scores = (grouped @ keys.transpose(1, 2)).float().mul_(scale)
+    newest = scores.view(heads, -1, window, tokens)[..., tokens - window :]
+    later = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
+    newest.masked_fill_(later, torch.finfo(torch.float32).min)  # finite: 0 times it is 0
+    scores -= scores.amax(-1, keepdim=True)
+    weights = scores.exp()
+    sums = weights.sum(-1, keepdim=True)
+    weights /= sums
+    entropy = (sums.log()[..., 0] - (weights * scores).sum(-1)).mean()
+    mixed = weights @ values.float()
+    content = weights[..., SINK_TOKENS : max(tokens - window, SINK_TOKENS)].sum(-1)
+    seen = _Window(
+        keys,
+        values,
+        weights,
+        content.reshape(query_heads, window).mean(-1),
+        mixed,
+        mixed.norm(dim=-1).clamp_min(1e-9),
+        keys.float().norm(dim=-1),
+        window,
+    )
+    return seen, entropy
 
 
 def _digests(vectors: torch.Tensor) -> torch.Tensor:
@@ -349,26 +442,48 @@ def _digests(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _match(whole: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Place in ``whole`` (heads, n) of each of ``kept`` (heads, m); -1 where it is not there."""
+    """Place in ``whole`` (heads, n) of each of ``kept`` (heads, m); -1 where it is not there.
+
+    Equal ones, such as values of the same token in the first layer, are matched in order.
+    """
     order = whole.argsort(dim=-1, stable=True)
     ordered = whole.gather(1, order)
-    found = torch.searchsorted(ordered, kept.contiguous()).clamp_max(whole.shape[1] - 1)
-    places = order.gather(1, found)
-    return places.masked_fill(whole.gather(1, places) != kept, -1)
+    arrived = kept.argsort(dim=-1, stable=True)
+    sorted_kept = kept.gather(1, arrived)
+    first = torch.searchsorted(sorted_kept, sorted_kept)
+    rank = torch.arange(kept.shape[1], device=kept.device) - first  # among equal ones
+    found = torch.searchsorted(ordered, sorted_kept) + rank
+    found = order.gather(1, found.clamp_max(whole.shape[1] - 1))
+    found = found.masked_fill(whole.gather(1, found) != sorted_kept, -1)
+    return torch.empty_like(found).scatter_(1, arrived, found)
 
 
 def _places(
-    before: _Window, keys: torch.Tensor, values: torch.Tensor
+    before: _Window, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, bool]:
     """Prompt positions of a layer's kept entries, and whether its keys are as they were.
 
-    Keys tell entries apart, since they carry positions. A press that rotates keys anew still keeps
-    values; one that changes those too leaves None.
+    A press that keeps the entries of the highest scores says itself which those are. Else keys tell
+    entries apart, since they carry positions. A press that rotates keys anew still keeps values;
+    one that changes those too leaves None.
+
+    Args:
+        before: the layer before its press.
+        keys: (heads, kept, head_dim) after it.
+        values: like keys.
+        scores: (1, heads, prompt tokens) of the press; None: it gave none.
     """
-    if keys.shape[1] == before.keys.shape[1]:
-        same = torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[0], -1)
-        if torch.equal(keys, before.keys):
+    heads, tokens = before.keys.shape[:2]
+    if keys.shape[1] == tokens:
+        same = torch.arange(tokens, device=keys.device).expand(heads, -1)
+        if keys is before.keys or torch.equal(keys, before.keys):
             return same, True
+    if scores is not None and scores.shape == (1, heads, tokens):
+        places = scores[0].topk(keys.shape[1], dim=-1).indices
+        some = places[..., None].expand(-1, -1, _HASH_DIMENSIONS)
+        first = before.keys[..., :_HASH_DIMENSIONS].gather(1, some)
+        if torch.equal(first, keys[..., :_HASH_DIMENSIONS]):
+            return places, True
     places = _match(_digests(before.keys), _digests(keys))
     if bool((places >= 0).all()):
         return places, True
@@ -376,44 +491,49 @@ def _places(
     return (places, False) if bool((places >= 0).all()) else (None, False)
 
 
-def _measure(before: _Window, places: torch.Tensor) -> _Removed:
+def _measure(before: _Window, places: torch.Tensor, hides: bool) -> _Removed:
+    """What is left of a layer's attention on the kept entries.
+
+    Args:
+        before: the layer before its press.
+        places: (heads, kept) of `_Removed`.
+        hides: whether a place may be unknown.
+    """
     heads, tokens = before.keys.shape[:2]
-    kept = torch.zeros(heads, tokens + 1, dtype=torch.bool, device=places.device)
-    kept.scatter_(1, places.where(places >= 0, tokens), True)
-    kept = kept[:, :tokens]
-    weights = before.weights  # (query heads, window, tokens)
-    query_heads, window = weights.shape[:2]
-    groups = query_heads // heads
-    remaining = weights * kept.repeat_interleave(groups, 0)[:, None]
-    mass = (1 - remaining.sum(-1)).clamp(0, 1)
-    content = slice(SINK_TOKENS, tokens - window)
-    outside = weights[..., content].sum(-1).mean(-1)
-    lost = outside - remaining[..., content].sum(-1).mean(-1)
-    values = before.values.float()
-
-    def mixed(part: torch.Tensor) -> torch.Tensor:
-        grouped = part.reshape(heads, groups * window, tokens) @ values
-        return grouped.reshape(query_heads, window, -1)
-
-    full = mixed(weights)
-    left = mixed(remaining) / remaining.sum(-1, keepdim=True).clamp_min(1e-9)
-    error = (full - left).norm(dim=-1) / full.norm(dim=-1).clamp_min(1e-9)
-    norms = before.keys.float().norm(dim=-1)
+    rows, size = before.weights.shape[1], before.values.shape[2]
+    index = places.clamp_min(0) if hides else places
+    remaining = before.weights.gather(2, index[:, None].expand(-1, rows, -1))
+    norms = before.norms.gather(1, index)
+    if hides:
+        there = places >= 0
+        remaining, norms = remaining * there[:, None], norms * there
+        index = places.where(there, tokens)
+    kept = torch.zeros(heads, tokens + hides, dtype=torch.bool, device=places.device)
+    kept = kept.scatter_(1, index, True)[:, :tokens]
+    left = remaining.sum(-1)  # (heads, rows)
+    inside = (index >= SINK_TOKENS) & (index < tokens - before.window)
+    inner = (remaining @ inside[..., None].to(remaining.dtype))[..., 0]
+    values = before.values.gather(1, index.clamp_max(tokens - 1)[..., None].expand(-1, -1, size))
+    mixed = (remaining @ values.float()) / left.clamp_min(1e-9)[..., None]
+    error = (before.mixed - mixed).norm(dim=-1) / before.sizes
+    mass, inner, error = (
+        each.reshape(-1, before.window) for each in ((1 - left).clamp(0, 1), inner, error)
+    )  # (query heads, window)
+    lost = before.content - inner.mean(-1)
     return _Removed(
         places=places,
         kept=kept,
         mass=mass.mean(-1),
-        content_mass=torch.where(outside > 0, lost / outside, torch.nan),
+        content_mass=torch.where(before.content > 0, lost / before.content, torch.nan),
         last_mass=mass[:, -1],
         error=error.mean(-1),
-        norm_loss=1 - float((norms * kept).sum() / norms.sum()),
+        norm_loss=1 - norms.sum() / before.norms.sum(),
     )
 
 
-def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each row of logits (n, vocabulary)."""
-    scores = logits.float().log_softmax(-1)
-    return -(scores.exp() * scores).sum(-1)
+def _entropy(scores: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of log-probabilities (vocabulary,)."""
+    return -(scores.exp() * scores).sum()
 
 
 def replay_attention(
@@ -444,23 +564,19 @@ def replay_attention(
     """
     cache, usable = kwargs["kvguard_replay"]
     entry, visible = cache.layers[module.layer_idx], usable[module.layer_idx]
-    heads, count = key.shape[1:3]
-    keys, values = (
-        torch.cat([old, new], dim=2) for old, new in ((entry.keys, key), (entry.values, value))
-    )
-    own = torch.ones(count, count, dtype=torch.bool, device=key.device).tril()
-    seen = torch.cat(
-        [visible[:, None].expand(-1, count, -1), own[None].expand(heads, -1, -1)], dim=-1
-    )
-    groups = query.shape[1] // heads
-    mixed = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        keys.repeat_interleave(groups, 1),
-        values.repeat_interleave(groups, 1),
-        attn_mask=seen.repeat_interleave(groups, 0)[None],
-        scale=scaling,
-    )
-    return mixed.transpose(1, 2), None
+    heads, count, size = key.shape[1:]
+    grouped = query.reshape(heads, -1, size)  # (heads, query heads per head x replayed, head_dim)
+    if scaling is not None:
+        grouped = grouped * scaling
+    old = grouped @ entry.keys[0].transpose(1, 2)
+    old.masked_fill_(~visible[:, None], -torch.inf)
+    new = (grouped @ key[0].transpose(1, 2)).view(heads, -1, count, count)
+    new.masked_fill_(torch.ones_like(new[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    scores = torch.cat([old, new.view(heads, -1, count)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    kept = old.shape[2]
+    mixed = weights[..., :kept] @ entry.values[0] + weights[..., kept:] @ value[0]
+    return mixed.reshape(1, heads * (grouped.shape[1] // count), count, size).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION_NAME, replay_attention)

@@ -413,3 +413,20 @@ def test_thresholds_are_chosen_on_calibration_prompts_of_all_ratios_together():
     harmless = table.with_columns(harmed=pl.lit(False))
     for one in fit_rivals(harmless, harmless, harmless, pl.DataFrame(splits)):
         assert one.ladder_threshold == NEVER_RELAX
+
+
+def test_the_real_model_starts_at_the_ratio_that_is_fine(smollm2):
+    """The rung between: same tokens as under the press at that ratio, from one prefill."""
+    text = "The code for amber otter is 4821. The code for keen camel is 7719. " * 8
+    ids = smollm2.tokenizer.encode(text, add_special_tokens=False)
+    press = SnapKVPress(window_size=16)
+    session = ladder_session(smollm2.model, press, starts_at("0.500"))
+    completion, report = run(session, [Request("a", ids)])["a"]
+    alone = Session(smollm2.model, DECODING, press=with_ratio(press, 0.5), rows=1)
+    (expected,) = generate(alone, [Request("a", ids)])
+    assert completion.token_ids == expected.token_ids
+    assert report.start_ratio == "0.500"
+    assert completion.tokens_prefilled == len(ids) + 2 * REPLAY_TOKENS
+    probes = dict(zip(schema.PROBE_NAMES, completion.probes, strict=True))
+    assert 0 < probes["evicted_mass_mean"] < 1
+    assert probes["replay_kl_last"] > 0

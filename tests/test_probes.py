@@ -19,7 +19,7 @@ from kvpress import (
 from transformers import DynamicCache
 
 from kvguard.engine import Session, generate
-from kvguard.prefill import prefill_prefix
+from kvguard.prefill import prefill, prefill_prefix
 from kvguard.probes import REPLAY_TOKENS, WINDOW_TOKENS, CacheProbe, marked_tokens
 from kvguard.requests import Request
 from kvguard.sampling import Decoding
@@ -200,3 +200,30 @@ def test_the_engine_measures_every_request_and_decodes_the_same(tiny_llama, shar
         alone, _ = probe(tiny_llama, request.prompt_ids, SnapKVPress(0.5, window_size=8))
         expected = np.array(list(alone.values()), np.float32)
         np.testing.assert_allclose(done[request.key].probes, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "press",
+    [
+        SnapKVPress(0.5, window_size=8),
+        ExpectedAttentionPress(0.3),
+        KeyRerotationPress(KnormPress(0.4)),
+    ],
+    ids=lambda press: type(press).__name__,
+)
+def test_places_are_those_of_the_kept_entries(tiny_model, family, press):
+    """Found from the press's scores, from keys or from values; equal values in order."""
+    model, ids = tiny_model(family), [7, 7, 9, *prompt(60, seed=2), 7, 9, 9]
+    whole = prefill(model, ids)
+    measured = CacheProbe(model, ids)
+    kept = prefill(model, ids, press, probe=measured)
+    for number, layer in enumerate(measured.removal.layers):
+        index = layer.places[None, :, :, None].expand(-1, -1, -1, 16)
+        own, compressed = (each.cache.layers[number] for each in (whole, kept))
+        assert torch.equal(own.values.gather(2, index), compressed.values)
+        if measured.removal.replayable:
+            assert torch.equal(own.keys.gather(2, index), compressed.keys)
+        assert all(len(set(places)) == len(places) for places in layer.places.tolist())
+    assert measured.removal.replayable == (not isinstance(press, KeyRerotationPress))
+    assert "score" not in vars(press)
