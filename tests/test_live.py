@@ -182,9 +182,9 @@ def test_a_ladder_runs_as_it_is_simulated(tiny: LoadedModel, baseline: pl.DataFr
             assert own.height == live.height
             for column in ("token_ids", "alarm_steps", "start_ratio", "tokens_prefilled"):
                 assert own[column].to_list() == own[f"{column}_s"].to_list(), (policy, column)
-            if policy == "ladder":  # alone in the batch: nothing but padding is estimated
+            if policy == "ladder":  # alone: only padding differs, by who was there before
                 started |= set(live["start_ratio"])
                 share = own["device_byte_steps_s"] / own["device_byte_steps"]
-                assert share.is_between(0.8, 1.0).all()
+                assert share.is_between(0.8, 1.2).all()
                 assert (live["alarmed"] == (live["start_ratio"] != "0.500")).all()
     assert started == {"0.500", "0.250", "0.000"}
