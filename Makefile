@@ -70,7 +70,8 @@ bench: $(READY) ## every benchmark; writes results/bench/<claim>.json
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
 
 # In the order of worth; minutes on 2 idle cores: 2, 4, 7, 9, 5, 1, 2.
-bench-quick: $(READY) ## the benchmarks of the engine alone, about half an hour on an idle machine
+bench-quick: $(READY) ## the benchmarks of the engine alone, about 40 minutes on an idle machine
+	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/check.py --repeats 3 --minutes 2
 	$(BIN)/python benchmarks/guard.py --sessions 3 2
 	$(BIN)/python benchmarks/long_context.py --rounds 3 --minutes 7
@@ -79,6 +80,7 @@ bench-quick: $(READY) ## the benchmarks of the engine alone, about half an hour 
 	$(BIN)/python benchmarks/generation.py --only-compare --minutes 5
 	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/probes.py --repeats 3 --minutes 2
+	$(BIN)/python benchmarks/acceptance.py --minutes 8
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/write_performance.py
 

@@ -77,7 +77,7 @@ TOP1 = (
     *(0.989, 0.992, 0.9944, 0.9964, 0.9975, 0.9985, 0.9991, 0.9994, 0.9997, 1.0),
 )
 """Top-1 probabilities of drafted tokens, in steps of 5 % of them (docs/decisions.jsonl)."""
-DRAFTS, LONGEST = 2_000, 4_096
+DRAFTS, LONGEST = 400, 2_048
 
 
 class Best(NamedTuple):
@@ -92,8 +92,12 @@ def draft_survivals(accepted: float) -> NDArray[np.float64]:
     """(drafts, tokens) survival of random drafts whose tokens differ in how sure they are."""
     draws = np.random.default_rng(0).integers(len(TOP1), size=(DRAFTS, LONGEST))
     rates = rejection_rate(np.array(TOP1))
-    rates *= -np.log(1 - 1 / accepted) / rates.mean() if accepted > 1 else 1
-    return np.exp(-np.cumsum(rates[draws], axis=1))
+    low, high = 0.0, 1e4
+    for _ in range(60):  # the factor at which a token is rejected once in so many
+        factor = (low + high) / 2
+        rejected = float(np.mean(1 - np.exp(-factor * rates)))
+        low, high = (factor, high) if rejected < 1 / accepted else (low, factor)
+    return np.exp(-np.cumsum(factor * rates[draws], axis=1))
 
 
 def adaptive(ratio: float, accepted: float, bus: float) -> Best:
@@ -101,7 +105,7 @@ def adaptive(ratio: float, accepted: float, bus: float) -> Best:
     survival = draft_survivals(accepted)
     kept = np.cumsum(survival, axis=1)
     found = []
-    for threshold in np.geomspace(0.002, 0.98, 60):
+    for threshold in np.linspace(0.005, 0.9995, 200):
         tokens = np.minimum((survival >= threshold).sum(axis=1) + 1, LONGEST)
         horizon = float(tokens.mean())
         made = 1 + float(kept[np.arange(DRAFTS), tokens - 1].mean())
