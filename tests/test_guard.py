@@ -609,7 +609,8 @@ def test_what_the_guard_cannot_do_is_refused_by_name(tiny_llama: PreTrainedModel
         ("holdback_tokens is at least 0, got -1", {"holdback_tokens": -1}),
         ("margin_nats is at least 0, got -0.1", {"margin_nats": -0.1}),
         ("batch_size is at least 1, or None, got 0", {"batch_size": 0}),
-        ("check_every_tokens is at least 1, got 0", {"check_every_tokens": 0}),
+        ("'auto' with policy='lossless', got 0", {"check_every_tokens": 0}),
+        ("'auto' with policy='lossless', got 'auto'", {"check_every_tokens": "auto"}),
         ("recovery is one of continue, .*, got 'rewind'", {"recovery": "rewind"}),
         ("cold is 'host', 'disk' or 'none', got 'tape'", {"cold": "tape"}),
         ("policy is 'guard' or 'lossless', got 'brave'", {"policy": "brave"}),
@@ -757,6 +758,12 @@ def test_lossless_samples_with_processors_as_the_uncompressed_model(
         for press in (None, kvpress.KnormPress(0.6))
     ]
     assert answers[0] == answers[1]
+    auto = KVGuard(
+        kvpress.KnormPress(0.6), policy="lossless", check_every_tokens="auto", batch_size=3, seed=3
+    )
+    again = tiny_llama.generate(**inputs, custom_generate=auto, **options).tolist()
+    assert again == answers[0]
+    assert all(row.checks > 1 and not row.alarm_steps for row in auto.report)
 
 
 def test_a_guard_pickles_and_its_report_adds_up(tiny_llama: PreTrainedModel) -> None:
