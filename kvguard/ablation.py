@@ -19,7 +19,7 @@ from kvguard.evaluate_predictor import (
     measure,
     score,
 )
-from kvguard.features import FEATURE_SETS
+from kvguard.features import FEATURE_SETS, without_evidence
 from kvguard.metrics import (
     INTERVAL_TYPES,
     Measured,
@@ -73,7 +73,9 @@ def ablate(features: Table, labels: Table, trainer: Trainer) -> dict[str, pl.Dat
 
     Returns:
         - ``ablation``: each named feature set, and the configured one without the position, on test
-          prompts; ``difference`` is to the configured set, with a paired 95 % interval.
+          prompts; ``difference`` is to the configured set, with a paired 95 % interval. Of the
+          first target also ``with_evidence`` and ``without_evidence``, both on the tokens that have
+          evidence of supposed checks; ``difference`` is between these two.
         - ``feature_importance``: how much AUROC falls when a group of features is permuted, on
           calibration prompts, which no fit has seen and from which nothing is chosen here.
         - ``formulation``: windowed against discrete-time, out of fold on train prompts (where the
@@ -103,9 +105,12 @@ def _compared_targets(targets: Sequence[str]) -> list[str]:
 def _ablation(study: Study, targets: Sequence[str]) -> pl.DataFrame:
     compressed = pl.col("press") != BASELINE
     configured = study.trainer.settings.feature_set
+    if configured == "with_evidence":  # on all tokens: what it is without
+        configured = "no_ratio"
     chosen = FEATURE_SETS[configured]
     without_position = tuple(name for name in chosen if name != "relative_position")
     sets = {configured: chosen} | FEATURE_SETS | {"no_position": without_position}
+    del sets["with_evidence"]  # measured on other tokens, at the end
     rows: list[tuple[dict[str, Any], Measured]] = []
     for target in _compared_targets(targets):
         reference: dict[str, Measured] | None = None
@@ -129,6 +134,7 @@ def _ablation(study: Study, targets: Sequence[str]) -> pl.DataFrame:
             found, size = study.measure(predictor, compressed)
             rows += compared(described, found, reference, size)
             reference = reference or found
+    rows += _evidence_rows(study, targets[0])
     columns_ = {
         "target": pl.String,
         "feature_set": pl.String,
@@ -136,6 +142,35 @@ def _ablation(study: Study, targets: Sequence[str]) -> pl.DataFrame:
         "configured": pl.Boolean,
     }
     return variant_table(rows, columns_)
+
+
+def _evidence_rows(study: Study, target: str) -> list[tuple[dict[str, Any], Measured]]:
+    """With evidence of supposed checks and without, fitted and measured on the same tokens."""
+    rows: list[tuple[dict[str, Any], Measured]] = []
+    reference: dict[str, Measured] | None = None
+    whole = FEATURE_SETS["with_evidence"]
+    for name, columns in (
+        ("without_evidence", without_evidence(whole)),
+        ("with_evidence", whole),
+    ):
+        described = {
+            "target": target,
+            "feature_set": name,
+            "features": len(columns),
+            "configured": name == study.trainer.settings.feature_set,
+        }
+        try:
+            train, test = (study.trainer.with_evidence(part) for part in (study.train, study.test))
+            predictor = study.fit(target, columns, f"ablation {target}, {name}", rows=train)
+            samples, seed = study.trainer.settings.bootstrap_samples, study.trainer.seed
+            checked = study._replace(test=test, weights=bootstrap_weights(test, samples, seed))
+            found, size = checked.measure(predictor, pl.col("press") != BASELINE)
+        except Refusal as refusal:
+            rows += compared(described, str(refusal), None, {})
+            continue
+        rows += compared(described, found, reference, size)
+        reference = reference or found
+    return rows
 
 
 def _importance(study: Study, calibration: Rows, target: str, repeats: int = 10) -> pl.DataFrame:
@@ -190,7 +225,7 @@ def _importance(study: Study, calibration: Rows, target: str, repeats: int = 10)
 
 def _formulations(study: Study, targets: Sequence[str]) -> pl.DataFrame:
     compressed = pl.col("press") != BASELINE
-    names = FEATURE_SETS[study.trainer.settings.feature_set]
+    names = without_evidence(FEATURE_SETS[study.trainer.settings.feature_set])
     settings = study.trainer.settings
     fold_weights = bootstrap_weights(study.train, settings.bootstrap_samples, study.trainer.seed)
     rows: list[tuple[dict[str, Any], Measured]] = []

@@ -33,8 +33,10 @@ def train(
     import polars as pl
 
     from kvguard.evaluate_predictor import evaluate_predictors
+    from kvguard.integrity import expected_shards
     from kvguard.prompts import read_prompts
     from kvguard.schema import SPLIT_NAMES, SPLITS, read_table
+    from kvguard.supposed_checks import evidence_of
     from kvguard.train import save_models, train_predictors
     from kvguard.trainer import make_trainer
 
@@ -62,8 +64,18 @@ def train(
         )
     tables = {name: results_dir / f"{name}.parquet" for name in ("features", "labels", "outcomes")}
     settings, labels, seed = experiment.predictor, experiment.labels, experiment.seed
+    read = expected_shards(experiment) if settings.feature_set == "with_evidence" else []
     trainer = make_trainer(
-        kept, settings, horizon_tokens=labels.horizon_tokens, seed=seed, threads=threads
+        kept,
+        settings,
+        horizon_tokens=labels.horizon_tokens,
+        seed=seed,
+        threads=threads,
+        evidence=evidence_of(
+            [shard.path(results_dir, "tokens") for shard in read],
+            experiment.guard.model_dump(mode="json"),
+            seed,
+        ),
     )
     parts = [settings.model_dump(mode="json"), labels.model_dump(mode="json"), seed]
     models = train_predictors(tables["features"], tables["labels"], trainer, digest(parts))
@@ -249,7 +261,7 @@ def predictor_and_points(
     something else.
     """
     from kvguard.certificate import CertificateError, load_certificate
-    from kvguard.guard import RULES_POINTS
+    from kvguard.guard_predictor import RULES_POINTS
     from kvguard.predictor import load_predictor, rules_predictor
 
     if path is None:

@@ -46,6 +46,7 @@ class Predictor(Section):
         "entropy_only",
         "clock_repetition",
         "probes_only",
+        "with_evidence",
     ] = "no_ratio"
     formulation: Literal["windowed", "discrete_time"] = "windowed"
     include_post_onset: bool = False

@@ -17,7 +17,7 @@ added in one fixed order, and cast to float32 at the end.
   none is left the feature is null in tables and NaN in arrays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,11 +57,19 @@ FEATURE_SETS: dict[str, tuple[str, ...]] = {
     "entropy_only": ("entropy", "entropy_mean_8", "entropy_std_8", "entropy_mean", "entropy_max"),
     "clock_repetition": (*_REPETITION, "relative_position"),
     "probes_only": schema.PROBE_NAMES,
+    "with_evidence": (*_NO_RATIO, *schema.EVIDENCE_NAMES),
 }
 """Named ablation sets. From ``full`` to ``logit_only`` each one drops what the one before it drops,
 and more: the ratio, the probes, repetition, position. ``clock_repetition`` is what a clock and a
 loop detector know. ``normalised`` reads the columns of ``with_probes``, the probes as ranks under
-their press (`probe_scale`)."""
+their press (`probe_scale`). ``with_evidence`` adds to ``no_ratio`` what checks have said of the
+request (`evidence`)."""
+
+
+def without_evidence(names: Sequence[str]) -> tuple[str, ...]:
+    """The names that every token has: a search and scores beside the trees go without evidence."""
+    return tuple(name for name in names if name not in schema.EVIDENCE_NAMES)
+
 
 _SIGNALS = tuple(schema.SIGNALS)
 _ROLLED_COLUMNS = np.array([_SIGNALS.index(name) for name in ROLLED])

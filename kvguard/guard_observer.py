@@ -395,6 +395,8 @@ class GuardObserver:
         count = int(session.lengths[row])
         kept = self._kept(session, row, check, count)
         cut = kept < count
+        new = slice(max(state.checked - check.start, 0), max(kept - check.start, 0))
+        llr = self._llr(session, row, check)[new]
         if not cut and state.ended:
             state.checked = kept
         elif action == Action.CHECK:
@@ -413,6 +415,8 @@ class GuardObserver:
         if action == Action.COMMIT and cut:  # the policy learns here that a token was rejected
             self.policy.enter_safe_mode(row)
             self._set_mode(session, row, Mode.SAFE, count - 1)
+        if self.hazards is not None:
+            self.hazards.checked(row, kept, llr, rejected=cut)
         self.policy.checked(row, kept)
         self._record(row, kept, cut, report)
 
@@ -443,10 +447,15 @@ class GuardObserver:
         if self.policy.recovery_cut == "exact":
             found = first_rejected(audit.gap, self.margin_nats)
         else:
-            part = slice(check.start, check.start + len(audit.logprob))
-            chosen = session.signals[row, part, SIGNAL_INDEX["chosen_logprob"]]
-            found = harmful_token(chosen - audit.logprob, audit.logprob, self.tolerance)
+            llr = self._llr(session, row, check)
+            found = harmful_token(llr, audit.logprob, self.tolerance)
         return None if found is None else check.start + found
+
+    def _llr(self, session: Session, row: int, check: Check) -> NDArray[np.float32]:
+        """Compressed minus uncompressed log-probability of each token that a check judged."""
+        logprob = check.audit.logprob
+        part = slice(check.start, check.start + len(logprob))
+        return np.asarray(session.signals[row, part, SIGNAL_INDEX["chosen_logprob"]] - logprob)
 
     def _recover_broken(self, session: Session, row: int, position: int) -> None:
         """A row broke (logits not finite, a press failed): check and go on uncompressed.

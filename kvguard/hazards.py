@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvguard.evidence import EvidenceState
 from kvguard.features import FeatureState
 from kvguard.gru import RowStates
 from kvguard.predictor import Predictor, PressPredictor, for_press
-from kvguard.schema import FEATURE_NAMES
+from kvguard.schema import COLUMN_NAMES, FEATURE_NAMES
 
 Features = NDArray[np.float32]
 
@@ -42,6 +43,9 @@ class HazardState:
         bound = for_press(model, "") if isinstance(model, Predictor) else model
         self.model = model
         self._features = FeatureState(rows, max_new_tokens, ratio)
+        own = bound.predictor if isinstance(bound, PressPredictor) else bound
+        reads = isinstance(own, Predictor) and own.reads_evidence
+        self._evidence = EvidenceState(rows) if reads else None
         self._sequence: PressPredictor | None = None
         self._states: RowStates | None = None
         if isinstance(bound, PressPredictor) and bound.predictor.gru is not None:
@@ -54,12 +58,21 @@ class HazardState:
         self._features.reset(row, ratio, max_new_tokens, probes)
         if self._states is not None:
             self._states.cut(row, 0)
+        if self._evidence is not None:
+            self._evidence.reset(row)
 
     def move(self, source: int, target: int) -> None:
         """Let the request in row ``source`` go on in row ``target``, whose past is lost."""
         self._features.move(source, target)
         if self._states is not None:
             self._states.move(source, target)
+        if self._evidence is not None:
+            self._evidence.move(source, target)
+
+    def checked(self, row: int, kept: int, llr: NDArray[np.float32], *, rejected: bool) -> None:
+        """Take in what a check has said of a row; arguments as `EvidenceState.checked`."""
+        if self._evidence is not None:
+            self._evidence.checked(row, kept, llr, rejected)
 
     def replace(
         self,
@@ -107,15 +120,20 @@ class HazardState:
             history: (rows of the batch, tokens) ids of all tokens.
 
         Returns:
-            (n, most tokens, features); zeros from a row's ``counts`` on.
+            (n, most tokens, features); zeros from a row's ``counts`` on. Evidence of checks stands
+            behind the features where the predictor reads it.
         """
-        found = np.zeros((len(rows), int(counts.max()), len(FEATURE_NAMES)), np.float32)
+        width = len(FEATURE_NAMES)
+        wanted = width if self._evidence is None else len(COLUMN_NAMES)
+        found = np.zeros((len(rows), int(counts.max()), wanted), np.float32)
         for count in set(counts.tolist()):  # mostly one: rows in step with each other
             index = np.flatnonzero(counts == count)
             row, at = rows[index], seen[index, None] + np.arange(count)
-            found[index, :count] = self._features.advance(
+            found[index, :count, :width] = self._features.advance(
                 row, signals[row[:, None], at], history[row[:, None], at], at[:, 0]
             )
+            if self._evidence is not None:
+                found[index, :count, width:] = self._evidence.values(row, at)
         return found
 
     def predict(

@@ -19,6 +19,7 @@ from scipy.special import expit
 
 from kvguard import schema
 from kvguard.config import digest
+from kvguard.evidence import no_evidence
 from kvguard.gru import Gru, answer_lengths
 from kvguard.probe_scale import PROBE_COLUMNS, ProbeScale
 
@@ -73,7 +74,7 @@ class Predictor(BaseModel):
         formulation: ``windowed`` (is the onset within the horizon?) or ``discrete_time`` (a hazard
             per stretch of the horizon, and the survival over all of them).
         horizon_tokens: how far ahead "within the horizon" reaches.
-        feature_names: the columns that it reads, names of `schema.FEATURE_NAMES`.
+        feature_names: the columns that it reads, names of `schema.COLUMN_NAMES`.
         feature_version: of the features that it was trained on.
         model: the booster, the GRU's weights or the coefficients.
         calibration: from log-odds to probability.
@@ -111,7 +112,8 @@ class Predictor(BaseModel):
         """Calibrated probability that the onset lies within the horizon, one per row.
 
         Args:
-            features: (n, features) float32 in the order of `schema.FEATURE_NAMES`; NaN: missing.
+            features: (n, features) float32 in the order of `schema.FEATURE_NAMES`, or of
+                `schema.COLUMN_NAMES`; NaN: missing. Without evidence no check has been made.
                 Of the kind ``sequence``: answers, or their beginnings, one after the other, each
                 from its first token (`gru.answer_lengths`).
             press: of the requests, one name for all or (n,); read by ``probe_scale`` alone. Under a
@@ -128,12 +130,13 @@ class Predictor(BaseModel):
 
     def predict_scaled(self, features: Features) -> NDArray[np.float32]:
         """`predict` of features whose probes `probe_scale` has already put on their scale."""
-        log_odds = self._score(features) if len(features) else np.zeros(0)
+        log_odds = self._score(self.widened(features)) if len(features) else np.zeros(0)
         return self.calibration.apply(log_odds).astype(np.float32)
 
     def log_odds(self, features: Features, press: str | ArrayLike = "") -> Floats:
         """Uncalibrated log-odds (n,), class weights undone; arguments as in `predict`."""
-        if features.ndim != 2 or features.shape[1] != len(schema.FEATURE_NAMES):
+        widths = (len(schema.FEATURE_NAMES), len(schema.COLUMN_NAMES))
+        if features.ndim != 2 or features.shape[1] not in widths:
             raise ValueError(
                 f"features have shape (n, {len(schema.FEATURE_NAMES)}), in the order of "
                 f"schema.FEATURE_NAMES; got {features.shape}"
@@ -142,7 +145,18 @@ class Predictor(BaseModel):
             return np.zeros(0)
         if self.probe_scale is not None:
             features = self.probe_scale.scale(features, press)
-        return self._score(features)
+        return self._score(self.widened(features))
+
+    @property
+    def reads_evidence(self) -> bool:
+        """Whether it reads `schema.EVIDENCE_NAMES`."""
+        return bool(self.columns.max() >= len(schema.FEATURE_NAMES))
+
+    def widened(self, features: Features) -> Features:
+        """Features with evidence behind them where it is read: none, unless they have it."""
+        if not self.reads_evidence or features.shape[1] > len(schema.FEATURE_NAMES):
+            return features
+        return np.concatenate([features, no_evidence(len(features))], axis=1)
 
     def content(self) -> dict[str, Any]:
         """What its file holds; a scale only where there is one, as in files from before it."""
@@ -156,8 +170,8 @@ class Predictor(BaseModel):
 
     @cached_property
     def columns(self) -> NDArray[np.int64]:
-        """(features it reads,) their places in `schema.FEATURE_NAMES`."""
-        return np.array([schema.FEATURE_NAMES.index(name) for name in self.feature_names])
+        """(features it reads,) their places in `schema.COLUMN_NAMES`."""
+        return np.array([schema.COLUMN_NAMES.index(name) for name in self.feature_names])
 
     @cached_property
     def digest(self) -> str:
@@ -201,7 +215,7 @@ class PressPredictor:
 
     def inputs(self, features: Features) -> Features:
         """The columns (n, features it reads) of the predictor, probes on their scale."""
-        return self._scaled(features)[:, self.predictor.columns]
+        return self.predictor.widened(self._scaled(features))[:, self.predictor.columns]
 
     def _scaled(self, features: Features) -> Features:
         scale = self.predictor.probe_scale
@@ -288,7 +302,7 @@ def parse_predictor(content: object, source: str) -> Predictor:
             f"version {schema.FEATURE_VERSION}: train it again"
         )
     names = content.get("feature_names")
-    unknown = [name for name in names or () if name not in schema.FEATURE_NAMES]
+    unknown = [name for name in names or () if name not in schema.COLUMN_NAMES]
     if unknown:
         raise PredictorError(
             f"{source} reads the features {unknown}, which this package does not compute; it "
@@ -368,7 +382,7 @@ def _booster_score(
         return survival_log_odds(margin(lead_rows(features[:, columns], bins)).reshape(-1, bins))
 
     score = survival if bins else windowed
-    score(np.zeros((1, len(schema.FEATURE_NAMES)), np.float32))  # the first call is slow
+    score(np.zeros((1, len(schema.COLUMN_NAMES)), np.float32))  # the first call is slow
     return score
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kvguard import config, schema
 from kvguard.config import BASELINE
+from kvguard.gru import answer_lengths
 from kvguard.predictor import Features
 from kvguard.row_batches import read_matrix, taken
 from kvguard.splits import Table, prompts_of, scan_table
@@ -39,6 +40,11 @@ class Rows(NamedTuple):
     def before_onset(self, target: str) -> Bools:
         """Tokens that were judged and come before the target's onset."""
         return as_bools(~self.keys[f"post_onset_{target}"])
+
+    def first_tokens(self, target: str) -> Bools:
+        """The first token of each compressed request that was judged: one row a request."""
+        judged = as_bools(self.keys[f"hazard_{target}"].is_not_null()) & self.compressed()
+        return judged & as_bools(self.keys["position"] == 0)
 
     def compressed(self) -> Bools:
         """Tokens of compressed requests; the uncompressed baseline is an easy negative."""
@@ -104,3 +110,12 @@ def outcome(rows: Rows, target: str) -> Bools:
 
 def as_bools(column: pl.Series) -> Bools:
     return np.asarray(column.fill_null(False).to_numpy(), dtype=np.bool_)
+
+
+def share_of_answers(rows: Rows, tokens: int) -> Rows:
+    """Every answer; where they have more tokens than that, every second, third and so on."""
+    every = -(-len(rows.features) // tokens)
+    if every <= 1:
+        return rows
+    lengths = answer_lengths(rows.features)
+    return rows.take(np.repeat(np.arange(len(lengths)) % every == 0, lengths))

@@ -225,6 +225,19 @@ FEATURE_NAMES: tuple[str, ...] = (
 )
 """The features, in the order in which a predictor expects them; probes are the request's own."""
 
+EVIDENCE_NAMES: tuple[str, ...] = (
+    "rejections",  # tokens that checks of this request have rejected so far
+    "verified_llr_last",  # nats: `llr` of the newest token that a check has accepted
+    "verified_llr_max",  # of all that checks have accepted
+    "verified_llr_mean",
+    "tokens_since_check",  # generated since the last check, this one included
+)
+"""Features that exist where a request is checked on the way (`evidence`), behind the others. They
+are no columns of FEATURES: a stored trace was never checked."""
+
+COLUMN_NAMES: tuple[str, ...] = (*FEATURE_NAMES, *EVIDENCE_NAMES)
+"""What a predictor may read."""
+
 GATE_FEATURES: tuple[str, ...] = (*PROBE_NAMES, "compression_ratio")
 """The features that are known before the first token: what a gate reads."""
 

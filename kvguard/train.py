@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from kvguard import config, schema
 from kvguard.config_predictor import PredictorKind
-from kvguard.features import FEATURE_SETS
+from kvguard.features import FEATURE_SETS, without_evidence
 from kvguard.leakage import assert_disjoint
 from kvguard.predictor import (
     Predictor,
@@ -179,7 +179,7 @@ def train_predictors(
     probability_ids, certificate_ids = calibration_parts(known, settings.probability_share)
     assert_disjoint({"probability calibration": probability_ids, "certificate": certificate_ids})
     calibration = load_rows(features, labels, known, probability_ids or certificate_ids)
-    names = FEATURE_SETS[settings.feature_set]
+    names = without_evidence(FEATURE_SETS[settings.feature_set])
     targets: list[str] = sorted(settings.targets, key=schema.TARGETS.index)
     refusals = {target: why for target in targets if (why := trainer.refusal(train, target))}
     searched = next((target for target in targets if target not in refusals), targets[0])

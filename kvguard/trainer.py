@@ -36,8 +36,9 @@ from kvguard.predictor_provenance import provenance
 from kvguard.probability_maps import fit_calibration_map
 from kvguard.probe_scale import PROBE_COLUMNS, ProbeScale, fit_probe_scale
 from kvguard.row_batches import quantile_matrix
-from kvguard.rows import Bools, Rows, as_bools, eligible, outcome
+from kvguard.rows import Bools, Rows, as_bools, eligible, outcome, share_of_answers
 from kvguard.splits import Table, hash_order, read_splits
+from kvguard.supposed_checks import rows_with_evidence
 
 Formulation = Literal["windowed", "discrete_time"]
 Parameters = dict[str, float | int]
@@ -87,6 +88,7 @@ class Trainer:
         seed: of search, subsampling and bootstrap.
         threads: XGBoost's.
         leakage: checks and records the prompts of every matrix.
+        evidence: of `supposed_checks.suppose_checks`; None: no predictor with evidence can be made.
     """
 
     splits: pl.DataFrame
@@ -95,6 +97,7 @@ class Trainer:
     seed: int
     threads: int
     leakage: LeakageCheck
+    evidence: pl.DataFrame | None = None
 
     @property
     def parameters(self) -> Parameters:
@@ -149,7 +152,7 @@ class Trainer:
             raise Refusal(refused)
         train, scale = self._scaled(train, names, True)
         judged = as_bools(train.keys[f"hazard_{target}"].is_not_null()) & train.compressed()
-        rows = _share_of_answers(train.take(judged), BASELINE_ROWS)
+        rows = share_of_answers(train.take(judged), BASELINE_ROWS)
         _enough(rows, target)
         self.leakage.check("fit", rows.keys["prompt_id"], purpose)
         stopping = _stopping_prompts(rows, target, self.settings.early_stopping_share)
@@ -215,6 +218,8 @@ class Trainer:
         formulation = formulation or settings.formulation
         parameters = self.parameters if parameters is None else parameters
         train, scale = self._scaled(train, feature_names, normalised)
+        if set(feature_names) & set(schema.EVIDENCE_NAMES):
+            train = self.with_evidence(train)
         rows = train.take(eligible(train, target, settings))
         _enough(rows, target)
         self.leakage.check("fit", rows.keys["prompt_id"], purpose)
@@ -317,7 +322,7 @@ class Trainer:
         """
         names = schema.GATE_FEATURES
         train, scale = self._scaled(train, names, True)  # docs/experiments/003-signals.md
-        rows = train.take(_requests(train, target))
+        rows = train.take(train.first_tokens(target))
         data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]]
         if not len(data) or np.isnan(data[:, : len(schema.PROBE_NAMES)]).all():
             raise Refusal("no compressed train request has probes of its cache")
@@ -374,7 +379,7 @@ class Trainer:
             purpose: kept in the record of matrices.
         """
         if predictor.kind == "gate":  # its probability is of a whole request
-            used = rows.take(_requests(rows, predictor.target))
+            used = rows.take(rows.first_tokens(predictor.target))
             labels = as_bools(used.keys[f"steps_to_{predictor.target}"].is_not_null())
         else:
             used = rows.take(rows.before_onset(predictor.target) & rows.compressed())
@@ -443,6 +448,14 @@ class Trainer:
             scores[inside] = stats.rankdata(log_odds) / len(log_odds)
         return scores
 
+    def with_evidence(self, rows: Rows) -> Rows:
+        """Tokens with evidence of supposed checks behind their features, where there is some."""
+        if rows.features.shape[1] > len(schema.FEATURE_NAMES):
+            return rows  # it is there
+        if self.evidence is None:
+            raise Refusal("no audited tokens were given, which evidence of checks comes from")
+        return rows_with_evidence(rows, self.evidence)
+
     def _scaled(
         self, train: Rows, feature_names: Sequence[str], normalised: bool | None
     ) -> tuple[Rows, ProbeScale | None]:
@@ -485,7 +498,7 @@ class Trainer:
     def _layout(
         self, target: str, feature_names: Sequence[str], formulation: Formulation
     ) -> "_Layout":
-        columns = [schema.FEATURE_NAMES.index(name) for name in feature_names]
+        columns = [schema.COLUMN_NAMES.index(name) for name in feature_names]
         bins = min(LEAD_BINS, self.horizon_tokens) if formulation == "discrete_time" else 0
         return _Layout(target, columns, bins, self.horizon_tokens)
 
@@ -501,7 +514,13 @@ class Trainer:
 
 
 def make_trainer(
-    splits: Table, settings: config.Predictor, *, horizon_tokens: int, seed: int, threads: int = 1
+    splits: Table,
+    settings: config.Predictor,
+    *,
+    horizon_tokens: int,
+    seed: int,
+    threads: int = 1,
+    evidence: pl.DataFrame | None = None,
 ) -> Trainer:
     """A trainer for these splits; arguments as the attributes of `Trainer`.
 
@@ -509,13 +528,7 @@ def make_trainer(
         LeakageError: a prompt is in two splits.
     """
     known = read_splits(splits)
-    return Trainer(known, settings, horizon_tokens, seed, threads, LeakageCheck(known))
-
-
-def _requests(rows: Rows, target: str) -> Bools:
-    """The first token of each compressed request that was judged: one row a request."""
-    judged = as_bools(rows.keys[f"hazard_{target}"].is_not_null()) & rows.compressed()
-    return judged & as_bools(rows.keys["position"] == 0)
+    return Trainer(known, settings, horizon_tokens, seed, threads, LeakageCheck(known), evidence)
 
 
 def _enough(rows: Rows, target: str) -> None:
@@ -528,15 +541,6 @@ def _enough(rows: Rows, target: str) -> None:
         )
     if positive.all():
         raise Refusal(f"every train token lies within the horizon of an onset of {target}")
-
-
-def _share_of_answers(rows: Rows, tokens: int) -> Rows:
-    """Every answer; where they have more tokens than that, every second, third and so on."""
-    every = -(-len(rows.features) // tokens)
-    if every <= 1:
-        return rows
-    lengths = answer_lengths(rows.features)
-    return rows.take(np.repeat(np.arange(len(lengths)) % every == 0, lengths))
 
 
 def _stopping_prompts(rows: Rows, target: str, share: float) -> list[str]:

@@ -49,12 +49,14 @@ class Study(NamedTuple):
         names: Sequence[str],
         purpose: str,
         *,
+        rows: Rows | None = None,
         formulation: Formulation | None = None,
         normalised: bool | None = None,
     ) -> Predictor:
         """Trees with the configured parameters, probabilities not calibrated."""
+        train = self.train if rows is None else rows
         return self.trainer.fit(
-            self.train, target, names, purpose, formulation=formulation, normalised=normalised
+            train, target, names, purpose, formulation=formulation, normalised=normalised
         )
 
     def fit_configured(self, target: str, purpose: str, rows: Rows | None = None) -> Predictor:

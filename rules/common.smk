@@ -110,6 +110,21 @@ def part(*names, task=None, **fields):
     return chosen
 
 
+EVIDENCE = experiment.predictor.feature_set == "with_evidence"
+
+
+def audited_tokens():
+    """Token files, where the predictor reads what checks would have said of them."""
+    pattern = "<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"
+    return every_trace(pattern) if EVIDENCE else []
+
+
+def supposed_checks(wanted=EVIDENCE):
+    """How the guard checks, where that decides what the predictor reads."""
+    fields = ("check_every_tokens", "margin_nats") if wanted else ()
+    return {field: section("guard")[field] for field in fields}
+
+
 def shard_places(wildcards):
     """First and last place, and task, of the prompts that one shard holds."""
     return shard_list()[int(wildcards.shard)]

@@ -71,6 +71,7 @@ rule train_predictor:
         features="<results>/features.parquet",
         labels="<results>/labels.parquet",
         splits="<results>/splits.parquet",
+        tokens=audited_tokens(),
     output:
         predictor="<results>/models/hazard_predictor.json",
         targets=collect(
@@ -93,6 +94,7 @@ rule train_predictor:
         **job("train"),
     params:
         predictor=section("predictor"),
+        guard=supposed_checks(),
         labels=section("labels"),
         seed=experiment.seed,
         library=library("train_predictor"),
@@ -140,6 +142,7 @@ rule ablate_features:
         features="<results>/features.parquet",
         labels="<results>/labels.parquet",
         splits="<results>/splits.parquet",
+        tokens=every_trace("<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"),
     output:
         ablation="<results>/tables/ablation.parquet",
         feature_importance="<results>/tables/feature_importance.parquet",
@@ -157,6 +160,7 @@ rule ablate_features:
         **job("train"),
     params:
         predictor=section("predictor"),
+        guard=supposed_checks(True),
         labels=section("labels"),
         seed=experiment.seed,
         library=library("ablate_features"),
@@ -169,6 +173,7 @@ rule leave_one_out:
         features="<results>/features.parquet",
         labels="<results>/labels.parquet",
         splits="<results>/splits.parquet",
+        tokens=audited_tokens(),
     output:
         leave_one_out="<results>/tables/leave_one_out.parquet",
         transfer="<results>/tables/transfer.parquet",
@@ -184,6 +189,7 @@ rule leave_one_out:
         **job("train"),
     params:
         predictor=section("predictor"),
+        guard=supposed_checks(),
         labels=section("labels"),
         seed=experiment.seed,
         library=library("leave_one_out"),

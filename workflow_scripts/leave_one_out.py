@@ -5,6 +5,7 @@ from pathlib import Path
 from kvguard import joblog
 from kvguard.config import Predictor
 from kvguard.schema import write_table
+from kvguard.supposed_checks import evidence_of
 from kvguard.trainer import make_trainer
 from kvguard.transfer import leave_one_out
 
@@ -17,6 +18,7 @@ if __name__ == "__main__":
         horizon_tokens=params.labels["horizon_tokens"],
         seed=params.seed,
         threads=snakemake.threads,
+        evidence=evidence_of(source.tokens, params.guard, params.seed),
     )
     tables = leave_one_out(Path(source.features), Path(source.labels), trainer)
     for name, table in tables.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 from kvguard import joblog
 from kvguard.config import Predictor, digest
 from kvguard.schema import write_table
+from kvguard.supposed_checks import evidence_of
 from kvguard.train import save_models, train_predictors, write_predictions
 from kvguard.trainer import Trainer, make_trainer
 
@@ -38,6 +39,7 @@ if __name__ == "__main__":
             horizon_tokens=params.labels["horizon_tokens"],
             seed=params.seed,
             threads=snakemake.threads,
+            evidence=evidence_of(source.tokens, params.guard, params.seed),
         ),
         digest([params.predictor, params.labels, params.seed]),
         Path(output.predictor).parent,
