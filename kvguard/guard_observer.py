@@ -396,7 +396,6 @@ class GuardObserver:
         kept = self._kept(session, row, check, count)
         cut = kept < count
         new = slice(max(state.checked - check.start, 0), max(kept - check.start, 0))
-        llr = self._llr(session, row, check)[new]
         if not cut and state.ended:
             state.checked = kept
         elif action == Action.CHECK:
@@ -416,6 +415,7 @@ class GuardObserver:
             self.policy.enter_safe_mode(row)
             self._set_mode(session, row, Mode.SAFE, count - 1)
         if self.hazards is not None:
+            llr = self._llr(session, row, check)[new]
             self.hazards.checked(row, kept, llr, rejected=cut)
         self.policy.checked(row, kept)
         self._record(row, kept, cut, report)

@@ -378,6 +378,8 @@ class Trainer:
                 ``isotonic``, or ``none``.
             purpose: kept in the record of matrices.
         """
+        if predictor.reads_evidence:
+            rows = self.with_evidence(rows)
         if predictor.kind == "gate":  # its probability is of a whole request
             used = rows.take(rows.first_tokens(predictor.target))
             labels = as_bools(used.keys[f"steps_to_{predictor.target}"].is_not_null())

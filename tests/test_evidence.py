@@ -13,7 +13,7 @@ from test_engine import ragged_requests
 from transformers import PreTrainedModel
 
 from kvguard import config, schema
-from kvguard.ablation import ablate
+from kvguard.ablation import _evidence_rows
 from kvguard.config import OperatingPoint, Splits
 from kvguard.evidence import EvidenceState, no_evidence
 from kvguard.features import FEATURE_SETS
@@ -27,6 +27,7 @@ from kvguard.splits import split_prompts
 from kvguard.supposed_checks import SCHEDULES, rows_with_evidence, suppose_checks
 from kvguard.train import predict_tokens, train_predictors
 from kvguard.trainer import make_trainer
+from kvguard.variants import load_study
 
 MARGIN = 1e-4
 
@@ -174,7 +175,7 @@ def test_evidence_is_learned_where_it_tells_and_absent_where_nothing_was_checked
     alarming[:, llr], calm[:, llr] = 3.0, -1.0
     since = schema.COLUMN_NAMES.index("tokens_since_check")
     alarming[:, since] = calm[:, since] = 2.0
-    assert model.predict(alarming).mean() > model.predict(calm).mean() + 0.2
+    assert model.predict(alarming).mean() > model.predict(calm).mean() + 0.1
 
     refused = train_predictors(run.features, run.labels, _trainer(splits, None))
     assert "no audited tokens were given" in refused.refusals["harm"]
@@ -183,14 +184,13 @@ def test_evidence_is_learned_where_it_tells_and_absent_where_nothing_was_checked
 def test_the_ablation_compares_evidence_on_the_tokens_that_have_it(
     run: planted.Planted, splits: pl.DataFrame, evidence: pl.DataFrame
 ) -> None:
-    table = ablate(run.features, run.labels, _trainer(splits, evidence))["ablation"]
-    pair = table.filter(
-        pl.col("feature_set").is_in(["with_evidence", "without_evidence"]), metric="request"
-    )
-    assert pair["feature_set"].to_list() == ["without_evidence", "with_evidence"]
-    without, with_it = pair.to_dicts()
+    study = load_study(run.features, run.labels, _trainer(splits, evidence))
+    rows = [row | {"value": value.value} for row, value in _evidence_rows(study, "harm")]
+    without, with_it = (row for row in rows if row["metric"] == "request")
+    assert (without["feature_set"], with_it["feature_set"]) == ("without_evidence", "with_evidence")
     assert without["tokens"] == with_it["tokens"] > 0
-    assert without["difference"] is None
+    assert "difference" not in without
+    assert with_it["difference"] == pytest.approx(with_it["value"] - without["value"])
     assert with_it["difference"] > 0.2
 
 
