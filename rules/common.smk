@@ -110,18 +110,20 @@ def part(*names, task=None, **fields):
     return chosen
 
 
-EVIDENCE = experiment.predictor.feature_set == "with_evidence"
+def reads_evidence():
+    """Whether the predictor reads what checks have said."""
+    return experiment.predictor.feature_set == "with_evidence"
 
 
 def audited_tokens():
     """Token files, where the predictor reads what checks would have said of them."""
     pattern = "<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet"
-    return every_trace(pattern) if EVIDENCE else []
+    return every_trace(pattern) if reads_evidence() else []
 
 
-def supposed_checks(wanted=EVIDENCE):
+def supposed_checks(always=False):
     """How the guard checks, where that decides what the predictor reads."""
-    fields = ("check_every_tokens", "margin_nats") if wanted else ()
+    fields = ("check_every_tokens", "margin_nats") if always or reads_evidence() else ()
     return {field: section("guard")[field] for field in fields}
 
 
