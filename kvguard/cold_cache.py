@@ -23,6 +23,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
+from kvguard.cold_attention import attend_parts, attend_shared, attend_whole
 from kvguard.cold_layers import ColdLayers, layer_bytes
 from kvguard.prefill import Prefix, attention_layers, forget_masks, layer_tensors
 
@@ -32,6 +33,9 @@ ATTENTION_NAME = "kvguard_cold"
 
 FIRST_BLOCK_TOKENS = 64
 """Capacity of a row's generated entries at first; doubled whenever it is full."""
+
+SHARED_SCORES_BYTES = 64 * 2**20
+"""Scores over a prefix that rows share are computed at once up to so many bytes."""
 
 REFUSALS = (MemoryError, OSError, RuntimeError)
 """What a refused allocation raises: host memory, pinned memory, a full disk."""
@@ -218,6 +222,7 @@ class ColdStore:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers, self.heads, self.head_dim = config.num_hidden_layers, int(heads), int(size)
+        self.groups = config.num_attention_heads // self.heads
         self.device, self.dtype, self.kind, self.folder = device, dtype, kind, folder
         self._prefix: tuple[Prefix, Part] | None = None
         self.stream: torch.cuda.Stream | None = None
@@ -354,6 +359,7 @@ class _Pass:
         self.store, self.rows, self.counts = store, rows, counts
         parts = [row.parts for row in rows]
         self.layers = ColdLayers(store, parts, counts) if buffered else None
+        self.prefix = None if buffered else _shared_prefix(rows, sum(counts), store)
         self.staged = store.stage(sum(counts))
         self._kept: list[torch.Tensor] = []  # per layer, where they are not staged
         self.bytes_moved = 0
@@ -402,6 +408,13 @@ class _Pass:
         """
         if self.layers is not None:
             self.layers.begin(layer)
+        elif self.prefix is not None:
+            rest = [[part.layer(layer) for part in row.parts[1:]] for row in self.rows]
+            own_keys, own_values = (torch.split(each[0], self.counts, 1) for each in (key, value))
+            for listed, pair in zip(rest, zip(own_keys, own_values, strict=True), strict=True):
+                listed.append(torch.stack(pair))
+            whole = attend_shared(query[0], self.prefix.layer(layer), rest, scale)
+            return whole.transpose(0, 1)[None]
         mixed, start = [], 0
         for number, (row, count) in enumerate(zip(self.rows, self.counts, strict=True)):
             part = slice(start, start + count)
@@ -409,69 +422,28 @@ class _Pass:
             new = torch.stack([key[0, :, part], value[0, :, part]])
             if self.layers is None:
                 parts = [each.layer(layer) for each in row.parts]
-                mixed.append(_attend_parts(query[0, :, part], [*parts, new], scale))
+                mixed.append(attend_parts(query[0, :, part], [*parts, new], scale))
             else:
-                whole = self.layers.row(number, new)
-                mixed.append(_attend_whole(query[0, :, part], whole, scale))
+                entries = self.layers.row(number, new)
+                mixed.append(attend_whole(query[0, :, part], entries, scale))
         if self.layers is not None:
             self.layers.end(layer)
         return torch.cat(mixed, dim=1).transpose(0, 1)[None]
 
 
-def _beyond(count: int, rows: int, device: torch.device) -> torch.Tensor:
-    """(rows, count) bool: which of its own draft's tokens a query must not see."""
-    beyond = torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
-    return beyond.repeat(rows // count, 1)
-
-
-def _attend_whole(query: torch.Tensor, whole: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of one row's last tokens over all its entries, in one call.
+def _shared_prefix(rows: Sequence[ColdRow], tokens: int, store: ColdStore) -> Part | None:
+    """The part that all rows of a pass begin with, where attending to it at once pays.
 
     Args:
-        query: (query heads, n, head_dim).
-        whole: (2, heads, tokens, head_dim), the last n of them the queries' own.
-        scale: factor on the scores.
-
-    Returns:
-        (query heads, n, head_dim).
+        rows: of the pass.
+        tokens: drafted ones of all rows.
+        store: of the rows.
     """
-    count = query.shape[1]
-    grouped = query.reshape(whole.shape[1], -1, query.shape[2])
-    mask = torch.zeros(grouped.shape[1], whole.shape[2], dtype=query.dtype, device=query.device)
-    mask[:, -count:].masked_fill_(_beyond(count, len(mask), query.device), -torch.inf)
-    mixed = torch.nn.functional.scaled_dot_product_attention(
-        grouped[None], whole[0][None], whole[1][None], attn_mask=mask, scale=scale
-    )
-    return mixed[0].reshape(query.shape)
-
-
-def _attend_parts(query: torch.Tensor, parts: list[torch.Tensor], scale: float) -> torch.Tensor:
-    """Causal attention of one row's last tokens over its parts, of which the last is their own.
-
-    The query heads that share a key head are concatenated on the query axis, so grouped keys
-    and values are read once, where they lie, and never repeated.
-
-    Args:
-        query: (query heads, n, head_dim).
-        parts: (2, heads, tokens, head_dim) each.
-        scale: factor on the scores.
-
-    Returns:
-        (query heads, n, head_dim).
-    """
-    heads, size = parts[0].shape[1], parts[0].shape[3]
-    count = query.shape[1]
-    scaled = query.reshape(heads, -1, size) * scale  # (heads, query heads per head x n, head_dim)
-    scores = torch.cat([torch.matmul(scaled, part[0].transpose(1, 2)) for part in parts], dim=2)
-    beyond = _beyond(count, scores.shape[1], query.device)
-    scores[:, :, -count:].masked_fill_(beyond, -torch.inf)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    mixed, start = torch.zeros_like(scaled), 0
-    for part in parts:
-        end = start + part.shape[2]
-        mixed += torch.matmul(weights[:, :, start:end], part[1])
-        start = end
-    return mixed.reshape(query.shape)
+    prefix = rows[0].prefix
+    if len(rows) < 2 or prefix is None or any(row.prefix is not prefix for row in rows):
+        return None
+    heads = store.heads * store.groups
+    return prefix if 4 * heads * tokens * prefix.tokens <= SHARED_SCORES_BYTES else None
 
 
 def cold_attention(
