@@ -31,7 +31,7 @@ test: $(READY) ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-quick: $(READY) ## the tests that need neither the embedded model nor Snakemake, with a few presses
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "unit and not slow and not matrix"
+	OMP_NUM_THREADS=1 KVGUARD_TEST_QUICK=1 $(BIN)/python -m pytest $(PARALLEL) -m "unit and not slow and not matrix"
 
 test-kills: $(READY) ## a run killed again and again, compared with one that was not; KILLS=20 for the full form
 	OMP_NUM_THREADS=1 KVGUARD_TEST_KILLS=$(KILLS) $(BIN)/python -m pytest -m slow tests/test_interruptions.py

@@ -37,6 +37,9 @@ from kvguard.models import RECORD, LoadedModel, load_model
 settings.register_profile("kvguard", deadline=None, print_blob=True)
 settings.load_profile("kvguard")
 
+QUICK = "KVGUARD_TEST_QUICK" in os.environ
+"""Set by `make test-quick`: property tests try a few cases."""
+
 CHECKOUT = Path(__file__).parent.parent
 
 TINY_VOCABULARY = 160
@@ -51,6 +54,11 @@ _CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "qwen3": Qwen3Config,
     "phi3": Phi3Config,
 }
+
+
+def examples(count: int) -> settings:
+    """So many cases of a property test; in `make test-quick` a sixth of them, at least 4."""
+    return settings(max_examples=max(4, count // 6) if QUICK else count)
 
 
 @cache

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -126,7 +127,7 @@ def test_counters_do_not_overflow_in_a_long_request():
     assert state.mode[0] == Mode.NORMAL
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(hazards, min_size=1, max_size=7), st.lists(controllers(), min_size=1, max_size=5))
 def test_first_alarm_of_a_grid_is_that_of_each_request_and_setting_alone(rows, points):
     lengths = np.array([len(row) for row in rows])

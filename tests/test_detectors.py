@@ -4,7 +4,8 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from synthetic import make_run
@@ -35,7 +36,7 @@ def brute_force_loop(token_ids: list[int], window: int, repeats: int) -> int:
     return min(onsets, default=-1)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     traces=st.lists(st.lists(st.integers(0, 2), max_size=40), min_size=1, max_size=5),
     window=st.integers(1, 9),
@@ -132,7 +133,7 @@ def test_an_answer_without_tokens_has_no_failure_to_show():
     assert (found.looping, found.amnesia, found.catastrophe) == (False, False, False)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     st.lists(st.floats(-5, 5, width=32), max_size=30),
     st.integers(1, 18),

@@ -11,8 +11,8 @@ import kvpress
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_VOCABULARY, make_tiny_model
-from hypothesis import given, settings
+from conftest import TINY_VOCABULARY, examples, make_tiny_model
+from hypothesis import given
 from hypothesis import strategies as st
 from kvpress.presses.scorer_press import ScorerPress
 from kvpress.utils import compute_n_kept
@@ -383,7 +383,7 @@ def test_every_supported_press_is_in_the_matrix() -> None:
     assert supported == set(PREFILL)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(order=st.permutations(range(9)), rows=st.integers(1, 9))
 def test_a_row_does_not_depend_on_its_neighbours(order: list[int], rows: int) -> None:
     requests = ragged_requests(TINY_VOCABULARY)

@@ -7,7 +7,8 @@ import numpy as np
 import planted
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import ragged_requests
 from transformers import PreTrainedModel
@@ -59,7 +60,7 @@ def _tokens(lengths: list[int], seed: int, rate: float = 0.1) -> pl.DataFrame:
     st.integers(1, 5),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=40)
+@examples(40)
 def test_supposed_checks_say_what_live_ones_would(
     lengths: list[int], every: int, seed: int
 ) -> None:

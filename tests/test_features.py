@@ -4,7 +4,8 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from synthetic import make_run, write_run
@@ -112,7 +113,7 @@ traces_of = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.lists(traces_of, min_size=1, max_size=4))
 def test_features_follow_their_definitions(traces):
     for trace, features in zip(traces, whole(traces), strict=True):
@@ -164,7 +165,7 @@ def test_the_past_of_one_trace_does_not_reach_into_the_next():
         assert_same_bits(features, alone)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     traces=st.lists(traces_of, min_size=1, max_size=7),
     slots=st.integers(1, 4),

@@ -9,8 +9,8 @@ import kvpress
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_model
-from hypothesis import given, settings
+from conftest import examples, make_tiny_model
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_engine import DECODE, PREFILL, every_press, ragged_requests, run, spec
@@ -155,7 +155,7 @@ def test_the_theorem_holds_for_compression_while_decoding(
     assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     alarms=st.lists(
         st.lists(st.integers(0, NEW_TOKENS - 1), max_size=3, unique=True), min_size=9, max_size=9
@@ -202,7 +202,7 @@ class Dear(LosslessAuto):
         super().set_prices(Prices(self.price, self.price / np.arange(1, count + 1)))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     name=st.sampled_from([name for name in PREFILL if name != "ObservedAttentionPress"]),
     phase=st.sampled_from(["prefill", "decode", "both"]),

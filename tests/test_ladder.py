@@ -5,7 +5,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from kvpress import (
     AdaKVPress,
@@ -270,7 +271,7 @@ def test_the_first_small_risk_is_chosen(risk, threshold):
         assert rung == (fine[0] if fine else 3)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(seed=st.integers(0, 999), ratios=st.integers(1, 3))
 def test_the_threshold_is_the_best_of_all(seed, ratios):
     rng = np.random.default_rng(seed)

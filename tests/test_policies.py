@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvguard import config
@@ -277,7 +278,7 @@ def tail_by_hand(tokens, live):
     return 0
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=4))
 def test_repetition_runs_agree_with_comparing_slices(answers):
     runs = RepetitionRuns(

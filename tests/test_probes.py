@@ -5,7 +5,8 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from kvpress import (
     AdaKVPress,
@@ -149,7 +150,7 @@ def test_keys_that_were_rotated_anew_are_measured_but_not_replayed(tiny_llama):
     assert np.isnan(values["replay_kl_last"])
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(length=st.integers(2, 40), ratio=st.sampled_from([0.1, 0.5, 0.9]), seed=st.integers(0, 99))
 def test_short_prompts_have_probes_too(tiny_llama, length, ratio, seed):
     values, _ = probe(tiny_llama, prompt(length, seed), KnormPress(ratio))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest, poisson
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,7 +116,7 @@ def plain_scores(
     return np.where(kept, (scaled + noise).numpy(), -np.inf), unsure
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     seed=st.integers(0, 10_000),
     spread=st.floats(0.1, 8),

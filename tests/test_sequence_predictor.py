@@ -10,7 +10,8 @@ import planted
 import polars as pl
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from test_engine import ragged_requests
@@ -196,7 +197,7 @@ PREDICTOR = _random_predictor(0)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
-@settings(max_examples=25)
+@examples(25)
 def test_a_batch_with_refills_and_cuts_says_what_whole_answers_say(seed: int, rows: int) -> None:
     rng = np.random.default_rng(seed)
     state = HazardState(for_press(PREDICTOR, "snapkv"), rows, LIMIT, 0.5)
@@ -248,7 +249,7 @@ def test_a_batch_with_refills_and_cuts_says_what_whole_answers_say(seed: int, ro
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30)
+@examples(30)
 def test_a_cut_row_has_the_state_of_its_kept_tokens(seed: int) -> None:
     rng = np.random.default_rng(seed)
     unit = PREDICTOR.gru

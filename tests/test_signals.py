@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, largest, peaks
@@ -29,7 +30,7 @@ def plain(logits: np.ndarray, chosen: int) -> dict[str, float]:
     }
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     seed=st.integers(0, 10_000),
     spread=st.floats(0.01, 12),
@@ -68,7 +69,7 @@ def test_the_entropy_delta_is_undefined_where_there_is_no_previous_token() -> No
     vocabulary=st.sampled_from([40, 12_345]),
     decimals=st.sampled_from([-1, 0, 3]),
 )
-@settings(max_examples=30)
+@examples(30)
 def test_without_a_chosen_token_it_is_the_argmax(seed: int, vocabulary: int, decimals: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, vocabulary, generator=generator).round(decimals=decimals)
@@ -129,7 +130,7 @@ def test_certainty_has_no_alternatives() -> None:
 
 
 @given(seed=st.integers(0, 1000), vocabulary=st.sampled_from([11_000, 12_345, 20_480]))
-@settings(max_examples=20)
+@examples(20)
 def test_the_largest_entries_are_found_exactly(seed: int, vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, vocabulary, generator=generator).round(decimals=1)  # many ties

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig
 
@@ -144,7 +145,7 @@ ACTION = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(actions=st.lists(ACTION, max_size=25), seed=st.integers(0, 9))
 def test_pages_hold_what_was_put_in(
     actions: list[tuple[str, int, int, int, bool]], seed: int

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -53,7 +54,7 @@ def test_every_kind_has_a_generator_and_a_verifier() -> None:
 
 
 @given(GENERATED, st.integers(0, 1000))
-@settings(max_examples=60)
+@examples(60)
 def test_the_first_prompts_do_not_depend_on_how_many_are_asked(
     section: dict[str, Any], seed: int
 ) -> None:
@@ -66,7 +67,7 @@ def test_the_first_prompts_do_not_depend_on_how_many_are_asked(
 
 
 @given(GENERATED, st.integers(0, 1000))
-@settings(max_examples=60)
+@examples(60)
 def test_a_right_answer_stands_in_the_prompt_and_verifies(
     section: dict[str, Any], seed: int
 ) -> None:
@@ -84,7 +85,7 @@ def test_a_right_answer_stands_in_the_prompt_and_verifies(
 
 
 @given(GENERATED, st.integers(0, 1000))
-@settings(max_examples=60)
+@examples(60)
 def test_the_answer_to_another_prompt_is_wrong(section: dict[str, Any], seed: int) -> None:
     one, other = draw(section, seed), draw(section, seed + 1)
     if one.kind == "instructions" or one.spec == other.spec:
@@ -130,7 +131,7 @@ def test_hidden_words_are_in_no_other_text() -> None:
 
 
 @given(LISTS, st.integers(0, 1000), st.data())
-@settings(max_examples=80)
+@examples(80)
 def test_a_changed_item_is_the_first_wrong_one(
     section: dict[str, Any], seed: int, data: st.DataObject
 ) -> None:
@@ -151,7 +152,7 @@ def test_a_changed_item_is_the_first_wrong_one(
 
 
 @given(LISTS, st.integers(0, 1000), st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_a_list_that_stops_early_or_goes_on_is_wrong_there(
     section: dict[str, Any], seed: int, data: st.DataObject
 ) -> None:
@@ -169,7 +170,7 @@ def test_a_list_that_stops_early_or_goes_on_is_wrong_there(
 
 
 @given(st.integers(0, 1000), st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_a_changed_code_is_the_first_wrong_one(seed: int, data: st.DataObject) -> None:
     prompt = draw({"kind": "recall", "items": 8, "asked": 4}, seed)
     items = spec_of(prompt)["items"]
@@ -193,7 +194,7 @@ def test_a_code_said_twice_counts_once_and_a_second_code_is_wrong() -> None:
 
 
 @given(st.integers(0, 1000), st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_a_changed_argument_is_the_first_wrong_one(seed: int, data: st.DataObject) -> None:
     prompt = draw({"kind": "tool_call", "items": 4}, seed)
     spec = spec_of(prompt)
@@ -273,7 +274,7 @@ def test_the_earliest_violation_counts() -> None:
 
 
 @given(st.sampled_from(SECTIONS), st.integers(0, 50), st.text())
-@settings(max_examples=300)
+@examples(300)
 def test_verifiers_never_fail_on_any_text(section: dict[str, Any], seed: int, text: str) -> None:
     prompt = draw(section, seed)
     for judged in (text, text + (prompt.reference or "") + text, '{"name": ' + text, "{" * 9000):

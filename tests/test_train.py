@@ -9,7 +9,8 @@ import planted
 import polars as pl
 import pytest
 import xgboost
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -53,7 +54,7 @@ def _trainer(splits: pl.DataFrame, settings: config.Predictor) -> Trainer:
 
 
 @given(st.integers(3, 300), st.integers(0, 5))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_splits_have_exact_shares_whatever_the_order(count: int, seed: int) -> None:
     ids = [f"p{index}" for index in range(count)]
     splits = split_prompts(ids, Splits(), seed)
