@@ -108,7 +108,10 @@ def _pairs(one: pl.DataFrame, other: pl.DataFrame, on: Sequence[str]) -> pl.Data
     return both.drop_nulls(["harmed", "harmed_other"])
 
 
-RIVALS = ("none", "verify_on_failure", "lossless", "gate", "guard_promote", "always_safe")
+RIVALS = (
+    *("none", "verify_on_failure", "lossless", "lossless_auto", "gate", "ladder"),
+    *("guard_promote", "always_safe"),
+)
 """What `compare_with_guard` compares the guard with, of those that ran."""
 
 GUARD_COLUMNS: dict[str, type[pl.DataType]] = {
