@@ -27,11 +27,18 @@ HEADLINE_POLICIES = (
     "gate",
     "ladder",
     "lossless",
+    "lossless_auto",
     "always_safe",
     "oracle_gate",
     "oracle_onset",
 )
 """Policies of the short table, in order; those that neither ran nor were simulated are left out."""
+
+TOLD_POLICIES = (
+    *("verify_on_failure", "clock_or_loop", "guard", "guard_promote", "ladder"),
+    *("lossless", "lossless_auto"),
+)
+"""Policies of the sentences that sum the short table up."""
 
 SILENT_HARM_FLOOR = 0.05
 """Silent harm counts as there where the whole interval lies above this share."""
@@ -201,7 +208,7 @@ def visible_text(tables: Tables) -> str:
             f"harmed, {_count(alone, 'silent_harm')} of them silently: a check of finished answers "
             "for loops and overruns cannot see those."
         )
-    for policy in ("verify_on_failure", "clock_or_loop", "guard", "guard_promote", "lossless"):
+    for policy in TOLD_POLICIES:
         row = by_policy.get(policy)
         if row is None or row["harmed"] is None:
             continue
@@ -448,7 +455,7 @@ def _guard_tests(tests: pl.DataFrame) -> tuple[str, str]:
     head += ["harm", "adjusted p", "byte-steps", "adjusted p"]
     answers = []
     for row in tests.filter(pl.col("press").is_null()).to_dicts():
-        if row["other"] in ("verify_on_failure", "lossless"):
+        if row["other"] in ("verify_on_failure", "lossless", "lossless_auto"):
             p = row["harm_p_adjusted"]
             sure = p is not None and p < 0.05
             more = row["harm_difference"] is not None and row["harm_difference"] > 0
