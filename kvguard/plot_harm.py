@@ -215,6 +215,9 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
     oracle = pl.col("policy").str.starts_with("oracle")
     shown = policies.filter((pl.col("source") == "live") | oracle, pl.col("press") != BASELINE)
     shown = shown.drop_nulls(["harmed", cost])
+    ran = shown.filter(source="live").select("model", "press", "ratio")
+    if not ran.is_empty():  # a condition with oracles alone compares nothing
+        shown = shown.join(ran.unique(), on=ran.columns, how="semi", maintain_order="left")
     need(shown, [], "harm_against_cost")
     conditions = list(
         shown.select("model", "press", "ratio").unique(maintain_order=True).iter_rows()
@@ -237,7 +240,8 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
         dear = max(1.15, 1.05 * here[cost].max())  # type: ignore[operator]
         axes.axvspan(1, dear, color=FAINT, alpha=0.45, lw=0, zorder=0)
         axes.set_xlim(0, dear)
-        for entry in sorted(here.to_dicts(), key=lambda entry: policy_order(entry["policy"])):
+        # Oracles first: what really ran must not lie hidden below them.
+        for entry in sorted(here.to_dicts(), key=_drawing_order):
             _benefit(axes, entry, cost)
         title = condition_label((press, ratio), styles)
         axes.set_title(f"{model}\n{title}" if several else title)
@@ -283,6 +287,10 @@ def _constant_line(policies: pl.DataFrame, model: str, press: str, cost: str) ->
         return own
     full = pl.DataFrame({cost: [1.0], "harmed": [0.0]})
     return pl.concat([own, full]).sort(cost)
+
+
+def _drawing_order(entry: Mapping[str, Any]) -> tuple[bool, tuple[int, str]]:
+    return not entry["policy"].startswith("oracle"), policy_order(entry["policy"])
 
 
 def _benefit(axes: Axes, entry: dict[str, Any], cost: str) -> None:
