@@ -208,7 +208,8 @@ def parts(
             clock.around(session, "compute_pending_signals", "signals_us")
         else:
             clock.around(engine, "extract_signals", "signals_us")
-        clock.around(observer.features, "advance", "features_us")
+        assert observer.hazards is not None
+        clock.around(observer.hazards, "features", "features_us")
         clock.around(observer.policy, "rests", "controller_us")
         clock.around(observer.policy, "step", "controller_us")
         timing = time_steps(session, observer, steps)

@@ -35,8 +35,8 @@ from measuring import FOLDER, Rounds, machine, say, write
 from kvguard.config import Config, Live, Press
 from kvguard.engine import Session
 from kvguard.experiment import Prepared, prepare_requests
-from kvguard.guard import RULES_POINTS
 from kvguard.guard_observer import GuardObserver, guarded
+from kvguard.guard_predictor import RULES_POINTS
 from kvguard.guard_report import RowReport
 from kvguard.models import LoadedModel
 from kvguard.policy_factory import make_policy
