@@ -358,7 +358,7 @@ def test_ablations_and_controls_on_planted_truth(
     made = ablate(run.features, run.labels, _trainer(splits))
     sets = made["ablation"].filter(metric="auroc", target="any")
     assert set(sets["feature_set"]) == {
-        *FEATURE_SETS, "no_position",
+        *FEATURE_SETS, "no_position", "without_evidence",
     }  # fmt: skip
     assert sets.filter("configured")["difference"].to_list() == [None]
     importance = dict(made["feature_importance"].select("group", "value").rows())

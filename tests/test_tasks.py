@@ -90,6 +90,8 @@ def test_the_answer_to_another_prompt_is_wrong(section: dict[str, Any], seed: in
     one, other = draw(section, seed), draw(section, seed + 1)
     if one.kind == "instructions" or one.spec == other.spec:
         return  # another answer may obey the same constraints
+    if one.reference == other.reference:
+        return  # two prompts may ask for the same word
     assert not verify(one.kind, one.spec, other.reference or "").right
 
 

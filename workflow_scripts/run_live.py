@@ -17,9 +17,7 @@ from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
 from kvguard.splits import prompts_of, read_splits
 
 
-def main(
-    experiment: Config, params: dict[str, Any], inputs: dict[str, Any], target: Path, job: Any
-) -> None:
+def main(experiment: Config, params: Any, inputs: Any, target: Path, job: Any) -> None:
     """Run the shard; params and inputs go by the rule's names, ``job`` are its wildcards."""
     press = Press.model_validate(params["press"])
     attention = {} if press.attention is None else {"attention": press.attention}
@@ -38,8 +36,7 @@ def main(
     if "rivals" in inputs:
         fitted = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
         needs |= fitted.model_dump(include={"clock_tokens", "gate_threshold", "ladder_threshold"})
-    if "baselines" in inputs:
-        needs["gate"] = load_gate(inputs["baselines"])
+    needs |= {"gate": load_gate(inputs["baselines"])} if "baselines" in inputs else {}
     runs = run_policy_shard(
         load_once(inputs["checkpoint"], **params["model"] | attention),
         prompts[part::parts],
@@ -54,8 +51,9 @@ def main(
 
 def start(job: Any) -> None:
     """Run the shard of one of Snakemake's jobs."""
-    inputs, params = dict(job.input.items()), dict(job.params.items())
-    main(config_part(params["experiment"]), params, inputs, Path(job.output.runs), job.wildcards)
+    params = dict(job.params.items())
+    experiment = config_part(params["experiment"])
+    main(experiment, params, dict(job.input.items()), Path(job.output.runs), job.wildcards)
 
 
 if __name__ == "__main__":
