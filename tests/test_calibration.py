@@ -163,6 +163,7 @@ def _drawn(rng: np.random.Generator, prompts: int, shared: float) -> Calibration
     return CalibrationRequests(keys, alarms, alarms)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("shared", "prompts"), [(0.0, 150), (1.0, 200)])
 def test_a_sequence_errs_in_at_most_delta_of_1000_repetitions(shared: float, prompts: int) -> None:
     rng = np.random.default_rng(prompts)

@@ -250,6 +250,7 @@ def test_a_certified_guard_survives_its_folder_and_a_pickle(
     assert own.certificate is None, "of another predictor, and not needed for these thresholds"
 
 
+@pytest.mark.matrix
 def test_a_pickled_guard_is_whole_in_another_process(trained: Path, tmp_path: Path) -> None:
     guard = KVGuard(press(), predictor=trained)
     (tmp_path / "guard.pickle").write_bytes(pickle.dumps(guard))

@@ -1028,6 +1028,7 @@ class EntropyRisk:
         return (1 / (1 + np.exp(6 - 2 * entropy))).astype(np.float32)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("phase", "every"), [("prefill", 1), ("prefill", 8), ("both", 5)])
 def test_simulation_predicts_the_live_guard_request_by_request(
     tiny_llama, tiny_tokenizer, phase, every

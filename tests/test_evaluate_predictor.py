@@ -352,6 +352,7 @@ def test_models_of_other_splits_are_refused(run: planted.Planted, models: Models
         evaluate_predictors(models, run.features, run.labels, others, run.outcomes, QUICK, seed=0)
 
 
+@pytest.mark.matrix
 def test_ablations_and_controls_on_planted_truth(
     run: planted.Planted, splits: pl.DataFrame
 ) -> None:
@@ -380,6 +381,7 @@ def test_ablations_and_controls_on_planted_truth(
     assert set(made["leakage_check_ablation"]["split"]) == {"train", "calibration", "test"}
 
 
+@pytest.mark.matrix
 def test_leaving_out_presses_ratios_and_models(run: planted.Planted, splits: pl.DataFrame) -> None:
     made = leave_one_out(run.features, run.labels, _trainer(splits))
     left = made["leave_one_out"].filter(metric="auroc")
@@ -474,6 +476,7 @@ def test_feature_groups_divide_the_features() -> None:
     assert sorted(grouped) == sorted(schema.FEATURE_NAMES)
 
 
+@pytest.mark.matrix
 def test_with_independent_labels_every_interval_covers_one_half() -> None:
     """The simultaneous intervals of all tables; the pointwise ones miss about as they may."""
     data = planted.independent_labels(prompts=48, seed=0)

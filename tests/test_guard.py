@@ -244,6 +244,7 @@ def test_lossless_reads_attention_weights_too(tiny_model: Callable[..., PreTrain
     assert {key: completion.token_ids for key, (completion, _) in done.items()} == expected
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
 def test_lossless_in_other_families(
     tiny_model: Callable[..., PreTrainedModel], family: str
@@ -440,6 +441,7 @@ def test_always_safe_is_the_uncompressed_model(tiny_llama: PreTrainedModel) -> N
 # --- sampling follows the uncompressed distribution ---
 
 
+@pytest.mark.matrix
 def test_rewound_samples_follow_the_uncompressed_distribution(tiny_llama: PreTrainedModel) -> None:
     """A chi-squared test of the first two tokens over many seeds, on a vocabulary of 160."""
     from scipy.stats import chisquare

@@ -82,6 +82,7 @@ def _decode(tiny: LoadedModel) -> Callable[[Sequence[int]], str]:
     return lambda ids: str(tiny.tokenizer.decode(ids, skip_special_tokens=True))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("sampled", [False, True])
 def test_bisection_finds_what_brute_force_finds(tiny: LoadedModel, sampled: bool) -> None:
     settings = {"max_new_tokens": TOKENS, "batch_size": 4, "do_sample": sampled}
