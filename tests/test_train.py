@@ -468,7 +468,7 @@ def test_refusals_name_target_and_numbers(run: planted.Planted, splits: pl.DataF
 
 def test_a_gate_learns_from_probes_which_request_is_harmed() -> None:
     data = planted.planted_harm(80, seed=4, shift=0.0)
-    known = data.labels.group_by(schema.TRACE_KEYS).agg(
+    known = data.labels.group_by(schema.TRACE_KEYS, maintain_order=True).agg(
         harmed=pl.col("steps_to_harm").first().is_not_null()
     )
     noise = pl.Series(np.random.default_rng(0).normal(size=len(known)), dtype=pl.Float32)
