@@ -312,20 +312,17 @@ class Session:
         if self._buffers.full:
             self.compute_pending_signals()
         self._buffers.next()
-        if all(row.pending is not None for row in self.rows):  # nothing to compute
-            for number, row in enumerate(self.rows):
-                self._take_pending(number, row)
+        if all(row.sits_out for row in self.rows):  # nothing to compute
+            self._take_pending()
             return
         started = time.perf_counter()
-        last = np.maximum(
-            self.lengths[:active] - 1, 0
-        )  # of a row without tokens: its logits are pending, any will do
+        last = np.maximum(self.lengths[:active] - 1, 0)  # any will do for a row that has no token
         fed = self.history[np.arange(active), last].astype(np.int64)
         tokens = self._on_device(np.maximum(fed, 0))
         positions = self._on_device(self.prompt_lengths[:active] + last)
         self.slots.begin_step()
         for number, row in enumerate(self.rows):
-            if row.decode is not None and row.pending is None:
+            if row.decode is not None and not row.sits_out:
                 row.decode.begin(int(self.prompt_lengths[number] + last[number]) + 1)
         with ExitStack() as stack:
             stack.enter_context(attention_of(self.model, ATTENTION_NAME))
@@ -343,12 +340,12 @@ class Session:
         self.slots.end_step()
         step_bytes = zip(*self.meter.step(), strict=True)
         for number, (row, taken) in enumerate(zip(self.rows, step_bytes, strict=True)):
-            if row.pending is not None:
+            if row.sits_out:
                 self.slots.drop_tail(number, 1)
-                self._take_pending(number, row)
             else:
                 row.kv_bytes.append(taken)
                 row.completion.decode_steps += 1
+        self._take_pending()
         self._charge(started)
 
     @torch.inference_mode()
@@ -369,22 +366,25 @@ class Session:
         """
         self.compute_pending_signals()
         self.slots.insert(row, ready.cache, ready.masked)
-        self._cut(row, kept, ready.logits[0])
+        self._cut(row, kept)
+        self.rows[row].pending = ready.logits[0]
 
-    def _cut(self, row: int, kept: int, logits: torch.Tensor) -> None:
-        """Forget the generated tokens behind the first ``kept``; go on from the given logits."""
+    def _cut(self, row: int, kept: int) -> None:
+        """Forget the generated tokens behind the first ``kept``; what is pending is set after."""
         state = self.rows[row]
         state.completion.tokens_wasted += int(self.lengths[row]) - kept
-        state.pending = logits
-        state.stop_reason = None
+        state.pending = state.pending_hidden = state.stop_reason = None
         self.lengths[row] = kept
         self.history[row, kept:] = -1
 
-    def _take_pending(self, number: int, row: Row) -> None:
-        """A row has sat out a pass: its next token comes from the logits that it brought."""
-        assert row.pending is not None
-        self.logits[number] = row.pending
-        row.pending = None
+    def _take_pending(self) -> None:
+        """Rows that have sat out a pass: their next token comes from what they brought."""
+        hidden = [row.pending_hidden for row in self.rows if row.pending_hidden is not None]
+        made = iter(self.model.lm_head(torch.stack(hidden)) if hidden else ())
+        for number, row in enumerate(self.rows):
+            if row.sits_out:
+                self.logits[number] = next(made) if row.pending is None else row.pending
+                row.pending = row.pending_hidden = None
 
     @torch.inference_mode()
     def accept(self, row: int, kept: int, check: Check) -> bool:
@@ -414,7 +414,6 @@ class Session:
         assert check.entries is not None
         first, last = start - check.start, kept - check.start
         self.compute_pending_signals()
-        logits = self.model.lm_head(check.hidden[last : last + 1])[0]
         verified = check.entries[:, :, :, first:last]
         if verified.device != self.slots.device:  # they left it while the check ran
             verified = verified.to(self.slots.device)
@@ -424,7 +423,8 @@ class Session:
             assert check.inputs is not None
             state.decode.replace_tail(fed - start, check.inputs, first, last)
         self.park(row, kept, check)
-        self._cut(row, kept, logits)
+        self._cut(row, kept)
+        state.pending_hidden = check.hidden[last].clone()  # the check's other states may go
         return True
 
     def park(self, row: int, kept: int, check: Check) -> None:
@@ -540,7 +540,7 @@ class Session:
 
         def compress(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
             for number, row in enumerate(self.rows):
-                if row.decode is not None and row.pending is None:
+                if row.decode is not None and not row.sits_out:
                     row.decode.after_layer(number, layer, kwargs)
                     row.completion.error = row.completion.error or row.decode.error
             return output

@@ -174,7 +174,8 @@ def _byte_steps(row: Row) -> str:
     if row["policy"] == "always_safe":
         return "1 (reference)"
     text = measured(row, "relative_byte_steps")
-    if row["relative_byte_steps_low"] is None and row["prompts"] >= MIN_UNITS:
+    prompts = row.get("prompts", row["requests"])  # within a condition they are the same
+    if row["relative_byte_steps_low"] is None and prompts >= MIN_UNITS:
         text = text.replace("[too few prompts]", "(the same for every prompt)")
     text, relative = _least(row) + text, row["relative_byte_steps"]
     return f"**{text}**" if relative is not None and relative > 1 else text

@@ -96,6 +96,7 @@ class Row:
         exact: the cache is uncompressed and always was, or is again: nothing is left to check.
         checked: generated tokens that the uncompressed model has accepted.
         pending: logits of a row that has been cut, which sits out the next pass.
+        pending_hidden: the same before ``lm_head``, (hidden size,): rows cut together share a call.
         cold: its uncompressed entries outside device memory.
     """
 
@@ -105,8 +106,14 @@ class Row:
     checked: int = 0
     stop_reason: str | None = None
     pending: torch.Tensor | None = None
+    pending_hidden: torch.Tensor | None = None
     cold: ColdRow | None = None
     kv_bytes: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def sits_out(self) -> bool:
+        """Whether the row's next token does not come from the next pass."""
+        return self.pending is not None or self.pending_hidden is not None
 
     @property
     def ended(self) -> bool:

@@ -20,7 +20,7 @@ from kvguard.findings import (
     write_findings,
     write_results,
 )
-from kvguard.findings_policies import observed
+from kvguard.findings_policies import observed, policy_table
 from kvguard.policy_tests import live_tables
 from kvguard.predictor import rules_predictor
 from kvguard.splits import split_prompts
@@ -248,6 +248,15 @@ def test_every_policy_stands_beside_a_constant_ratio_of_equal_cost(
     assert "38 of 38 had the simulated alarm step and final tokens; of 2 more" in text
     by_task = _section(text, "By task")
     assert _line(by_task, "| copy | guard |").startswith("| copy | guard | 6 of 20 [")
+
+
+def test_a_condition_without_a_full_cache_run_has_no_relative_cost(results: Path) -> None:
+    rows = pl.read_parquet(results / "tables/policies.parquet").filter(policy="guard")
+    alone = rows.with_columns(
+        pl.lit(None, pl.Float64).alias(name) for name in rows.columns if "relative" in name
+    )
+    line = _line(policy_table(alone.to_dicts()), "| snapkv 0.750 | guard |")
+    assert line.split(" | ")[6] == "undefined"
 
 
 def test_three_tests_say_what_is_supported(results: Path, tmp_path: Path) -> None:
