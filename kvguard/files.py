@@ -86,8 +86,10 @@ def origin_of(path: str | Path) -> dict[str, Any]:
         DamagedFile: the record is not what was written.
     """
     lines = _record_lines(path) or []
+    if not "".join(lines[1:]).strip():  # written by a process that is no job, such as the plan
+        return {}
     try:
-        return dict(json.loads(lines[1])) if len(lines) > 1 else {}
+        return dict(json.loads(lines[1]))
     except (ValueError, TypeError) as error:
         raise DamagedFile(path, f"{digest_path(path).name} cannot be read ({error})") from None
 

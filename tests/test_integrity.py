@@ -27,6 +27,7 @@ from kvguard.integrity import (
     verify_results,
 )
 from kvguard.labeling import label_tokens
+from kvguard.progress import PLAN, write_plan
 from kvguard.provenance import manifest
 from kvguard.splits import split_prompts
 
@@ -421,6 +422,14 @@ def test_a_folder_in_the_place_of_a_file_is_found_by_its_reader_and_discarded(
     with pytest.raises(DamagedFile, match="`rm -r "):
         check_inputs([path])
     assert discard_damaged(make_config(), results) == [path, results / "manifest.json"]
+
+
+def test_a_file_that_no_job_wrote_has_no_origin_and_is_whole(results: Path) -> None:
+    record_origin({})
+    write_plan(results, [], "digest of a configuration")
+    assert files.origin_of(results / PLAN) == {}
+    checks = verify_results(make_config(), results)
+    assert not [problem for each in checks for problem in each.problems if "plan.json" in problem]
 
 
 def test_a_record_of_noise_hides_no_other_damage(results: Path) -> None:
