@@ -175,6 +175,14 @@ class LosslessAuto(Lossless):
 
     def step(self, observation: Observation) -> Decision:
         """Check where the draft with this token is due."""
+        rows = observation.rows
+        self._advance(observation)
+        due = self._stops(rows) | (self.drafted[rows] >= self.every_tokens)
+        self.asked[rows] = due
+        return self._decide(observation, Action.CHECK, due)
+
+    def _advance(self, observation: Observation) -> None:
+        """Take each row's next drafted token in."""
         rows, tokens = observation.rows, observation.positions.astype(np.int64) + 1
         stale = self.asked[rows]  # nobody told of the check: its draft counts as done with
         self._begin(rows[stale], self.start[rows[stale]] + self.drafted[rows[stale]])
@@ -182,13 +190,14 @@ class LosslessAuto(Lossless):
         last = np.minimum(self.drafted[rows], self.rates.shape[1]) - 1
         own = rejection_rate(observation.signals[:, TOP1])
         # The first token comes from the prefill's or the check's logits: nothing was evicted there.
-        rates = np.where(last > 0, self.rates[rows, np.maximum(last - 1, 0)] + own, 0.0)
-        self.rates[rows, last] = rates
+        self.rates[rows, last] = np.where(
+            last > 0, self.rates[rows, np.maximum(last - 1, 0)] + own, 0.0
+        )
+
+    def _stops(self, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """(n,) where one more token is kept too seldom to be drafted."""
         survival, rate, threshold = self._outlook(rows)
-        due = survival * np.exp(-rate) < threshold
-        due |= self.drafted[rows] >= self.every_tokens
-        self.asked[rows] = due
-        return self._decide(observation, Action.CHECK, due)
+        return np.asarray(survival * np.exp(-rate) < threshold)
 
     def finish(self, observation: Observation) -> Decision:
         """Check what is unchecked."""
@@ -204,23 +213,36 @@ class LosslessAuto(Lossless):
             others: rows that `step` has just let go on.
         """
         rows = np.array(others, np.intp)
-        survival, rate, threshold = self._outlook(rows)
-        y = np.maximum(survival / threshold, 1.0)
-        joins = y - 1 - np.log(y) < rate * self.shared_tokens / self.rows_a_pass
-        joins &= self.drafted[rows] > 0
-        joining = rows[joins]
+        joining = rows[self._joins(rows) & (self.drafted[rows] > 0)]
         self.asked[joining] = True
         self.rows_a_pass += (due + len(joining) - self.rows_a_pass) / MEMORY_PASSES
         return [int(row) for row in joining]
 
+    def _joins(self, rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """(n,) where sharing a pass saves more than drafting on would bring."""
+        survival, rate, threshold = self._outlook(rows)
+        y = np.maximum(survival / threshold, 1.0)
+        saved = rate * self.shared_tokens / self.rows_a_pass
+        return np.asarray(y - 1 - np.log(y) < saved)
+
+    def _survival(self, rows: NDArray[np.intp]) -> FloatArray:
+        """(n,) probability that a check accepts the whole draft."""
+        expected = self.expected[rows]
+        return np.asarray((expected / (expected + self._rejections(rows))) ** self.rejections[rows])
+
+    def _rejections(self, rows: NDArray[np.intp]) -> FloatArray:
+        """(n,) rejections expected of the draft, before the row's factor."""
+        last = np.clip(self.drafted[rows], 1, self.rates.shape[1]) - 1
+        return np.asarray(self.rates[rows, last])
+
+    def _price(self, rows: NDArray[np.intp]) -> FloatArray:
+        """(n,) what a check costs in drafted tokens, with the row's share of the pass."""
+        return np.asarray(self.own_tokens[rows] + self.shared_tokens / self.rows_a_pass)
+
     def _outlook(self, rows: NDArray[np.intp]) -> tuple[FloatArray, FloatArray, FloatArray]:
         """(n,) survival of the drafts, rejections a token to come, survival at which to stop."""
         mass, expected = self.rejections[rows], self.expected[rows]
-        last = np.clip(self.drafted[rows], 1, self.rates.shape[1]) - 1
-        draft = self.rates[rows, last]
-        survival = (expected / (expected + draft)) ** mass
         seen = self.expected[rows] - PRIOR_REJECTIONS
         mean = (seen + PRIOR_TOKENS * RATE_MEAN) / (self.judged[rows] + PRIOR_TOKENS)
         rate = mean * mass / expected
-        price = self.own_tokens[rows] + self.shared_tokens / self.rows_a_pass
-        return survival, rate, stopping_survival(rate, price)
+        return self._survival(rows), rate, stopping_survival(rate, self._price(rows))

@@ -104,18 +104,25 @@ def _one_pass(session: Session, answers: list[Answer], keep_inputs: bool) -> lis
     )
 
 
-def check_prices(session: Session) -> Prices:
+def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
     """What checks of the active rows cost now, in drafted tokens, from the bytes that are read.
 
     A decoding step reads the weights, shared by its rows, and each row's compressed cache; a check
     reads the weights and each row's cold cache, over the bus where the device is not the host. A
     check without a cold cache computes prompt and answer, `PREFILL_TOKEN` each.
+
+    Args:
+        session: whose rows they are.
+        bus_ratio: bytes read from device memory in the time that the bus brings one; None: 1 where
+            the host is the device, `BUS` elsewhere.
     """
     active, slots = session.active, session.slots
     weights = sum(parameter.nbytes for parameter in session.model.parameters())
     own = slots.lengths[:, :active].sum(axis=0) * slots.bytes_per_entry
     drafted = weights / max(1, active) + own.mean()
-    bus = 1.0 if session.model.device.type == "cpu" else BUS
+    bus = bus_ratio
+    if bus is None:
+        bus = 1.0 if session.model.device.type == "cpu" else BUS
     prices = []
     for number, row in enumerate(session.rows):
         if row.cold is None:

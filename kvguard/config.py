@@ -240,6 +240,12 @@ class Live(Section):
         default="calibrated",
         description="of the predicted harm; `ladder` starts at the heaviest ratio that is below it",
     )
+    harm_price: float = Field(
+        default=100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="of `guard_price`: what a harmed answer costs, in drafted tokens",
+    )
     loop_pattern_tokens: Count = Field(default=64, description="longest period of a repetition")
     loop_copies: int = Field(default=3, ge=2, description="copies that make a repetition")
     loop_cover_tokens: Count = Field(

@@ -42,6 +42,13 @@ POLICIES: dict[str, PolicyEntry] = {
         PolicyEntry("none", "compression alone", False, "none", "exact: the trace itself"),
         PolicyEntry("always_safe", "full KV cache", False, "full", "exact: the uncompressed trace"),
         PolicyEntry("guard", "guard", True, "check", _GOES_ON),
+        PolicyEntry(
+            "guard_price",
+            "guard: one price",
+            False,
+            "check",
+            f"{_GOES_ON}; alone, at a price of 4 tokens",
+        ),
         PolicyEntry("guard_promote", "guard: full cache after alarm", True, "promote", _CHECKED),
         PolicyEntry(
             "guard_tolerant",
@@ -187,3 +194,10 @@ class GuardSettings(Section):
         default=1e-4, ge=0, description="a drafted token this close to the best one is accepted"
     )
     tolerance: Tolerance = Tolerance()
+    bus_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        allow_inf_nan=False,
+        description="bytes read from device memory in the time that the bus brings one, for when a "
+        "check is worth it; null: 1 on a CPU, 50 elsewhere",
+    )

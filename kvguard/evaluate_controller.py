@@ -13,6 +13,7 @@ from kvguard.config import POLICIES
 from kvguard.controller import NEVER, OperatingPoints, first_alarm, grid_points, stack_points
 from kvguard.costs import COSTS, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement
+from kvguard.harm_model import HarmModel
 from kvguard.policies import Policy, next_decision
 from kvguard.predictor import Predictor
 from kvguard.rival_settings import NEVER_RELAX, RivalSetting
@@ -209,6 +210,7 @@ def simulate_model(
     decode: Callable[[Sequence[int]], str],
     rivals: Mapping[tuple[str, str, str], RivalSetting] | None = None,
     gate: Predictor | None = None,
+    harm_model: HarmModel | None = None,
     *,
     target: str = "any",
 ) -> pl.DataFrame:
@@ -223,6 +225,7 @@ def simulate_model(
         rivals: what ``clock_or_loop``, ``gate`` and ``ladder`` learned, by condition; None leaves
             them out.
         gate: what ``gate`` and ``ladder`` ask; None: see `simulate_policies`.
+        harm_model: what ``guard_price`` asks; None: its default.
         target: of the predictor whose hazard drives the guard: that of its certificate.
 
     Returns:
@@ -244,6 +247,7 @@ def simulate_model(
         gate_threshold=fitted[1],
         ladder_threshold=fitted[2],
         gate=gate,
+        harm_model=harm_model,
     )
 
 

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from kvguard.config import Live, OperatingPoint, Tolerance
-from kvguard.guard_predictor import resolve_point, resolve_predictor
+from kvguard.guard_predictor import resolve_harm_model, resolve_point, resolve_predictor
 from kvguard.guard_report import GuardError, GuardReport
+from kvguard.harm_model import HarmModel, save_harm_model
+from kvguard.harm_price import GuardPrice
 from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
 from kvguard.rivals import Ladder
@@ -59,14 +61,23 @@ class KVGuard:
     A named operating point is the certificate's beside the predictor, for certified uses alone.
     Thresholds as numbers, and ``predictor="rules"``, work with any model, press and length.
 
+    One price decides when to check: what a harmed answer costs, in drafted tokens:
+
+    >>> guard = KVGuard(SnapKVPress(0.75), policy="guard_price", harm_price=100,
+    ...                 predictor="results/models/harm_model.json")
+
     Args:
         press: any press that `docs/presses.md` lists as supported, or None.
         predictor: path of a trained predictor, a predictor object, or "rules": a risk made of
             repetition and entropy, which needs no training.
         policy: "guard" lets the predictor say when to check; "lossless" checks every
             ``check_every_tokens`` tokens and at the end, and returns the uncompressed model's own
-            answer; "ladder" chooses the ratio of each request at its prefill, before anything is
-            evicted, and does nothing afterwards.
+            answer; "guard_price" checks what is worth it (`harm_price`); "ladder" chooses the ratio
+            of each request at its prefill, before anything is evicted, and does nothing afterwards.
+        harm_price: with "guard_price": what a harmed answer costs, in drafted tokens; at 0 nothing
+            is checked, and with ``math.inf`` every answer is the uncompressed one.
+        bus_ratio: bytes read from device memory in the time that the bus brings one, for policies
+            that weigh what a check costs; None: 1 on a CPU, 50 elsewhere.
         ratios: with "ladder": the ratios of the press to choose among; the full cache is the last
             resort.
         threshold: with "ladder": a ratio is taken where the predicted probability of harm is below
@@ -117,10 +128,12 @@ class KVGuard:
         self,
         press: "BasePress | None",
         *,
-        predictor: "str | Path | HazardModel" = "rules",
-        policy: Literal["guard", "lossless", "ladder"] = "guard",
+        predictor: "str | Path | HazardModel | HarmModel" = "rules",
+        policy: Literal["guard", "lossless", "ladder", "guard_price"] = "guard",
         ratios: Sequence[float] | None = None,
         threshold: float = 0.2,
+        harm_price: float = 100.0,
+        bus_ratio: float | None = None,
         operating_point: str | OperatingPoint | Mapping[str, float] = "balanced",
         recovery: Recovery = "continue",
         cold: Literal["host", "disk", "none"] = "host",
@@ -155,10 +168,12 @@ class KVGuard:
             "margin_nats is at least 0": (margin_nats, margin_nats >= 0),
             "batch_size is at least 1, or None": (batch_size, batch_size is None or batch_size > 0),
             "cold is 'host', 'disk' or 'none'": (cold, cold in ("host", "disk", "none")),
-            "policy is 'guard', 'lossless' or 'ladder'": (
+            "policy is 'guard', 'lossless', 'ladder' or 'guard_price'": (
                 policy,
-                policy in ("guard", "lossless", "ladder"),
+                policy in ("guard", "lossless", "ladder", "guard_price"),
             ),
+            "harm_price is at least 0, in drafted tokens": (harm_price, harm_price >= 0),
+            "bus_ratio is at least 1, or None": (bus_ratio, bus_ratio is None or bus_ratio >= 1),
             "threshold lies in (0, 1]": (threshold, 0 < threshold <= 1),
             "ratios are those of policy='ladder'": (ratios, policy == "ladder" or ratios is None),
             f"recovery is one of {', '.join(get_args(Recovery))}": (
@@ -175,9 +190,15 @@ class KVGuard:
         self.operating_point: OperatingPoint | None = None
         self.ladder: RatioLadder | None = None
         self.ratios, self.threshold = None if ratios is None else list(ratios), threshold
+        self.harm_price, self.bus_ratio = harm_price, bus_ratio
+        self.harm_model: HarmModel | None = None
         if policy == "lossless":
             if predictor != "rules":
                 raise GuardError("predictor: policy='lossless' checks everything and needs none")
+        elif policy == "guard_price":
+            self.harm_model = resolve_harm_model(predictor)
+        elif isinstance(predictor, HarmModel):
+            raise GuardError("predictor: a HarmModel is that of policy='guard_price'")
         elif policy == "ladder":
             from kvguard.ladder import users_ladder
 
@@ -350,13 +371,15 @@ class KVGuard:
             press=self.press if self.ladder is None else self.ladder.heaviest,
             rows=rows,
             prefix=prefix,
-            probes=_reads_probes(self.predictor),
+            probes=_reads_probes(self.predictor) or _reads_probes(self.harm_model),
             cold="none" if self.policy_name in UNCHECKED else self.cold,
             cold_folder=self.cold_folder,
             falls_back=True,
             ladder=self.ladder,
         )
         policy = self._policy(rows, decoding.max_new_tokens)
+        press_class, ratio = press_use(self.press)["press_class"], nominal_ratio(self.press)
+        harm_model = self.harm_model
         streamer = self.streamer if streamer is None else streamer
 
         def release(_: str, tokens: list[int]) -> None:
@@ -366,8 +389,8 @@ class KVGuard:
         observer = GuardObserver(
             session,
             policy,
-            predictor=for_press(self.predictor, press_use(self.press)["press_class"]),
-            ratio=nominal_ratio(self.press),
+            predictor=for_press(self.predictor, press_class),
+            ratio=ratio,
             safe_ratio=self.safe_ratio,
             margin_nats=self.margin_nats,
             tolerance=self.tolerance,
@@ -375,6 +398,8 @@ class KVGuard:
             holdback_tokens=self.holdback_tokens,
             released=None if streamer is None else release,
             stopping=stopping,
+            probe_score=None if harm_model is None else harm_model.scorer(press_class, ratio),
+            bus_ratio=self.bus_ratio,
         )
         self._warn_of_transfer(decoding.max_new_tokens)
         finished = {}
@@ -439,6 +464,10 @@ class KVGuard:
     def _policy(self, rows: int, max_new_tokens: int) -> Policy:
         if self.ladder is not None:
             return Ladder("ladder", rows, self.threshold)
+        if self.harm_model is not None:
+            return GuardPrice(
+                self.policy_name, rows, self.harm_price, max_new_tokens, self.harm_model
+            )
         return make_policy(
             self.policy_name,
             rows,
@@ -491,6 +520,8 @@ class KVGuard:
         }
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.harm_model is not None and not settings["rules"]:
+            save_harm_model(self.harm_model, folder / guard_files.PREDICTOR)
         if self.predictor is not None and not settings["rules"]:
             if not isinstance(self.predictor, Predictor):
                 kind = type(self.predictor).__name__
@@ -537,6 +568,7 @@ class KVGuard:
 _SAVED = (
     *("recovery", "cold", "safe_ratio", "margin_nats", "check_every_tokens", "holdback_tokens"),
     *("batch_size", "seed", "task", "ratios", "threshold"),
+    *("harm_price", "bus_ratio"),
 )
 """Settings that are attributes of the same name."""
 
@@ -546,6 +578,6 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-def _reads_probes(predictor: "HazardModel | None") -> bool:
+def _reads_probes(predictor: "HazardModel | HarmModel | None") -> bool:
     """Whether a predictor reads what is measured at prefill."""
     return bool(set(getattr(predictor, "feature_names", ())) & set(PROBE_NAMES))

@@ -69,6 +69,7 @@ class GuardObserver:
         stopping: called after every token with a request's key, its generated tokens and the raw
             logits (1, vocabulary) that the token came from; True ends the request.
         probe_score: gives `Observation.probe`, in a session that measures probes; None: nothing.
+        bus_ratio: of what checks cost, see `checks.check_prices`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class GuardObserver:
         final: bool = True,
         stopping: Stopping | None = None,
         probe_score: ProbeScore | None = None,
+        bus_ratio: float | None = None,
     ) -> None:
         if holdback_tokens < 0:
             raise GuardError(f"holdback_tokens is at least 0, got {holdback_tokens}")
@@ -114,7 +116,7 @@ class GuardObserver:
         self.modes: NDArray[np.int8] = np.zeros(rows, np.int8)
         self.seen: NDArray[np.int64] = np.zeros(rows, np.int64)  # tokens that the policy has seen
         self.streamed: NDArray[np.int64] = np.zeros(rows, np.int64)
-        self.probe_score = probe_score
+        self.probe_score, self.bus_ratio = probe_score, bus_ratio
         self.probe: NDArray[np.float32] = np.full(rows, np.nan, np.float32)
         self.due_at: NDArray[np.int64] = np.zeros(rows, np.int64)  # length at the next decision
         self._idle_steps = 0  # steps in which no row is due unless it ends
@@ -181,7 +183,7 @@ class GuardObserver:
         due[broken] = False
         rows = np.flatnonzero(due)
         if isinstance(self.policy, LosslessAuto):
-            self.policy.set_prices(check_prices(session))
+            self.policy.set_prices(check_prices(session, self.bus_ratio))
         actions = self._decide(session, rows) if len(rows) else []
         share = (time.perf_counter() - started) / session.active
         for state in session.rows:

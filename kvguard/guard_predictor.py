@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from kvguard.config import POINT_NAMES, OperatingPoint
 from kvguard.guard_report import GuardError
+from kvguard.harm_model import DEFAULT, HarmModel, load_harm_model
 from kvguard.schema import FEATURE_VERSION
 
 if TYPE_CHECKING:
@@ -61,6 +62,24 @@ def resolve_predictor(
             f"version {FEATURE_VERSION}"
         )
     return given, None
+
+
+def resolve_harm_model(given: "str | Path | HazardModel | HarmModel") -> HarmModel:
+    """What `guard_price` is given to predict harm with; "rules" is the default.
+
+    Raises:
+        GuardError: it is no harm model.
+    """
+    if isinstance(given, HarmModel):
+        return given
+    if given == "rules":
+        return DEFAULT
+    if isinstance(given, str | Path):
+        return load_harm_model(given)
+    raise GuardError(
+        "predictor: policy='guard_price' needs a HarmModel, results/models/harm_model.json of a "
+        f"run, or 'rules', got {type(given).__name__}"
+    )
 
 
 def resolve_point(

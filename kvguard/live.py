@@ -22,6 +22,7 @@ from kvguard.experiment import (
 from kvguard.guard_observer import GuardObserver, HazardModel, guarded
 from kvguard.guard_report import RowReport
 from kvguard.harm import judge_harm
+from kvguard.harm_model import HarmModel
 from kvguard.joblog import progress
 from kvguard.ladder import RatioLadder
 from kvguard.models import LoadedModel
@@ -56,6 +57,7 @@ def run_policy_shard(
     gate_threshold: float | None = None,
     ladder_threshold: float | None = None,
     gate: Predictor | None = None,
+    harm_model: HarmModel | None = None,
 ) -> pl.DataFrame:
     """Run one policy over one condition's prompts.
 
@@ -78,6 +80,7 @@ def run_policy_shard(
         ladder_threshold: of ``ladder``, whose ratios are the press's up to ``ratio``.
         gate: scores the probes of a prefill for both; None: ``gate`` goes by the first token's
             entropy, and ``ladder`` starts every request at ``ratio``.
+        harm_model: of ``guard_price``; its gate scores the probes; None: its default.
 
     Returns:
         RUNS, source "live", one row a prompt in the prompts' order. What a request failed with is
@@ -97,10 +100,13 @@ def run_policy_shard(
         clock_tokens=clock_tokens,
         gate_threshold=gate_threshold,
         ladder_threshold=ladder_threshold,
+        harm_model=harm_model,
     )
     detection, guard = experiment.detection, experiment.guard
     compressor = build_press(press, rule.press_ratio or ratio)
     scores = ladder = None
+    if policy == "guard_price" and harm_model is not None:
+        scores = harm_model.scorer(press.name, float(ratio))
     if policy == "gate" and gate is not None:
         scores = partial(gate_scores, gate, press=press.name, ratio=float(ratio))
     if isinstance(rule, Ladder):
@@ -125,6 +131,7 @@ def run_policy_shard(
         rule,
         predictor=for_press(predictor, press.name),
         probe_score=scores,
+        bus_ratio=guard.bus_ratio,
         ratio=float(rule.press_ratio or ratio),
         safe_ratio=float(guard.safe_ratio),
         margin_nats=guard.margin_nats,

@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 
 from kvguard.check_timing import LosslessAuto
 from kvguard.config import POLICY_NAMES, Live, OperatingPoint, ratio_text
+from kvguard.harm_model import HarmModel
+from kvguard.harm_price import GuardPrice
 from kvguard.policies import Action, Guard, Policy
 from kvguard.rivals import (
     AlwaysSafe,
@@ -38,6 +40,7 @@ def make_policy(
     clock_tokens: int | NDArray[np.integer] | None = None,
     gate_threshold: float | NDArray[np.float64] | None = None,
     ladder_threshold: float | NDArray[np.float64] | None = None,
+    harm_model: HarmModel | None = None,
 ) -> Policy:
     """Build the policy of that name for a batch of ``rows`` slots.
 
@@ -57,6 +60,7 @@ def make_policy(
             that is a number.
         ladder_threshold: of ``ladder``, chosen on calibration prompts; ``live.ladder_threshold``
             where that is a number.
+        harm_model: of ``guard_price``; None: its default.
 
     Raises:
         ValueError: an unknown name, or an argument that this policy needs is missing or wrong.
@@ -64,6 +68,8 @@ def make_policy(
     live = live or Live()
     if name not in POLICY_NAMES:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICY_NAMES)}")
+    if name == "guard_price":
+        return GuardPrice(name, rows, live.harm_price, max_new_tokens, harm_model)
     if name.startswith("guard"):
         if controller is None:
             raise ValueError(f"policy {name!r} needs a controller setting (controller=)")

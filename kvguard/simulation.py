@@ -37,6 +37,7 @@ from kvguard.controller import NEVER, Mode, first_alarm, stack_points
 from kvguard.costs import COSTS, Cost, check_cost, draft_cost, recovery_cost, trace_memory
 from kvguard.detectors import agreement, judge_answers, loop_onsets
 from kvguard.harm import judge_harm
+from kvguard.harm_model import HarmModel
 from kvguard.oracles import ORACLES, Ending, is_proven, oracle_ending
 from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, next_decision
 from kvguard.policy_factory import make_policy
@@ -147,6 +148,7 @@ def simulate_policies(
     gate_threshold: FloatArray | float | None = None,
     ladder_threshold: FloatArray | float | None = None,
     gate: Predictor | None = None,
+    harm_model: HarmModel | None = None,
     guard: config.GuardSettings | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> pl.DataFrame:
@@ -170,6 +172,8 @@ def simulate_policies(
         ladder_threshold: of ``ladder``, one for all or one per request.
         gate: scores the probes of traces for both; None: ``gate`` goes by the first token's
             entropy, and ``ladder`` starts every request at its own ratio.
+        harm_model: of ``guard_price``, which is simulated at the default prices of a check, each
+            request alone; None: its default.
         guard: how the guard works; None takes the defaults. Above a safe ratio of "0.000" what
             follows a recovery is unknown.
         decode: token ids to text, for requests that a policy stopped; None: their answer is null.
@@ -199,9 +203,12 @@ def simulate_policies(
             clock_tokens=clock_tokens,
             gate_threshold=gate_threshold,
             ladder_threshold=ladder_threshold,
+            harm_model=harm_model,
         )
         exact = guard.safe_ratio == config.BASELINE_RATIO
         scores = None
+        if name == "guard_price" and harm_model is not None:
+            scores = _harm_scores(harm_model, requests)
         if name in ("gate", "ladder") and gate is not None:
             conditions = requests.table.select("press", pl.col("ratio").cast(pl.Float64))
             scores = gate_scores(
@@ -225,6 +232,13 @@ def simulate_policies(
     unknown = [name for name in schema.COSTS if name not in frame.columns]
     frame = frame.with_columns(pl.lit(None).alias(name) for name in unknown)
     return schema.check(schema.conform(frame, schema.RUNS), schema.RUNS, "simulation")
+
+
+def _harm_scores(model: HarmModel, requests: StoredRequests) -> NDArray[np.float32] | None:
+    """(N,) what a harm model's gate says of each request."""
+    conditions = requests.table.select("press", pl.col("ratio").cast(pl.Float64))
+    score = model.scorer(*(column.to_numpy() for column in conditions))
+    return None if score is None else score(trace_probes(requests.table))
 
 
 def _ending(

@@ -342,6 +342,8 @@ def policy_files(wildcards):
         )
     if wildcards.policy in ("clock_or_loop", "gate", "ladder"):
         files["rivals"] = "<results>/models/rivals.json"
+    if wildcards.policy == "guard_price":
+        files["harm_model"] = "<results>/models/harm_model.json"
     if wildcards.policy in ("gate", "ladder"):
         files["baselines"] = "<results>/models/baselines.json"
     return files
@@ -355,6 +357,7 @@ def certificate_plan():
     )
     rules = ("train_predictor", "build_features", "detect_outcomes", "calibrate_controller")
     plan = {name: section(name) for name in sections}
+    plan["guard"] = {name: kept for name, kept in plan["guard"].items() if name != "bus_ratio"}
     return digest(plan | {"code": [library(rule) for rule in rules]})
 
 

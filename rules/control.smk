@@ -80,6 +80,35 @@ rule fit_rivals:
         "../workflow_scripts/fit_rivals.py"
 
 
+rule fit_harm_model:
+    input:
+        traces=every_trace(
+            "<results>/traces/{model}/{press}/{ratio}/{shard}.parquet", compressed=True
+        ),
+        tokens=every_trace(
+            "<results>/tokens/{model}/{press}/{ratio}/{shard}.parquet", compressed=True
+        ),
+        outcomes="<results>/outcomes.parquet",
+        splits="<results>/splits.parquet",
+        baselines="<results>/models/baselines.json",
+    output:
+        harm_model="<results>/models/harm_model.json",
+    log:
+        "<results>/logs/fit_harm_model.log",
+    benchmark:
+        "<results>/benchmarks/fit_harm_model.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.small.threads
+    resources:
+        **job("small"),
+    params:
+        probability_share=experiment.predictor.probability_share,
+        library=library("fit_harm_model"),
+    script:
+        "../workflow_scripts/fit_harm_model.py"
+
+
 rule simulate_controller:
     input:
         checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
@@ -92,6 +121,7 @@ rule simulate_controller:
         certificate="<results>/models/certificate.json",
         rivals="<results>/models/rivals.json",
         baselines="<results>/models/baselines.json",
+        harm_model="<results>/models/harm_model.json",
     output:
         simulation="<results>/simulation.parquet",
     log:

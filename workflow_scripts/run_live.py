@@ -8,6 +8,7 @@ import polars as pl
 from kvguard import blocks
 from kvguard.certificate import load_certificate
 from kvguard.config import Config, Press, config_part
+from kvguard.harm_model import load_harm_model
 from kvguard.live import match_guard, run_policy_shard
 from kvguard.models import load_once
 from kvguard.predictor import load_predictor
@@ -36,6 +37,7 @@ def main(experiment: Config, params: Any, inputs: Any, target: Path, job: Any) -
     if "rivals" in inputs:
         fitted = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
         needs |= fitted.model_dump(include={"clock_tokens", "gate_threshold", "ladder_threshold"})
+    needs |= {"harm_model": load_harm_model(inputs["harm_model"])} if "harm_model" in inputs else {}
     needs |= {"gate": load_gate(inputs["baselines"])} if "baselines" in inputs else {}
     runs = run_policy_shard(
         load_once(inputs["checkpoint"], **params["model"] | attention),

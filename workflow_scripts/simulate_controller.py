@@ -9,6 +9,7 @@ from kvguard import joblog
 from kvguard.certificate import load_certificate
 from kvguard.config import Config, config_part
 from kvguard.evaluate_controller import Frames, simulate_model
+from kvguard.harm_model import load_harm_model
 from kvguard.rival_settings import load_gate, load_rivals
 from kvguard.schema import PROMPTS, RUNS, read_table, write_table
 from kvguard.splits import prompts_of, read_splits
@@ -23,6 +24,7 @@ def main(
     certificate = load_certificate(inputs["certificate"][0])
     controller = certificate.operating_point(experiment.live.operating_point)
     rivals, gate = load_rivals(inputs["rivals"][0]), load_gate(inputs["baselines"][0])
+    harm_model = load_harm_model(inputs["harm_model"][0])
     runs = []
     for model, checkpoint in zip(models, inputs["checkpoints"], strict=True):
         wanted = (pl.col("model") == model) & pl.col("prompt_id").is_in(test)
@@ -33,7 +35,7 @@ def main(
             )
         )
         decode = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).decode
-        fitted = (controller, decode, rivals, gate)
+        fitted = (controller, decode, rivals, gate, harm_model)
         runs.append(simulate_model(frames, prompts, experiment, *fitted, target=certificate.target))
     write_table(pl.concat(runs), target, RUNS)
 
