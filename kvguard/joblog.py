@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from kvguard.files import check_inputs, record_origin
 
@@ -29,6 +29,24 @@ class Advance(Protocol):
     def __call__(self, units: int = 1, note: str = "") -> None: ...
 
 
+class _Terminal(logging.Handler):
+    """Writes to the ``sys.stderr`` of the moment, which may be another at every message.
+
+    `logging.StreamHandler` keeps the stream that it was made with. Whoever runs a command inside
+    another program and collects what it prints (a test, a notebook) replaces ``sys.stderr`` and
+    closes it afterwards; every later log line would then print a traceback of logging's own.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream: IO[str] | None = sys.stderr
+        try:
+            if stream is not None and not stream.closed:
+                stream.write(self.format(record) + "\n")
+                stream.flush()
+        except Exception:
+            self.handleError(record)
+
+
 def configure_logging(log: str | Path | None = None) -> None:
     """Send log lines and warnings to a file and, in short form, to the terminal.
 
@@ -40,7 +58,7 @@ def configure_logging(log: str | Path | None = None) -> None:
     for handler in root.handlers[:]:
         root.removeHandler(handler)
         handler.close()
-    terminal = logging.StreamHandler()
+    terminal = _Terminal()
     terminal.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(terminal)
     if log is not None:
