@@ -3,13 +3,16 @@
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import jsonschema
 import pytest
+import typer
 import yaml
 
 import kvguard
+from kvguard import cli
 from kvguard.config import load_config, overlay
 from kvguard.config_schema import config_schema
 from kvguard.workflow import certificate_uses
@@ -54,6 +57,22 @@ def test_readme_states_the_two_commands_and_only_make_targets_that_exist():
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:    |`)make ([a-z0-9-]+)", readme))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_command_lines_of_the_documentation_are_accepted():
+    """Their commands and options, and the options that a comment beside them names."""
+    group = typer.main.get_command(cli.commands)
+    seen = 0
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for line in re.findall(r"^    kvguard (?!COMMAND)(.+)$", page.read_text(), re.MULTILINE):
+            words = shlex.split(line, comments=True)
+            command = group.get_command(None, words[0])
+            assert command is not None, line
+            command.make_context(words[0], words[1:])  # raises for an unknown option or value
+            options = {option for parameter in command.params for option in parameter.opts}
+            assert set(re.findall(r"--[a-z-]+", line)) <= options, line
+            seen += 1
+    assert seen >= 9
 
 
 def test_the_untrained_guard_of_the_readme_runs_as_printed(tmp_path, tiny_model, tiny_tokenizer):
