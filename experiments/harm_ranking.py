@@ -98,10 +98,13 @@ def measure(table: pl.DataFrame, draws: int, seed: int) -> list[dict[str, object
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results-dir", type=Path, required=True)
+    parser.add_argument("--results-dir", type=Path, default=Path("results/silent_harm_2_bus"))
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("results/bench/harm_ranking.json"))
     given = parser.parse_args()
+    if not (given.results_dir / "outcomes.parquet").is_file():
+        print(f"{given.results_dir} holds no run: nothing is measured")
+        return
     table = answers(given.results_dir)
     counts = {name: int(table[name].sum()) for name in ("harmed", "silent_harm")}
     found = {

@@ -151,10 +151,13 @@ def measure(table: pl.DataFrame, label: str, draws: int) -> dict[str, object]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results-dir", type=Path, required=True)
+    parser.add_argument("--results-dir", type=Path, default=Path("results/silent_harm_2"))
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("results/bench/evidence.json"))
     given = parser.parse_args()
+    if not (given.results_dir / "outcomes.parquet").is_file():
+        print(f"{given.results_dir} holds no run: nothing is measured")
+        return
     table = cross_fitted(given.results_dir, given.results_dir / "config.json")
     found = {
         "primary": measure(table.filter("valid"), "later", given.draws),
