@@ -2,6 +2,9 @@
 
 ``KVGUARD_TEST_CACHE`` moves the folder in which the embedded model is prepared once; the default is
 ``.cache`` in the checkout.
+
+What is slow to import is imported where it is used: the process that hands tests out to the others
+reads this file too, and needs none of it.
 """
 
 import inspect
@@ -11,28 +14,16 @@ import string
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from filelock import FileLock
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
 
-import kvguard.checkpoints
-from kvguard.checkpoints import prepare_model
-from kvguard.config import digest, load_config
-from kvguard.models import RECORD, LoadedModel, load_model
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from kvguard.models import LoadedModel
 
 settings.register_profile("kvguard", deadline=None, print_blob=True)
 settings.load_profile("kvguard")
@@ -47,28 +38,25 @@ TINY_VOCABULARY = 160
 
 TINY_END_ID = 2
 
-_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "phi3": Phi3Config,
-}
-
 
 def examples(count: int) -> settings:
-    """So many cases of a property test; in `make test-quick` a sixth of them, at least 4."""
-    return settings(max_examples=max(4, count // 6) if QUICK else count)
+    """So many cases of a property test; in `make test-quick` an eighth of them, at least 4."""
+    return settings(max_examples=max(4, count // 8) if QUICK else count)
 
 
 @cache
-def make_tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+def make_tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> "PreTrainedModel":
     """A random model of that family: 3 layers, 4 heads on 2 key-value heads, float32, on the CPU.
 
-    The weights are wide enough that the next token depends visibly on the whole context: greedy
-    answers differ between prompts, and the gap between the two best tokens is far above rounding.
+    Families are llama, mistral, qwen2, qwen3 and phi3. The weights are wide enough that the next
+    token depends visibly on the whole context: greedy answers differ between prompts, and the gap
+    between the two best tokens is far above rounding.
     """
-    config = _CONFIGS[family](
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family,
         vocab_size=TINY_VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
@@ -92,8 +80,11 @@ def make_tiny_model(family: str, attention: str = "sdpa", seed: int = 0) -> PreT
     return model
 
 
-def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+def make_tiny_tokenizer() -> "PreTrainedTokenizerFast":
     """One token a character, with a chat template; ids 0..3 are special, 100 in all."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     characters = [*string.printable[:95], "\n"]
     vocabulary = {token: index for index, token in enumerate([*special, *characters])}
@@ -115,19 +106,19 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., PreTrainedModel]:
+def tiny_model() -> "Callable[..., PreTrainedModel]":
     """``tiny_model(family, attention="sdpa", seed=0)``: see `make_tiny_model`; one copy of each."""
     return make_tiny_model
 
 
 @pytest.fixture(scope="session")
-def tiny_llama() -> PreTrainedModel:
+def tiny_llama() -> "PreTrainedModel":
     """The tiny Llama; shared by all tests, so leave no hook and no changed weight behind."""
     return make_tiny_model("llama")
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> "PreTrainedTokenizerFast":
     """A character tokenizer whose ids all fit the tiny models' vocabulary."""
     return make_tiny_tokenizer()
 
@@ -135,6 +126,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """Folder of the embedded model, prepared on first use from ``config.yaml``."""
+    import kvguard.checkpoints
+    from kvguard.checkpoints import prepare_model
+    from kvguard.config import digest, load_config
+    from kvguard.models import RECORD
+
     spec = load_config(CHECKOUT / "config.yaml").models[0]
     cache_folder = Path(os.environ.get("KVGUARD_TEST_CACHE") or CHECKOUT / ".cache")
     cache_folder.mkdir(parents=True, exist_ok=True)
@@ -150,8 +146,10 @@ def smollm2_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_folder: Path) -> LoadedModel:
+def smollm2(smollm2_folder: Path) -> "LoadedModel":
     """The embedded model in float32 on the CPU; shared, so leave nothing behind on it."""
+    from kvguard.models import load_model
+
     return load_model(smollm2_folder, dtype="float32", device="cpu", attention="sdpa")
 
 

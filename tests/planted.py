@@ -128,6 +128,15 @@ def _risk_table(rho: float, tokens: int) -> Risk:
     return risk
 
 
+class _Request(NamedTuple):
+    """One request's columns; every array is (tokens,)."""
+
+    keys: tuple[str, str, str, str]
+    values: dict[str, NDArray[np.float64]]
+    onset: int | None
+    truth: NDArray[np.float64] | None
+
+
 def _request(
     rng: np.random.Generator,
     prompt: int,
@@ -138,19 +147,37 @@ def _request(
     signals: dict[str, NDArray[np.float64]],
     max_new_tokens: int,
     truth: NDArray[np.float64] | None = None,
-) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    keys = {"model": "m", "press": press, "ratio": ratio, "prompt_id": f"{prompt:016x}"}
-    position = np.arange(length)
+) -> _Request:
     values = {name: rng.normal(size=length) for name in schema.FEATURE_NAMES} | signals
-    values["relative_position"] = position / max_new_tokens
+    values["relative_position"] = np.arange(length) / max_new_tokens
     values["compression_ratio"] = np.full(length, float(ratio))
-    base = pl.DataFrame({"position": position}).with_columns(
-        pl.lit(value).alias(name) for name, value in keys.items()
+    return _Request(("m", press, ratio, f"{prompt:016x}"), values, onset, truth)
+
+
+def _collect(requests: list[_Request]) -> Planted:
+    lengths = [len(request.values["entropy"]) for request in requests]
+    positions = [np.arange(length) for length in lengths]
+    keys = zip(*(request.keys for request in requests), strict=True)
+    base = pl.DataFrame(
+        {
+            name: np.repeat(np.array(column, object), lengths)
+            for name, column in zip(schema.TRACE_KEYS, keys, strict=True)
+        },
+        schema=dict.fromkeys(schema.TRACE_KEYS, pl.String),
+    ).with_columns(position=np.concatenate(positions))
+    names = requests[0].values
+    features = base.with_columns(
+        pl.Series(name, np.concatenate([request.values[name] for request in requests]))
+        for name in names
     )
-    features = base.with_columns(pl.Series(name, column) for name, column in values.items())
-    steps = np.full(length, 10**6) if onset is None else onset - position
-    inside = onset is not None and onset < length
-    known = pl.Series(steps if inside else [None] * length, dtype=pl.Int32)
+    inside = [r.onset is not None and r.onset < n for r, n in zip(requests, lengths, strict=True)]
+    steps = np.concatenate(
+        [
+            np.full(len(position), 10**6) if request.onset is None else request.onset - position
+            for request, position in zip(requests, positions, strict=True)
+        ]
+    )
+    known = pl.Series(steps, dtype=pl.Int32).set(~pl.Series(np.repeat(inside, lengths)), None)
     labels = base.with_columns(
         column
         for target in schema.TARGETS
@@ -160,18 +187,17 @@ def _request(
             pl.Series(f"post_onset_{target}", steps <= 0),
         )
     )
-    chance = pl.Series("truth", [None] * length if truth is None else truth, dtype=pl.Float64)
-    return (
+    chances = [
+        np.full(length, np.nan) if request.truth is None else request.truth
+        for request, length in zip(requests, lengths, strict=True)
+    ]
+    truth = pl.Series("truth", np.concatenate(chances)).fill_nan(None)
+    null = {name: pl.lit(None, kind) for name, kind in schema.OUTCOMES.items()}
+    empty = [column.alias(name) for name, column in null.items() if name not in schema.TRACE_KEYS]
+    traces = base.select(schema.TRACE_KEYS).unique(maintain_order=True)
+    return Planted(
         schema.conform(features, schema.FEATURES),
         schema.conform(labels, schema.LABELS),
-        base.with_columns(chance),
+        traces.with_columns(empty).select(list(schema.OUTCOMES)),
+        base.with_columns(truth),
     )
-
-
-def _collect(requests: list[tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]]) -> Planted:
-    features, labels, truth = (pl.concat(parts) for parts in zip(*requests, strict=True))
-    known = {name: pl.lit(None, kind) for name, kind in schema.OUTCOMES.items()}
-    empty = [column.alias(name) for name, column in known.items() if name not in schema.TRACE_KEYS]
-    keys = features.select(schema.TRACE_KEYS).unique(maintain_order=True)
-    outcomes = keys.with_columns(empty).select(list(schema.OUTCOMES))
-    return Planted(features, labels, outcomes, truth)

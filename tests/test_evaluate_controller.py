@@ -1,6 +1,7 @@
 """The offline simulation against a guard played by hand, request by request and token by token."""
 
 import json
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,7 @@ def answer_tokens(rng, length, answer, loop):
     return tokens.tolist()
 
 
+@cache
 def make_run(seed=0, num_prompts=14, conditions=(("snapkv", "0.500"), ("snapkv", "0.750"))):
     """A run whose compressed answers follow the uncompressed one up to a planted divergence."""
     rng = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """Metrics against brute force, whole evaluations against planted truth and against none."""
 
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import planted
@@ -413,11 +414,31 @@ def test_leaving_out_presses_ratios_and_models(run: planted.Planted, splits: pl.
     assert transfer["difference"].null_count() == 2
 
 
-def test_leaving_out_each_of_several_tasks(run: planted.Planted, splits: pl.DataFrame) -> None:
+class LeftOut(NamedTuple):
+    """Tables of a leave-one-out over two tasks, and the presses of each fit's rows."""
+
+    tables: dict[str, pl.DataFrame]
+    presses: list[set[str]]
+
+
+@pytest.fixture(scope="module")
+def left_out(run: planted.Planted, splits: pl.DataFrame) -> LeftOut:
+    seen: list[set[str]] = []
+    fit = Trainer.fit
+
+    def watched(self: Trainer, rows: Rows, *args: object, **kwargs: object) -> object:
+        seen.append(set(rows.keys["press"]))
+        return fit(self, rows, *args, **kwargs)  # type: ignore[arg-type]
+
     second = pl.int_range(pl.len()).over("split") % 2 == 1
     tasks = splits.with_columns(task=pl.when(second).then(pl.lit("b")).otherwise(pl.lit("a")))
-    made = leave_one_out(run.features, run.labels, _trainer(tasks))["leave_one_out"]
-    left = made.filter(metric="auroc", left_out="task")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "fit", watched)
+        return LeftOut(leave_one_out(run.features, run.labels, _trainer(tasks)), seen)
+
+
+def test_leaving_out_each_of_several_tasks(left_out: LeftOut) -> None:
+    left = left_out.tables["leave_one_out"].filter(metric="auroc", left_out="task")
     assert left.select("value_left_out", "trained_on").rows() == [
         ("a", "others"),
         ("a", "itself"),
@@ -427,20 +448,9 @@ def test_leaving_out_each_of_several_tasks(run: planted.Planted, splits: pl.Data
     assert (left["value"] > 0.7).all(), "the planted hazard is the same in both"
 
 
-def test_what_tests_on_a_press_was_not_trained_on_it(
-    run: planted.Planted, splits: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[set[str]] = []
-    fit = Trainer.fit
-
-    def watched(self: Trainer, rows: Rows, *args: object, **kwargs: object) -> object:
-        seen.append(set(rows.keys["press"]))
-        return fit(self, rows, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Trainer, "fit", watched)
-    leave_one_out(run.features, run.labels, _trainer(splits))
-    assert {"none", "snapkv"} in seen
-    assert {"none", "knorm"} in seen
+def test_what_tests_on_a_press_was_not_trained_on_it(left_out: LeftOut) -> None:
+    assert {"none", "snapkv"} in left_out.presses
+    assert {"none", "knorm"} in left_out.presses
 
 
 def test_permuted_requests_keep_the_harm_of_each_condition() -> None:

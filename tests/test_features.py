@@ -280,7 +280,7 @@ def test_feature_sets_drop_more_and_more():
 
 @pytest.mark.parametrize("chunk_rows", [1, 100, 1_000_000])
 def test_files_give_the_same_features_as_a_table_whatever_the_chunks(tmp_path, chunk_rows):
-    run = make_run(12, seed=7)
+    run = make_run(6, seed=7)
     files = write_run(run, tmp_path)
     target = tmp_path / "features.parquet"
     build_features(files.tokens, files.traces, target, chunk_rows=chunk_rows)

@@ -260,7 +260,10 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "rates" else pytest.mark.matrix) for name in DRAWN],
+)
 def test_every_figure_is_saved_as_pdf_and_png(name, tmp_path):
     plot, frame = DRAWN[name]
     pdf, png = save_figure(plot(frame()), tmp_path / "made" / f"{name}_0.750")

@@ -32,8 +32,8 @@ SETTINGS = config.Predictor(
     targets=["any", "looping"],
     search_trials=0,
     search_folds=2,
-    max_rounds=40,
-    bootstrap_samples=200,
+    max_rounds=12,
+    bootstrap_samples=100,
 )
 
 
@@ -41,7 +41,7 @@ SETTINGS = config.Predictor(
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tables of a small run with planted truth; looping never happens in it."""
     folder = tmp_path_factory.mktemp("results")
-    run = planted.planted_hazard(prompts=80, seed=4)
+    run = planted.planted_hazard(prompts=48, seed=4)
     labels = run.labels.with_columns(
         pl.lit(None, pl.Int32).alias("steps_to_looping"),
         pl.lit(False).alias("hazard_looping"),

@@ -700,7 +700,7 @@ def test_a_streamer_gets_prompt_and_answer(tiny_llama: PreTrainedModel) -> None:
 def test_what_is_streamed_is_what_is_returned(
     tiny_llama: PreTrainedModel, policy: Any, holdback: int
 ) -> None:
-    for number, request in enumerate(ragged_requests(tiny_llama.config.vocab_size, count=6)):
+    for number, request in enumerate(ragged_requests(tiny_llama.config.vocab_size, count=3)):
         arguments: dict[str, Any] = {}
         if policy == "guard":
             arguments = {"predictor": Pulse(0), "operating_point": POINT, "check_every_tokens": 3}
@@ -737,7 +737,7 @@ PROCESSED: list[dict[str, Any]] = [
 def test_lossless_with_processors_equals_generate(
     tiny_llama: PreTrainedModel, options: dict[str, Any]
 ) -> None:
-    for request in ragged_requests(tiny_llama.config.vocab_size, count=4):
+    for request in ragged_requests(tiny_llama.config.vocab_size, count=2):
         inputs = left_padded([request])
         own = tiny_llama.generate(**inputs, max_new_tokens=14, do_sample=False, **options)
         guard = KVGuard(kvpress.KnormPress(0.6), policy="lossless", check_every_tokens=4)
@@ -1170,7 +1170,7 @@ class Pulse(Threshold):
 def test_a_checked_row_goes_on_compressed_and_rows_stay_independent(
     tiny_llama: PreTrainedModel, phase: str
 ) -> None:
-    requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160)]
+    requests = [Request(r.key, r.prompt_ids, r.seed) for r in ragged_requests(160, count=6)]
     press = build_press(spec("KnormPress", 3, phase), "0.500")
 
     def guarded_by(rows: int) -> KVGuard:

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -74,8 +75,18 @@ def make_config() -> Config:
 
 
 @pytest.fixture
-def results(tmp_path: Path, run: SyntheticRun) -> Iterator[Path]:
-    """A folder that holds all that `verify_results` reads."""
+def results(tmp_path: Path, whole_run: Path) -> Iterator[Path]:
+    """A folder of this test's own that holds all that `verify_results` reads."""
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    record_origin(ORIGIN)
+    yield tmp_path
+    record_origin({})
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, run: SyntheticRun) -> Path:
+    """What `results` copies."""
+    folder = tmp_path_factory.mktemp("whole_run")
     config = make_config()
     record_origin(ORIGIN)
     for shard in expected_shards(config):
@@ -86,32 +97,32 @@ def results(tmp_path: Path, run: SyntheticRun) -> Iterator[Path]:
         )
         traces = run.traces.filter(rows)
         tokens = run.tokens.join(traces, on=schema.TRACE_KEYS, how="semi", maintain_order="left")
-        schema.write_table(traces, shard.path(tmp_path, "traces"), schema.TRACES)
-        schema.write_table(tokens, shard.path(tmp_path, "tokens"), schema.TOKENS)
-    schema.write_table(run.prompts, tmp_path / "prompts/prompts.parquet", schema.PROMPTS)
-    schema.write_table(run.outcomes, tmp_path / "outcomes.parquet", schema.OUTCOMES)
+        schema.write_table(traces, shard.path(folder, "traces"), schema.TRACES)
+        schema.write_table(tokens, shard.path(folder, "tokens"), schema.TOKENS)
+    schema.write_table(run.prompts, folder / "prompts/prompts.parquet", schema.PROMPTS)
+    schema.write_table(run.outcomes, folder / "outcomes.parquet", schema.OUTCOMES)
     splits = split_prompts(run.prompts["prompt_id"], config.splits, 0)
-    schema.write_table(splits, tmp_path / "splits.parquet", schema.SPLITS)
+    schema.write_table(splits, folder / "splits.parquet", schema.SPLITS)
     labels = label_tokens(run.tokens.select(schema.TOKEN_KEYS), run.outcomes, config.labels)
-    schema.write_table(labels, tmp_path / "labels.parquet", schema.LABELS)
+    schema.write_table(labels, folder / "labels.parquet", schema.LABELS)
     keys = run.tokens.select(schema.TOKEN_KEYS)
     features = keys.with_columns(
         pl.lit(0.0, pl.Float32).alias(name) for name in schema.FEATURE_NAMES
     )
-    schema.write_table(features, tmp_path / "features.parquet", schema.FEATURES)
+    schema.write_table(features, folder / "features.parquet", schema.FEATURES)
     predictions = keys.join(
         splits.select("prompt_id", "split"), on="prompt_id", maintain_order="left"
     ).with_columns(target=pl.lit("any"), hazard=pl.lit(0.25, pl.Float32))
-    schema.write_table(predictions, tmp_path / "predictions.parquet", schema.PREDICTIONS)
+    schema.write_table(predictions, folder / "predictions.parquet", schema.PREDICTIONS)
     none = pl.DataFrame(schema=schema.RUNS)
-    schema.write_table(none, tmp_path / "simulation.parquet", schema.RUNS)
+    schema.write_table(none, folder / "simulation.parquet", schema.RUNS)
     test = splits.filter(pl.col("split") == "test").select("prompt_id")
     runs = pl.concat([none, test], how="diagonal")
     for ratio in ("0.500", "0.750"):
         for policy in config.live.policies:
-            path = tmp_path / "live/tiny/snapkv" / ratio / policy / "00.parquet"
+            path = folder / "live/tiny/snapkv" / ratio / policy / "00.parquet"
             schema.write_table(runs, path, schema.RUNS)
-    checkpoint = tmp_path / "checkpoints/tiny"
+    checkpoint = folder / "checkpoints/tiny"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     files = manifest([checkpoint / "model.safetensors"], checkpoint)
@@ -119,17 +130,17 @@ def results(tmp_path: Path, run: SyntheticRun) -> Iterator[Path]:
     (checkpoint / "kvguard_model.json").write_text(json.dumps(record))
     shards = expected_shards(config)
     build_database(
-        tmp_path / "kvguard.duckdb",
-        tmp_path / "prompts/prompts.parquet",
-        [shard.path(tmp_path, "traces") for shard in shards],
-        [shard.path(tmp_path, "tokens") for shard in shards],
-        tmp_path / "outcomes.parquet",
-        tmp_path / "splits.parquet",
+        folder / "kvguard.duckdb",
+        folder / "prompts/prompts.parquet",
+        [shard.path(folder, "traces") for shard in shards],
+        [shard.path(folder, "tokens") for shard in shards],
+        folder / "outcomes.parquet",
+        folder / "splits.parquet",
     )
-    tables = manifest(tmp_path.rglob("*.parquet"), tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps(tables))
-    yield tmp_path
+    tables = manifest(folder.rglob("*.parquet"), folder)
+    (folder / "manifest.json").write_text(json.dumps(tables))
     record_origin({})
+    return folder
 
 
 def failed(results: Path) -> dict[str, list[str]]:
@@ -372,19 +383,27 @@ def test_a_database_without_all_rows_is_found(results: Path) -> None:
     assert "rows of traces, the run's tables have" in failed(results)["database"][0]
 
 
-@pytest.mark.parametrize("harm", [flip_a_bit, cut, make_noise])
+EVERY_TABLE = (
+    "prompts/prompts.parquet",
+    "traces/tiny/snapkv/0.750/01.parquet",
+    "tokens/tiny/none/0.000/00.parquet",
+    "outcomes.parquet",
+    "splits.parquet",
+    "labels.parquet",
+    "features.parquet",
+    "predictions.parquet",
+    "simulation.parquet",
+)
+QUICK = [("outcomes.parquet", cut), *((name, flip_a_bit) for name in EVERY_TABLE[1:3])]
+"""Of the damaged tables those of `make test-quick`."""
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "harm"),
     [
-        "prompts/prompts.parquet",
-        "traces/tiny/snapkv/0.750/01.parquet",
-        "tokens/tiny/none/0.000/00.parquet",
-        "outcomes.parquet",
-        "splits.parquet",
-        "labels.parquet",
-        "features.parquet",
-        "predictions.parquet",
-        "simulation.parquet",
+        pytest.param(name, harm, marks=() if (name, harm) in QUICK else pytest.mark.matrix)
+        for name in EVERY_TABLE
+        for harm in (flip_a_bit, cut, make_noise)
     ],
 )
 def test_a_damaged_table_is_named_and_discarded_alone(results: Path, name: str, harm) -> None:

@@ -59,7 +59,18 @@ def live(tiny: LoadedModel, baseline: pl.DataFrame, policy: str) -> pl.DataFrame
     )
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
+QUICK = ("none", "gate", "guard", "guard_promote", "ladder", "lossless", "periodic_refresh")
+"""One of each kind: does nothing, decides before the first token, checks and goes on, checks and
+promotes, changes the ratio, checks everything, prefills again. `make test-quick` runs these."""
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.matrix)
+        for name in POLICY_NAMES
+    ],
+)
 def test_every_policy_runs_live(tiny: LoadedModel, baseline: pl.DataFrame, policy: str) -> None:
     runs = check(live(tiny, baseline, policy), RUNS, "runs")
     assert runs["prompt_id"].to_list() == [prompt.prompt_id for prompt in some_prompts()]

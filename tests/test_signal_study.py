@@ -90,10 +90,7 @@ def make_run(prompts: int, seed: int, signal: float = SIGNAL, probe: float = PRO
                 pl.lit(value).alias(name) for name, value in keys.items()
             )
             features.append(
-                schema.conform(
-                    frame.with_columns(pl.Series(name, one) for name, one in values.items()),
-                    schema.FEATURES,
-                )
+                frame.with_columns(pl.Series(name, one) for name, one in values.items())
             )
             steps = pl.Series(2 - position if harmed else [None] * length, dtype=pl.Int32)
             ahead = (position <= 2) & harmed
@@ -102,12 +99,7 @@ def make_run(prompts: int, seed: int, signal: float = SIGNAL, probe: float = PRO
                 named[f"steps_to_{target}"] = steps
                 named[f"hazard_{target}"] = pl.Series(ahead)
                 named[f"post_onset_{target}"] = pl.Series((position >= 2) & harmed)
-            labels.append(
-                schema.conform(
-                    frame.with_columns(one.alias(name) for name, one in named.items()),
-                    schema.LABELS,
-                )
-            )
+            labels.append(frame.with_columns(one.alias(name) for name, one in named.items()))
             llr = rng.normal(size=length) + 3 * harmed
             tokens.append(
                 frame.with_columns(
@@ -125,8 +117,8 @@ def make_run(prompts: int, seed: int, signal: float = SIGNAL, probe: float = PRO
         template=pl.lit(None, pl.String)
     )
     return Run(
-        pl.concat(features),
-        pl.concat(labels),
+        schema.conform(pl.concat(features), schema.FEATURES),
+        schema.conform(pl.concat(labels), schema.LABELS),
         pl.concat(tokens).cast({"position": pl.Int32}),
         pl.DataFrame(outcomes, schema=schema.OUTCOMES),
         split_prompts(frame, config.Splits(train=0.4, calibration=0.3, test=0.3), 0),

@@ -45,9 +45,19 @@ QUICK = config.Predictor(
     targets=["any", "looping"], search_trials=3, search_folds=2, max_rounds=150
 )
 
+ONE_FIT = QUICK.model_copy(update={"targets": ["any"], "search_trials": 0, "max_rounds": 20})
+"""For what does not depend on how good the predictor is."""
+
 
 def _trainer(splits: pl.DataFrame, settings: config.Predictor) -> Trainer:
     return make_trainer(splits, settings, horizon_tokens=planted.HORIZON_TOKENS, seed=0)
+
+
+def _some(splits: pl.DataFrame, train_prompts: int, calibration_prompts: int) -> pl.DataFrame:
+    """Only the first prompts of these splits."""
+    few = prompts_of(splits, "train")[:train_prompts]
+    few += prompts_of(splits, "calibration")[:calibration_prompts]
+    return splits.filter(pl.col("prompt_id").is_in(few))
 
 
 # --- splits --------------------------------------------------------------------------------------
@@ -133,7 +143,7 @@ def test_a_planted_leak_fails_the_training(
 
     monkeypatch.setattr(train, "load_rows", careless)
     with pytest.raises(LeakageError, match=f"{intruder} of {leak}"):
-        train_predictors(run.features, run.labels, _trainer(splits, QUICK))
+        train_predictors(run.features, run.labels, _trainer(splits, ONE_FIT))
 
 
 def test_every_stage_of_training_is_on_record(trained: Models, splits: pl.DataFrame) -> None:
@@ -288,8 +298,7 @@ def test_a_default_that_cannot_be_trained_falls_back_to_rules(tmp_path: Path) ->
 
 
 def test_training_repeats_itself(run: planted.Planted, splits: pl.DataFrame) -> None:
-    few = prompts_of(splits, "train")[:24] + prompts_of(splits, "calibration")[:8]
-    part = splits.filter(pl.col("prompt_id").is_in(few))
+    part = _some(splits, 24, 8)
     quick = QUICK.model_copy(update={"targets": ["any"], "max_rounds": 20})
     digests = [
         train_predictors(run.features, run.labels, _trainer(part, quick)).predictors["any"].digest
@@ -424,10 +433,9 @@ def test_calibration_maps() -> None:
 def test_every_calibration_keeps_the_ranking(
     run: planted.Planted, splits: pl.DataFrame, method: Any
 ) -> None:
-    wanted = QUICK.model_copy(
-        update={"targets": ["any"], "search_trials": 0, "probability_calibration": method}
-    )
-    made = train_predictors(run.features, run.labels, _trainer(splits, wanted))
+    wanted = ONE_FIT.model_copy(update={"probability_calibration": method})
+    part = _some(splits, 50, 30)
+    made = train_predictors(run.features, run.labels, _trainer(part, wanted))
     predictor = made.predictors["any"]
     assert predictor.calibration.method == method
     features = run.features.select(schema.FEATURE_NAMES).to_numpy()[:400].astype(np.float32)
