@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from sklearn.metrics import log_loss, roc_auc_score
+from scipy.stats import rankdata
+from sklearn.metrics import log_loss
 
 from kvguard.check_timing import rejection_rate
 from kvguard.config import BASELINE, load_config
@@ -103,11 +104,12 @@ def mean_auroc(
     found: dict[int, list[tuple[float, int]]] = {}
     for one in np.unique(group):
         mask = group == one
-        positive = int(labels[mask].sum())
-        pairs = positive * (int(mask.sum()) - positive)
-        if pairs:
-            value = float(roc_auc_score(labels[mask], scores[mask]))
-            found.setdefault(int(condition[mask][0]), []).append((value, pairs))
+        positive = labels[mask]
+        harmed, others = int(positive.sum()), int((~positive).sum())
+        if harmed * others:
+            above = rankdata(scores[mask])[positive].sum() - harmed * (harmed + 1) / 2
+            entry = (float(above) / (harmed * others), harmed * others)
+            found.setdefault(int(condition[mask][0]), []).append(entry)
     means = [sum(v * n for v, n in own) / sum(n for _, n in own) for own in found.values()]
     return float(np.mean(means)) if means else float("nan")
 
