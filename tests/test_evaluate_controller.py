@@ -410,7 +410,14 @@ def assert_as_played(run, name, holdback=4, every=1):
 
 
 @pytest.mark.parametrize("name", [*EXACT, "loopguard", "periodic_refresh"])
-@pytest.mark.parametrize(("seed", "every"), [(0, 1), (1, 8), (2, 3)])
+@pytest.mark.parametrize(
+    ("seed", "every"),
+    [
+        pytest.param(0, 1, marks=pytest.mark.matrix),
+        (1, 8),  # as the guard does it
+        pytest.param(2, 3, marks=pytest.mark.matrix),
+    ],
+)
 def test_simulated_requests_are_those_of_a_guard_played_by_hand(name, seed, every):
     run = make_run(seed, conditions=(("snapkv", "0.500"), ("adakv", "0.750")))
     known, acted = assert_as_played(run, name, every=every)
@@ -419,7 +426,10 @@ def test_simulated_requests_are_those_of_a_guard_played_by_hand(name, seed, ever
         assert acted > 0
 
 
-@pytest.mark.parametrize("holdback", range(9))
+@pytest.mark.parametrize(
+    "holdback",
+    [pytest.param(n, marks=() if n in (0, 1, 8) else pytest.mark.matrix) for n in range(9)],
+)
 @pytest.mark.parametrize("name", ["guard_promote", "guard_restart", "verify_all"])
 def test_alarms_at_the_last_token(name, holdback):
     run = make_run(21)

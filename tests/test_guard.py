@@ -696,7 +696,7 @@ def test_a_streamer_gets_prompt_and_answer(tiny_llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lossless", "guard"])
-@pytest.mark.parametrize("holdback", [0, 2, 16])
+@pytest.mark.parametrize("holdback", [0, pytest.param(2, marks=pytest.mark.matrix), 16])
 def test_what_is_streamed_is_what_is_returned(
     tiny_llama: PreTrainedModel, policy: Any, holdback: int
 ) -> None:
