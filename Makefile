@@ -30,7 +30,7 @@ demo: $(READY) ## the whole pipeline on config.yaml: figures, tables, results/re
 test: $(READY) ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-quick: $(READY) ## the tests that need neither the embedded model nor Snakemake, with a few presses
+test-quick: $(READY) ## the tests that need neither the embedded model nor Snakemake, a few of each kind
 	OMP_NUM_THREADS=1 KVGUARD_TEST_QUICK=1 $(BIN)/python -m pytest $(PARALLEL) -m "unit and not slow and not matrix"
 
 test-kills: $(READY) ## a run killed again and again, compared with one that was not; KILLS=20 for the full form
