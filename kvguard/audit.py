@@ -195,7 +195,8 @@ class Check(NamedTuple):
         inputs: per layer (1, n, hidden size) what the attention was given; None where not asked.
         cache: the whole uncompressed cache, where a fresh pass made one.
         tokens_prefilled: tokens that the check had to run.
-        bytes_moved: brought to the device, this row's share.
+        bytes_moved: between device and cold cache, this row's share (`cold_cache.Run`).
+        off_device: whether the entries have left the device, and are counted in ``bytes_moved``.
         device_bytes: that the check needed for this row: two layers of its cold cache, the tokens
             that it ran among them (`Run.device_bytes`); or the fresh cache.
     """
@@ -208,6 +209,7 @@ class Check(NamedTuple):
     cache: DynamicCache | None
     tokens_prefilled: int
     bytes_moved: int
+    off_device: bool
     device_bytes: int
 
 
@@ -241,12 +243,10 @@ def check_answers(
         tokens = answer.token_ids[answer.cold.tokens : len(answer.token_ids) - answer.ended]
         if tokens:
             drafts[number] = Draft(answer.cold, tokens)
-    runs, moved = {}, 0
+    runs = {}
     if drafts:
         done = run_drafts(model, list(drafts.values()), keep_inputs=keep_inputs)
-        runs = dict(zip(drafts, done.runs, strict=True))
-        moved = done.bytes_moved
-    total = sum(draft.row.length for draft in drafts.values())
+        runs = dict(zip(drafts, done, strict=True))
     cold = [(number, answer) for number, answer in enumerate(answers) if answer.cold is not None]
     hidden = []
     for number, answer in cold:
@@ -269,7 +269,8 @@ def check_answers(
             inputs=None if run is None else run.inputs,
             cache=None,
             tokens_prefilled=count,
-            bytes_moved=0 if run is None else moved * answer.cold.length // total,
+            bytes_moved=0 if run is None else run.bytes_moved,
+            off_device=run is not None and run.off_device,
             device_bytes=0 if run is None else run.device_bytes,
         )
     return [found[number] for number in range(len(answers))]
@@ -303,6 +304,7 @@ def _check_afresh(
         cache=scored.cache,
         tokens_prefilled=len(answer.prompt_ids) + count,
         bytes_moved=0,
+        off_device=False,
         device_bytes=cache_bytes(scored.cache),
     )
 

@@ -219,7 +219,8 @@ def read_policies(results_dir: Path) -> "pl.DataFrame":
 
     Returns:
         Harm left as shares of requests with 95 % intervals; byte-steps as a multiple of those of
-        the full KV cache on the same prompts; peak in MiB; tokens, checks and seconds per request.
+        the full KV cache on the same prompts; bus traffic as a multiple of what offloading that
+        cache moves; peak in MiB; tokens, checks and seconds per request.
 
     Raises:
         ConfigError: no policy was run.
@@ -235,9 +236,11 @@ def read_policies(results_dir: Path) -> "pl.DataFrame":
             f"--view policies: no table at {path}; run the live experiment first (`kvguard sweep`)"
         )
     shares = ("harmed", "silent_harm", "rescued")
+    table = read_table(path)
+    if "relative_bus_traffic" not in table.columns:  # of an earlier version
+        table = table.with_columns(relative_bus_traffic=pl.lit(None, pl.Float64))
     return (
-        read_table(path)
-        .filter(pl.col("source") == "live")
+        table.filter(pl.col("source") == "live")
         .sort("model", "press", "ratio", "harmed", "relative_byte_steps", nulls_last=True)
         .select(
             "press",
@@ -246,6 +249,7 @@ def read_policies(results_dir: Path) -> "pl.DataFrame":
             "requests",
             *(f"{name}{end}" for name in shares for end in ("", "_low", "_high")),
             byte_steps="relative_byte_steps",
+            bus_traffic="relative_bus_traffic",
             peak_mib=pl.col("device_bytes_peak") / 2**20,
             prefilled="tokens_prefilled",
             checks="checks",

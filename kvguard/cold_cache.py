@@ -24,7 +24,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
 from kvguard.cold_attention import attend_parts, attend_shared, attend_whole
-from kvguard.cold_layers import ColdLayers, layer_bytes
+from kvguard.cold_layers import ColdLayers, layer_bytes, moved_bytes
 from kvguard.prefill import Prefix, attention_layers, forget_masks, layer_tensors
 
 ColdKind = Literal["host", "disk"]
@@ -333,12 +333,17 @@ class Run(NamedTuple):
         inputs: per layer (1, n, hidden size) what the attention was given; None where not asked.
         device_bytes: that the pass needed for this draft beyond what is kept: two layers of the
             row's cold cache with its tokens, and whatever of the tokens stays on the device.
+        bytes_moved: of parked entries that the pass read, parts that rows share in equal parts, and
+            of the tokens' own entries where they left the device.
+        off_device: whether the tokens' entries left the device; on the host as if it were one.
     """
 
     hidden: torch.Tensor
     entries: torch.Tensor
     inputs: list[torch.Tensor] | None
     device_bytes: int
+    bytes_moved: int
+    off_device: bool
 
 
 class _Pass:
@@ -362,12 +367,12 @@ class _Pass:
         self.prefix = None if buffered else _shared_prefix(rows, sum(counts), store)
         self.staged = store.stage(sum(counts))
         self._kept: list[torch.Tensor] = []  # per layer, where they are not staged
-        self.bytes_moved = 0
-        if store.device.type != "cpu" or store.kind == "disk":
-            distinct = {id(part): part.tokens for listed in parts for part in listed}
-            self.bytes_moved = sum(distinct.values()) * store.bytes_per_token
-        if self.staged is not None:
-            self.bytes_moved += sum(counts) * store.bytes_per_token
+        self.off_device = self.staged is not None or store.device.type == "cpu"
+
+    def bytes_moved(self) -> list[int]:
+        """Of each row, see `Run`; counted on the host as on a device of its own."""
+        parts = [row.parts for row in self.rows]
+        return moved_bytes(self.store, parts, [count * self.off_device for count in self.counts])
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Part of the interface that models expect of a cache."""
@@ -475,23 +480,19 @@ def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-class Runs(NamedTuple):
-    """The drafts' results in their order, and the bytes that were brought to the device."""
-
-    runs: list[Run]
-    bytes_moved: int
-
-
 @torch.inference_mode()
 def run_drafts(
     model: PreTrainedModel, drafts: Sequence[Draft], *, keep_inputs: bool = False
-) -> Runs:
+) -> list[Run]:
     """One pass of the uncompressed model over the drafts of several rows; parks nothing.
 
     Args:
         model: in eval mode.
         drafts: at least one; their cold caches come from one store.
         keep_inputs: keep what each attention layer was given, for presses that work on it later.
+
+    Returns:
+        One run a draft, in their order.
     """
     store = drafts[0].row.store
     store.wait()
@@ -529,12 +530,13 @@ def run_drafts(
     stays = running.staged is None and buffered
     needed = layer_bytes(store, [draft.row.parts for draft in drafts], counts)
     runs, start = [], 0
-    for count, size in zip(counts, needed, strict=True):
+    for count, size, moved in zip(counts, needed, running.bytes_moved(), strict=True):
         part = slice(start, start + count)
         start += count
         own = [each[:, part] for each in inputs] if keep_inputs else None
         size += store.bytes_per_token * count if stays else 0
         size += sum(each.nbytes for each in own or ())
-        run = Run(output.last_hidden_state[0, part], entries[:, :, :, part], own, size)
-        runs.append(run)
-    return Runs(runs, running.bytes_moved)
+        hidden = output.last_hidden_state[0, part]
+        new = entries[:, :, :, part]
+        runs.append(Run(hidden, new, own, size, moved, running.off_device))
+    return runs

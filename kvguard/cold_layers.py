@@ -56,6 +56,24 @@ def layer_bytes(
     return found
 
 
+def moved_bytes(
+    store: "ColdStore", parts: Sequence[Sequence["Part"]], counts: Sequence[int]
+) -> list[int]:
+    """Bytes that a pass moves for each row; less than a byte a row is rounded off.
+
+    Args:
+        store: of the rows.
+        parts: of each row; one that several have is read once, each row's share of it is equal.
+        counts: tokens of each row whose entries leave the device.
+    """
+    uses = _uses(parts)
+    tokens = [
+        sum(part.tokens / uses[id(part)] for part in listed) + count
+        for listed, count in zip(parts, counts, strict=True)
+    ]
+    return [int(number * store.bytes_per_token) for number in tokens]
+
+
 class _Set(NamedTuple):
     """Buffers of one layer."""
 

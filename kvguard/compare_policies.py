@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 
 from kvguard import config
 from kvguard.controller import OperatingPoints
+from kvguard.costs import offload_traffic
 from kvguard.metrics import bootstrap_interval, exact_reach, resample_weights
-from kvguard.schema import CONDITION, COSTS, TRACE_KEYS
+from kvguard.schema import CONDITION, COSTS, RUNS, TRACE_KEYS
 
 RELATIVE = "relative_byte_steps"
 """Device byte-steps over those of the full KV cache (``always_safe``) on the same prompts."""
+
+TRAFFIC = "relative_bus_traffic"
+"""Bytes moved over those that offloading the full KV cache moves for the same requests."""
 
 IntArray = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
@@ -82,6 +86,35 @@ def estimates(
     return columns
 
 
+def with_references(runs: pl.DataFrame, on: Sequence[str] = TRACE_KEYS) -> pl.DataFrame:
+    """Runs beside what their requests cost uncompressed.
+
+    Args:
+        runs: RUNS, or what a caller needs of them.
+        on: columns that identify a request.
+
+    Returns:
+        The runs with ``full_byte_steps``, those of ``always_safe``; ``offloaded_bytes``, see
+        `costs.offload_traffic`, from the uncompressed answer of ``always_safe`` or ``offload``; and
+        ``traffic``, the bytes moved. Null where unknown: the latter two in files that do not have
+        the sizes of a request's prompt, where bytes moved left out what a CPU reads.
+    """
+    sizes = ("prompt_tokens", "decode_steps", "cache_bytes_before")
+    absent = [name for name in (*sizes, "bytes_moved") if name not in runs.columns]
+    runs = runs.with_columns(pl.lit(None, RUNS[name]).alias(name) for name in absent)
+    full = pl.col("policy") == "always_safe"
+    known = runs.filter(full | (pl.col("policy") == "offload"))
+    traffic = offload_traffic(*(pl.col(name).cast(pl.Float64) for name in sizes))
+    references = known.group_by(on).agg(
+        full_byte_steps=pl.col("device_byte_steps").cast(pl.Float64).filter(full).first(),
+        offloaded_bytes=traffic.drop_nulls().first(),
+    )
+    counted = pl.when(pl.col("prompt_tokens").is_not_null()).then("bytes_moved")
+    return runs.join(references, on=list(on), how="left", maintain_order="left").with_columns(
+        traffic=counted.cast(pl.Float64)
+    )
+
+
 def summarize_runs(
     runs: pl.DataFrame,
     outcomes: pl.DataFrame,
@@ -101,9 +134,9 @@ def summarize_runs(
 
     Returns:
         One row per condition and policy: ``requests`` that ran and whose prompt ran uncompressed,
-        ``known`` (share of them whose outcome is known), and `SHARES`, `DIFFERENCES`, `COSTS` and
-        `RELATIVE` with intervals. A measure that is unknown for any request is null: the known
-        ones are not a fair sample.
+        ``known`` (share of them whose outcome is known), and `SHARES`, `DIFFERENCES`, `COSTS`,
+        `RELATIVE` and `TRAFFIC` with intervals. A measure that is unknown for any request is null:
+        the known ones are not a fair sample.
 
     Raises:
         ValueError: no run is left, e.g. because ``outcomes`` lack the uncompressed runs.
@@ -116,13 +149,10 @@ def summarize_runs(
         "model", "prompt_id", base_failed="catastrophe", base_right="right"
     )
     alone = runs.filter(pl.col("policy") == "none").select(*TRACE_KEYS, alone="catastrophe")
-    full = runs.filter(pl.col("policy") == "always_safe").select(
-        *TRACE_KEYS, full_byte_steps=pl.col("device_byte_steps").cast(pl.Float64)
-    )
     paired = (
-        runs.join(baseline, on=["model", "prompt_id"], maintain_order="left")
+        with_references(runs)
+        .join(baseline, on=["model", "prompt_id"], maintain_order="left")
         .join(alone, on=TRACE_KEYS, how="left", maintain_order="left")
-        .join(full, on=TRACE_KEYS, how="left", maintain_order="left")
     )
     failed, right = pl.col("catastrophe").cast(pl.Float64), pl.col("right").cast(pl.Float64)
     measured = paired.with_columns(
@@ -135,15 +165,12 @@ def summarize_runs(
         excess_error=pl.col("base_right").cast(pl.Float64) - right,
         **{name: pl.col(name).cast(pl.Float64) for name in ("harmed", "silent_harm", "rescued")},
         **{name: pl.col(name).cast(pl.Float64) for name in COSTS},
-        **{RELATIVE: pl.col("device_byte_steps").cast(pl.Float64)},
+        **_RELATIVES,
     )
     frames = []
     by = (*CONDITION, "policy", "source")
     for key, part in measured.group_by(by, maintain_order=True):
-        values = _known_values(part, (*SHARES, *DIFFERENCES, *COSTS, RELATIVE))
-        whole = part["full_byte_steps"]
-        if whole.null_count():
-            values[RELATIVE] = np.full((1, part.height), np.nan)
+        values, wholes = _relative_values(part, (*SHARES, *DIFFERENCES, *COSTS))
         frames.append(
             pl.DataFrame(
                 dict(zip(by, key, strict=True))
@@ -152,18 +179,27 @@ def summarize_runs(
                     "known": 1 - part["catastrophe"].null_count() / part.height,
                 }
             ).with_columns(
-                **estimates(
-                    values,
-                    part["prompt_id"],
-                    bootstrap_samples,
-                    seed,
-                    relative_to={RELATIVE: whole.fill_null(1.0).to_numpy()},
-                )
+                **estimates(values, part["prompt_id"], bootstrap_samples, seed, relative_to=wholes)
             )
         )
     if not frames:
         raise ValueError("no run with status 'ok' whose prompt also ran uncompressed")
     return pl.concat(frames)
+
+
+_RELATIVES = {RELATIVE: pl.col("device_byte_steps").cast(pl.Float64), TRAFFIC: pl.col("traffic")}
+
+
+def _relative_values(
+    part: pl.DataFrame, names: Sequence[str]
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """`_known_values` with `RELATIVE` and `TRAFFIC`, and what those two are relative to."""
+    values, wholes = _known_values(part, (*names, *_RELATIVES)), {}
+    for name, column in ((RELATIVE, "full_byte_steps"), (TRAFFIC, "offloaded_bytes")):
+        if part[column].null_count():
+            values[name] = np.full((1, part.height), np.nan)
+        wholes[name] = part[column].fill_null(1.0).to_numpy()
+    return values, wholes
 
 
 def _known_values(part: pl.DataFrame, names: Sequence[str]) -> dict[str, FloatArray]:
@@ -198,25 +234,18 @@ def pool_conditions(
 
     Returns:
         One row per source, ``task`` (null: all tasks) and policy: ``requests``, ``prompts``,
-        ``conditions``, and `POOLED`, `COSTS` and `RELATIVE` with intervals. A measure that is
-        unknown for any request is null.
+        ``conditions``, and `POOLED`, `COSTS`, `RELATIVE` and `TRAFFIC` with intervals. A measure
+        that is unknown for any request is null.
     """
     ran = runs.filter((pl.col("status") == "ok") & (pl.col("press") != config.BASELINE))
-    full = ran.filter(pl.col("policy") == "always_safe").select(
-        *TRACE_KEYS, "source", full_byte_steps=pl.col("device_byte_steps").cast(pl.Float64)
-    )
-    ran = ran.join(full, on=[*TRACE_KEYS, "source"], how="left", maintain_order="left")
-    ran = ran.with_columns(pl.col("device_byte_steps").alias(RELATIVE))
+    ran = with_references(ran, (*TRACE_KEYS, "source")).with_columns(**_RELATIVES)
     frames = []
     tasks = [None, *ran["task"].unique(maintain_order=True)]
     for task in tasks:
         of_task = ran if task is None else ran.filter(pl.col("task") == task)
         by = ("source", "policy")
         for (source, policy), part in of_task.group_by(by, maintain_order=True):
-            values = _known_values(part, (*POOLED, *COSTS, RELATIVE))
-            whole = part["full_byte_steps"]
-            if whole.null_count():
-                values[RELATIVE] = np.full((1, part.height), np.nan)
+            values, wholes = _relative_values(part, (*POOLED, *COSTS))
             counted = {
                 "source": source,
                 "task": task,
@@ -228,11 +257,7 @@ def pool_conditions(
             frames.append(
                 pl.DataFrame(counted, schema_overrides={"task": pl.String}).with_columns(
                     **estimates(
-                        values,
-                        part["prompt_id"],
-                        bootstrap_samples,
-                        seed,
-                        relative_to={RELATIVE: whole.fill_null(1.0).to_numpy()},
+                        values, part["prompt_id"], bootstrap_samples, seed, relative_to=wholes
                     )
                 )
             )
@@ -301,7 +326,8 @@ def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:
     Returns:
         Both, with `constant_frontier`, and ``efficient``: no other row of the same condition is at
         least as good in excess CFR and in every one of device byte-steps, prefilled tokens and
-        decode steps, and better in one of them. Null where any of these is.
+        decode steps, and better in one of them. Null where any of these is, and for ``offload``,
+        which pays in bytes over the bus: those of the others are not simulated.
     """
     rows = grid.with_columns(
         policy=pl.lit("guard_promote"), source=pl.lit("simulation"), known=pl.lit(1.0)
@@ -310,7 +336,8 @@ def pareto(grid: pl.DataFrame, summary: pl.DataFrame) -> pl.DataFrame:
     goals = ("excess_cfr", "device_byte_steps", "tokens_prefilled", "decode_steps")  # all: lower
     frames = []
     for _, part in table.with_row_index("order").group_by(CONDITION):
-        values = part.select(pl.col(goals).cast(pl.Float64)).to_numpy()  # (n, 4)
+        values = part.select(pl.col(goals).cast(pl.Float64)).to_numpy().copy()  # (n, 4)
+        values[(part["policy"] == "offload").to_numpy()] = np.nan
         no_worse = (values[:, None] <= values[None]).all(axis=2)  # [i, j]: i is no worse than j
         better = (values[:, None] < values[None]).any(axis=2)
         efficient = ~(no_worse & better).any(axis=0)

@@ -26,6 +26,7 @@ from kvguard.config_policies import POLICIES as POLICIES
 from kvguard.config_policies import POLICY_NAMES as POLICY_NAMES
 from kvguard.config_policies import GuardSettings as GuardSettings
 from kvguard.config_policies import OperatingPoint as OperatingPoint
+from kvguard.config_policies import PlannedTest as PlannedTest
 from kvguard.config_policies import PointName as PointName
 from kvguard.config_policies import PolicyEntry as PolicyEntry
 from kvguard.config_policies import Recovery as Recovery
@@ -212,6 +213,10 @@ class Live(Section):
 
     policies: list[str] = Field(
         default=["none", "guard", "guard_promote", "verify_on_failure", "always_safe"]
+    )
+    planned_tests: list[PlannedTest] = Field(
+        default=[],
+        description="pairs compared in `tables/planned_tests`, adjusted as one family",
     )
     operating_point: PointName = "balanced"
     conditions: list[tuple[Name, Ratio]] = Field(

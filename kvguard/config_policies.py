@@ -41,6 +41,13 @@ POLICIES: dict[str, PolicyEntry] = {
     for entry in (
         PolicyEntry("none", "compression alone", False, "none", "exact: the trace itself"),
         PolicyEntry("always_safe", "full KV cache", False, "full", "exact: the uncompressed trace"),
+        PolicyEntry(
+            "offload",
+            "full KV cache, offloaded",
+            False,
+            "full",
+            "exact: the uncompressed trace with costs that are counted, live and here",
+        ),
         PolicyEntry("guard", "guard", True, "check", _GOES_ON),
         PolicyEntry(
             "guard_price",
@@ -128,6 +135,26 @@ POLICIES: dict[str, PolicyEntry] = {
 
 POLICY_NAMES = tuple(name for name, entry in POLICIES.items() if entry.live)
 """The policies that `kvguard.policy_factory` builds and the live experiment can run."""
+
+
+class PlannedTest(Section):
+    """Two policies that the plan of an experiment compares."""
+
+    policy: str
+    other: str
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for field in ("policy", "other"):
+            if getattr(self, field) not in POLICY_NAMES:
+                raise ValueError(
+                    f"{field}: the policies are {', '.join(POLICY_NAMES)}, got "
+                    f"{getattr(self, field)!r}"
+                )
+        if self.policy == self.other:
+            raise ValueError(f"other: another policy than the first, got {self.other!r} twice")
+        return self
+
 
 PointName = Literal["conservative", "balanced", "aggressive"]
 

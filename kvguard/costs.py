@@ -11,11 +11,17 @@ Tokens prefilled, decode steps and dropped tokens then equal those of a live run
 byte-steps of a request in which a policy acted are a low estimate: padding is taken as
 measured in the trace, and what other rows of a live batch add (their checks, during which this row
 waits) and the two layers of a cold cache that a check brings to the device are left out.
+
+**Bytes moved** are those of entries between the device and where they are parked: each prompt's
+when they are parked, parked ones that a pass reads, new ones that leave the device, verified ones
+that come back. They are counted on a host as on a device. What several rows share is read once a
+pass and counted in equal parts. A shared prefix is parked once for all and in nobody's count.
+Weights are not entries. `offload_traffic` is what a cache that is offloaded as a whole moves.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import polars as pl
@@ -118,6 +124,86 @@ class Cost(NamedTuple):
 
 COSTS = Cost._fields
 """Names of the costs, columns of RUNS; lower is better."""
+
+
+Numbers = TypeVar("Numbers", float, FloatArray, pl.Expr)
+
+
+def offload_traffic(
+    prompt_tokens: Numbers, decode_steps: Numbers, prompt_bytes: Numbers
+) -> Numbers:
+    """Bytes that a request moves whose whole cache is kept off the device and used layer by layer.
+
+    The prompt's entries leave the device after their prefill. Each decode step brings all entries
+    there are, and the new token's leave: after step s, prompt and s tokens have crossed.
+
+    Args:
+        prompt_tokens: of the request, a shared prefix included.
+        decode_steps: of the uncompressed answer.
+        prompt_bytes: of the prompt's uncompressed cache.
+    """
+    entry = prompt_bytes / prompt_tokens
+    return entry * (decode_steps + 1) * (prompt_tokens + decode_steps / 2)
+
+
+class Offloaded(NamedTuple):
+    """Costs of the uncompressed answer under `offload_costs`, numbers or arrays of one shape."""
+
+    device_byte_steps: Any
+    host_byte_steps: Any
+    bytes_moved: Any
+
+
+def offload_costs(
+    device_byte_steps: Numbers,
+    prompt_tokens: Numbers,
+    decode_steps: Numbers,
+    prompt_bytes: Numbers,
+    *,
+    layers: int,
+) -> Offloaded:
+    """What requests that ran uncompressed would have cost with their cache offloaded.
+
+    The device holds `OFFLOAD_LAYERS` layers of it, the one at work and the one on its way; the
+    host holds all entries, since a step brings them and sends back the new one alone.
+
+    Args:
+        device_byte_steps: of the run, with all layers on the device.
+        prompt_tokens: see `offload_traffic`, as the next two.
+        decode_steps: see there.
+        prompt_bytes: see there.
+        layers: of the model.
+    """
+    held = prompt_bytes / prompt_tokens * decode_steps * (prompt_tokens + (decode_steps + 1) / 2)
+    return Offloaded(
+        device_byte_steps * min(OFFLOAD_LAYERS, layers) / layers,
+        held,
+        offload_traffic(prompt_tokens, decode_steps, prompt_bytes),
+    )
+
+
+OFFLOAD_LAYERS = 2
+"""Layers of an offloaded cache on the device: ``Cache.update`` of transformers sends for the next
+layer before it uses one, and lets that one go afterwards (transformers 5.2, `cache_utils`)."""
+
+
+def offload_row(row: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A request's row of an uncompressed run with the costs of offloading in it.
+
+    Nothing is offloaded, so ``seconds`` are null: transfers would take some that nothing measured.
+
+    Args:
+        row: columns of TRACES.
+        layers: of the model.
+    """
+    if row["status"] != "ok":
+        return dict(row)
+    names = ("device_byte_steps", "prompt_tokens", "decode_steps", "cache_bytes_before")
+    values = [float(row[name]) for name in names]
+    counted = offload_costs(*values, layers=layers)
+    peak = row["device_bytes_peak"] * min(OFFLOAD_LAYERS, layers) // layers
+    found = {name: round(value) for name, value in counted._asdict().items()}
+    return {**row, **found, "device_bytes_peak": peak, "seconds": None}
 
 
 class Memory(NamedTuple):

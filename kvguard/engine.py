@@ -415,9 +415,8 @@ class Session:
         first, last = start - check.start, kept - check.start
         self.compute_pending_signals()
         verified = check.entries[:, :, :, first:last]
-        if verified.device != self.slots.device:  # they left it while the check ran
-            verified = verified.to(self.slots.device)
-            state.completion.bytes_moved += verified.nbytes
+        verified = verified.to(self.slots.device)  # back, where they left it while the check ran
+        state.completion.bytes_moved += check.off_device * verified.nbytes
         self.slots.replace_tail(row, fed - start, verified)
         if state.decode is not None:
             assert check.inputs is not None
@@ -443,7 +442,7 @@ class Session:
         first, last = state.cold.tokens - check.start, kept - check.start
         try:
             state.cold.append(check.entries[:, :, :, first:last], check.hidden[last].clone())
-            if check.entries.device == self.slots.device:  # else the check has counted them
+            if not check.off_device:  # else the check has counted them
                 state.completion.bytes_moved += (last - first) * state.cold.store.bytes_per_token
         except REFUSALS as error:
             state.cold = None
@@ -469,7 +468,8 @@ class Session:
             assert state.cold is not None
             extra = None if check.entries is None else check.entries[:, :, :, :count]
             cache = state.cold.load(extra)
-            state.completion.bytes_moved += cache_bytes(cache)
+            here = 0 if extra is None or check.off_device else extra.nbytes
+            state.completion.bytes_moved += cache_bytes(cache) - here
         logits = self.model.lm_head(check.hidden[count : count + 1])
         size = cache_bytes(cache)
         self.replace_cache(row, kept, Prefilled(cache, None, logits, size, size, 0))

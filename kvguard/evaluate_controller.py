@@ -213,6 +213,7 @@ def simulate_model(
     harm_model: HarmModel | None = None,
     *,
     target: str = "any",
+    layers: int | None = None,
 ) -> pl.DataFrame:
     """Every policy and every oracle on one model's stored requests.
 
@@ -227,6 +228,7 @@ def simulate_model(
         gate: what ``gate`` and ``ladder`` ask; None: see `simulate_policies`.
         harm_model: what ``guard_price`` asks; None: its default.
         target: of the predictor whose hazard drives the guard: that of its certificate.
+        layers: of the model, see `simulate_policies`.
 
     Returns:
         `schema.RUNS`.
@@ -248,6 +250,7 @@ def simulate_model(
         ladder_threshold=fitted[2],
         gate=gate,
         harm_model=harm_model,
+        layers=layers,
     )
 
 

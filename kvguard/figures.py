@@ -156,11 +156,14 @@ FIGURES = {
         ("policies",),
         "Guard",
         "harm against cost",
-        "Harmed requests that each policy leaves against what it costs: device memory over time "
-        "(allocated bytes summed over model steps, checks included), as a multiple of the full "
-        "KV cache's on the same prompts. Live runs on test prompts, one panel a condition; bars "
-        "are 95 % intervals over prompts. The star is the full KV cache; in the shaded part a "
-        "policy costs more than never compressing, and its mark is open. The dashed line is the "
+        "Harmed requests that each policy leaves against what it costs, one row a condition. Left: "
+        "device memory over time (allocated bytes summed over model steps, checks included), as a "
+        "multiple of the full KV cache's on the same prompts. Right: bytes of entries that cross "
+        "between the device and where they are parked, as a multiple of what offloading the full "
+        "KV cache moves, two layers of it on the device at a time (plus sign; counted). Live runs "
+        "on test prompts; bars are 95 % intervals over prompts. The star is the full KV cache; in "
+        "the shaded parts a policy costs more than never compressing, or moves more than "
+        "offloading, and its mark is open. The dashed line is the "
         "press without a policy at its measured ratios and between them, from the stored answers "
         "to the same prompts: a policy above it leaves more harm than a constant ratio of the same "
         "cost. Oracles know what no policy can know, and bound what any policy of their kind could "

@@ -17,7 +17,7 @@ from kvguard.certificate import load_certificate
 from kvguard.config import config_part
 from kvguard.findings_policies import pooled_table, sections, visible_text
 from kvguard.markdown import above, bracket, changed, difference, pointwise, table, verdict
-from kvguard.policy_tests import live_tables
+from kvguard.policy_tests import GUARD_COLUMNS, live_tables
 
 TABLES = (
     "harm",
@@ -143,8 +143,13 @@ def _read(folder: Path, name: str) -> pl.DataFrame:
 
 def _derived(folder: Path, described: Mapping[str, Any]) -> dict[str, pl.DataFrame]:
     """The tables of `DERIVED`: those of the run, or made now as `summarize_live` makes them."""
-    if all((folder / "tables" / f"{name}.parquet").is_file() for name in DERIVED):
-        return {name: _read(folder, name) for name in DERIVED}
+    there = {
+        name: _read(folder, name)
+        for name in (*DERIVED, "planned_tests")
+        if (folder / "tables" / f"{name}.parquet").is_file()
+    }
+    if set(DERIVED) <= set(there):
+        return {"planned_tests": pl.DataFrame(schema=GUARD_COLUMNS)} | there
     # Files that the configuration names (a model, questions) need not be on this machine.
     tasks = [
         {"kind": "gsm_symbolic", "name": task["name"], "num_prompts": task["num_prompts"]}
@@ -163,7 +168,13 @@ def _derived(folder: Path, described: Mapping[str, Any]) -> dict[str, pl.DataFra
         for shard in range(len(experiment.live_shards))
     )
     simulated = schema.read_table(folder / "simulation.parquet", schema.RUNS)
-    return live_tables(live, simulated, experiment.predictor.bootstrap_samples, experiment.seed)
+    return live_tables(
+        live,
+        simulated,
+        experiment.predictor.bootstrap_samples,
+        experiment.seed,
+        [(pair.policy, pair.other) for pair in experiment.live.planned_tests],
+    )
 
 
 def _title(described: Mapping[str, Any]) -> str:

@@ -10,13 +10,13 @@ import polars as pl
 
 from kvguard.certificate import Certificate, upper_bound
 from kvguard.config import POLICIES
+from kvguard.findings_tests import Row, condition, guard_tests, planned_section
 from kvguard.markdown import counted, measured, number_or_dash, p_value, quote, table
 from kvguard.metrics import MIN_UNITS, wilson_interval
 from kvguard.paired_tests import Estimate, holm
 from kvguard.policy_tests import p_of_interval
 
 Tables = Mapping[str, pl.DataFrame]
-Row = Mapping[str, Any]
 
 HEADLINE_POLICIES = (
     "none",
@@ -29,6 +29,7 @@ HEADLINE_POLICIES = (
     "lossless",
     "lossless_auto",
     "always_safe",
+    "offload",
     "oracle_gate",
     "oracle_onset",
 )
@@ -42,11 +43,6 @@ TOLD_POLICIES = (
 
 SILENT_HARM_FLOOR = 0.05
 """Silent harm counts as there where the whole interval lies above this share."""
-
-
-def condition(row: Row) -> str:
-    """Press and ratio in a table."""
-    return f"{row['press']} {row['ratio']}"
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
@@ -148,10 +144,10 @@ def pooled_rows(tables: Tables, task: str | None = None) -> list[dict[str, Any]]
 def pooled_table(tables: Tables, task: str | None = None) -> str:
     """Harm left and costs of the headline policies over all live conditions, as Markdown."""
     lines = [
-        [_named(row), *_shares(row), _byte_steps(row), *_costs(row)]
+        [_named(row), *_shares(row), _byte_steps(row), _traffic(row), *_costs(row)]
         for row in pooled_rows(tables, task)
     ]
-    return table(["policy", *_SHARES, "byte-steps", *_COSTS], lines)
+    return table(["policy", *_SHARES, "byte-steps", "bus traffic", *_COSTS], lines)
 
 
 _SHARES = ("harmed", "silently", "rescued", "alarmed")
@@ -173,17 +169,34 @@ def _shares(row: Row) -> list[str]:
 def _byte_steps(row: Row) -> str:
     if row["policy"] == "always_safe":
         return "1 (reference)"
-    text = measured(row, "relative_byte_steps")
-    prompts = row.get("prompts", row["requests"])  # within a condition they are the same
-    if row["relative_byte_steps_low"] is None and prompts >= MIN_UNITS:
-        text = text.replace("[too few prompts]", "(the same for every prompt)")
-    text, relative = _least(row) + text, row["relative_byte_steps"]
+    text = _least(row) + _multiple(row, "relative_byte_steps")
+    relative = row["relative_byte_steps"]
     return f"**{text}**" if relative is not None and relative > 1 else text
+
+
+def _traffic(row: Row) -> str:
+    """Bytes moved, as a multiple of what offloading the full KV cache moves; a dash: not known."""
+    value = row.get("relative_bus_traffic")
+    if row["policy"] == "offload":
+        return "1 (reference)"
+    if not value:
+        return "-" if value is None else "0"
+    text = _multiple(row, "relative_bus_traffic")
+    return f"**{text}**" if value > 1 else text
+
+
+def _multiple(row: Row, name: str) -> str:
+    """A relative cost with its interval, which is undefined where no prompt differs."""
+    text = measured(row, name)
+    prompts = row.get("prompts", row["requests"])  # within a condition they are the same
+    if row[f"{name}_low"] is None and prompts >= MIN_UNITS:
+        text = text.replace("[too few prompts]", "(the same for every prompt)")
+    return text
 
 
 def _least(row: Row) -> str:
     """Simulated byte-steps of a request that a policy touched are a low estimate (`costs`)."""
-    exact = row["source"] == "live" or row["policy"] == "none"
+    exact = row["source"] == "live" or row["policy"] in ("none", "offload")
     return "" if exact or row["relative_byte_steps"] is None else "at least "
 
 
@@ -220,6 +233,9 @@ def visible_text(tables: Tables) -> str:
             else f", {_least(row) or 'at '}{relative:.2f} of the device byte-steps of never "
             "compressing"
         )
+        traffic = row.get("relative_bus_traffic")
+        if traffic is not None:
+            cost += f" and {traffic:.2f} of the bytes that offloading the whole cache would move"
         sentences.append(
             f"*{_named(row)}* leaves {_count(row, 'harmed')} of {row['requests']} harmed{cost}."
         )
@@ -275,12 +291,14 @@ def policy_table(rows: Iterable[Row]) -> str:
             _named(row),
             *_shares(row),
             _byte_steps(row),
+            _traffic(row),
             _constant(row),
             *_costs(row),
         ]
         for row in rows
     ]
-    head = ["condition", "policy", *_SHARES, "byte-steps", "constant ratio", *_COSTS]
+    head = ["condition", "policy", *_SHARES, "byte-steps", "bus traffic"]
+    head += ["constant ratio", *_COSTS]
     return table(head, lines)
 
 
@@ -302,9 +320,12 @@ def policies_section(tables: Tables, described: Row) -> str:
         "are of requests; costs are means per request (their intervals are in `tables/policies`). "
         "Byte-steps: allocated device bytes summed over model steps, checks included, as a "
         "multiple of the full KV cache's on the same prompts; bold where a policy costs more than "
-        "that. Constant ratio: the share of harmed requests that the press without a policy would "
-        "leave at the same byte-steps, between its measured ratios (ratio 0 included); a policy is "
-        "worth having where it leaves less. A dash: not known, or outside the measured ratios. "
+        "that. Bus traffic: bytes of entries that cross between the device and where they are "
+        "parked, as a multiple of what offloading the full KV cache would move for the same "
+        "answers; bold above that. Constant ratio: the share of harmed requests that the press "
+        "without a policy would leave at the same byte-steps, between its measured ratios (ratio 0 "
+        "included); a policy is worth having where it leaves less. A dash: not known, or outside "
+        "the measured ratios. "
         f"`kvguard/policies.py` describes each policy.{_dear_alone(rows)}\n\n" + policy_table(rows)
     )
     counts = tables["simulation_reasons"].group_by("reason").agg(pl.col("requests").sum())
@@ -327,13 +348,13 @@ def tasks_section(tables: Tables) -> str:
     if len(tasks) < 2:
         return ""
     lines = [
-        [task, _named(row), *_shares(row), _byte_steps(row)]
+        [task, _named(row), *_shares(row), _byte_steps(row), _traffic(row)]
         for task in tasks
         for row in pooled_rows(tables, task)
         if row["policy"] in ("none", "verify_on_failure", "guard")
     ]
     return "### By task\n\nTest prompts of each task, all live conditions together.\n\n" + table(
-        ["task", "policy", *_SHARES, "byte-steps"], lines
+        ["task", "policy", *_SHARES, "byte-steps", "bus traffic"], lines
     )
 
 
@@ -347,7 +368,7 @@ def lead_section(tables: Tables, certificate: Certificate) -> str:
         _existence(tables["harm"])[0],
         visible_text(tables),
         _prediction(tables["harm_metrics"])[0],
-        _guard_tests(tables["guard_tests"])[0],
+        guard_tests(tables["guard_tests"])[0],
         f"{made} of {len(certificate.statements)} statements about harm left and alarms are "
         "certified.",
     ]
@@ -359,7 +380,7 @@ def tests_section(tables: Tables) -> str:
     parts = (
         _existence(tables["harm"]),
         _prediction(tables["harm_metrics"]),
-        _guard_tests(tables["guard_tests"]),
+        guard_tests(tables["guard_tests"]),
     )
     head = '### Three tests\n\nTwo-sided; "adjusted" is Holm\'s, within one test. '
     return head + "\n\n".join(details for _, details in parts)
@@ -423,61 +444,6 @@ def _units(row: Row) -> int:
     fewer = min(int(row["harmed"]), requests - int(row["harmed"]))
     per_prompt = max(-(-requests // max(prompts, 1)), 1)
     return -(-fewer // per_prompt)
-
-
-def _guard_tests(tests: pl.DataFrame) -> tuple[str, str]:
-    """The guard against its rivals: exact McNemar on harm, paired bootstrap on byte-steps."""
-    text = (
-        "**Policies.** Live test requests: *guard* against each rival, harm by the exact McNemar "
-        "test, device byte-steps (as shares of the full KV cache's) by a paired bootstrap over "
-        "prompts, both adjusted over the rivals. Differences are guard minus rival: below 0 the "
-        "guard does better. Over all conditions a prompt makes one pair per condition; McNemar's "
-        "test takes these as independent, the intervals do not. All rivals in each condition are "
-        "in `tables/guard_tests`."
-    )
-    if tests.is_empty():
-        return "", text + " The guard did not run live in this run."
-    lines = []
-    shown = tests.filter(pl.col("press").is_null() | (pl.col("other") == "verify_on_failure"))
-    for row in shown.to_dicts():
-        lines.append(
-            [
-                "all" if row["press"] is None else condition(row),
-                POLICIES[row["other"]].label,
-                f"{row['harmed']} and {row['other_harmed']} of {row['requests']}",
-                f"{row['only_harmed']} / {row['only_other']}",
-                _span(row, "harm", percent=True),
-                p_value(row["harm_p_adjusted"]),
-                _span(row, "byte_steps"),
-                p_value(row["byte_steps_p_adjusted"]),
-            ]
-        )
-    head = ["condition", "rival", "harmed, guard and rival", "only guard / only rival"]
-    head += ["harm", "adjusted p", "byte-steps", "adjusted p"]
-    answers = []
-    for row in tests.filter(pl.col("press").is_null()).to_dicts():
-        if row["other"] in ("verify_on_failure", "lossless", "lossless_auto"):
-            p = row["harm_p_adjusted"]
-            sure = p is not None and p < 0.05
-            more = row["harm_difference"] is not None and row["harm_difference"] > 0
-            found = f"leaves {'more' if more else 'fewer'}" if sure else "is not shown to differ in"
-            cost = _span(row, "byte_steps")
-            answers.append(
-                f"Against *{POLICIES[row['other']].label}* the guard {found} harmed requests "
-                f"(adjusted p {p_value(p)}); byte-steps, guard minus rival: {cost}."
-            )
-    answer = " ".join(answers)
-    return answer, f"{text}\n\n{table(head, lines)}"
-
-
-def _span(row: Row, name: str, *, percent: bool = False) -> str:
-    value = row[f"{name}_difference"]
-    if value is None:
-        return "undefined"
-    if row[f"{name}_low"] is None:
-        return f"{value:.2f} (the same in every pair)"
-    renamed = {"x": value, "x_low": row[f"{name}_low"], "x_high": row[f"{name}_high"]}
-    return measured(renamed, "x", percent=percent)
 
 
 # --- certificate ---------------------------------------------------------------------------------
@@ -554,6 +520,7 @@ def sections(
         policies_section(tables, described),
         tasks_section(tables),
         tests_section(tables),
+        planned_section(tables["planned_tests"]),
     ]
     behind = [certificate_section(tables, certificate, described["live"]["operating_point"])]
     return [text for text in before if text], behind

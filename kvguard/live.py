@@ -9,7 +9,7 @@ import polars as pl
 
 from kvguard import config
 from kvguard.audit import first_rejected
-from kvguard.costs import matched_ratio
+from kvguard.costs import matched_ratio, offload_row
 from kvguard.detectors import agreement, detect_outcomes, judge_instructions
 from kvguard.engine import Session
 from kvguard.experiment import (
@@ -33,7 +33,7 @@ from kvguard.probes import marked_tokens, reads_probes
 from kvguard.prompts import Example, Prompt, load_task, prompts_frame
 from kvguard.requests import Completion
 from kvguard.rival_settings import NO_GATE, NO_LADDER, gate_risk, gate_scores
-from kvguard.rivals import Ladder
+from kvguard.rivals import Ladder, Offload
 from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
 from kvguard.splits import prompts_of, read_splits
 
@@ -133,7 +133,7 @@ def run_policy_shard(
         probe_score=scores,
         bus_ratio=guard.bus_ratio,
         ratio=float(rule.press_ratio or ratio),
-        safe_ratio=float(guard.safe_ratio),
+        safe_ratio=0.0 if isinstance(rule, Offload) else float(guard.safe_ratio),
         margin_nats=guard.margin_nats,
         tolerance=guard.tolerance,
         check_every_tokens=guard.check_every_tokens,
@@ -148,7 +148,10 @@ def run_policy_shard(
         for completion, report in guarded(session, ready.requests, observer):
             if policy in ("gate", "ladder") and gate is None:
                 report.notes.append(NO_GATE if policy == "gate" else NO_LADDER)
-            traces.append(trace_row(completion, model, ready.decoding) | keys | place)
+            row = trace_row(completion, model, ready.decoding) | keys | place
+            if isinstance(rule, Offload):
+                row = offload_row(row, model.model.config.num_hidden_layers)
+            traces.append(row)
             reports.append(_report_row(completion, report))
             if completion.error is None:
                 margin = guard.margin_nats

@@ -19,6 +19,7 @@ from kvguard.plot_style import (
     PressStyle,
     condition_label,
     conditions_in_order,
+    floats,
     grouped_places,
     horizontal_interval,
     in_order,
@@ -193,70 +194,56 @@ COMPARED = {
 
 @styled
 def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
-    """Harm left by each policy against its device memory over time, relative to the full KV cache.
+    """Harm left by each policy against device memory over time, and against traffic on the bus.
 
-    Lower left is better. A policy to the right of 1 costs more than never compressing: its marker
-    is open. The line is the press without a policy, between the ratios at which it was measured: a
-    policy below it leaves less harm than a constant ratio of the same cost.
+    One row a condition, harm at one height in both panels. Lower left is better in both. A policy
+    to the right of 1 costs more than never compressing (left) or moves more than offloading the
+    full KV cache (right): its marker is open. The line is the press without a policy, between
+    the ratios at which it was measured: a policy below it leaves less harm than a constant ratio of
+    the same cost.
 
     Args:
         policies: `compare_policies.summarize_runs`: one row per (policy, model, press, ratio,
-            ``source``): ``harmed`` with its interval and ``relative_byte_steps`` with its interval
-            (device byte-steps over those of the full KV cache on the same prompts). Policies are
-            taken from the live runs, oracles (``oracle_...``) from any source, the line of constant
-            ratios from the simulated rows of ``none``.
+            ``source``): ``harmed``, ``relative_byte_steps`` (device byte-steps over those of the
+            full KV cache on the same prompts) and ``relative_bus_traffic`` (bytes moved over those
+            of offloading it), each with its interval. Policies are taken from the live runs,
+            oracles (``oracle_...``) from any source, offloading from the simulation where it did
+            not run live, the line of constant ratios from the simulated rows of ``none``.
 
     Raises:
-        MissingData: a column is absent, or no row has both numbers.
+        MissingData: a column is absent, or no row has harm and byte-steps.
     """
-    cost = "relative_byte_steps"
-    intervals = [f"{name}{end}" for name in ("harmed", cost) for end in ("", "_low", "_high")]
+    steps, traffic = "relative_byte_steps", "relative_bus_traffic"
+    measures = ("harmed", steps, traffic)
+    intervals = [f"{name}{end}" for name in measures for end in ("", "_low", "_high")]
     need(policies, ["policy", "model", "press", "ratio", "source", *intervals], "harm_against_cost")
-    oracle = pl.col("policy").str.starts_with("oracle")
-    shown = policies.filter((pl.col("source") == "live") | oracle, pl.col("press") != BASELINE)
-    shown = shown.drop_nulls(["harmed", cost])
-    ran = shown.filter(source="live").select("model", "press", "ratio")
-    if not ran.is_empty():  # a condition with oracles alone compares nothing
-        shown = shown.join(ran.unique(), on=ran.columns, how="semi", maintain_order="left")
+    shown = _shown_beside_live(policies.filter(pl.col("press") != BASELINE), steps)
     need(shown, [], "harm_against_cost")
     conditions = list(
         shown.select("model", "press", "ratio").unique(maintain_order=True).iter_rows()
     )
     names = sorted(set(shown["policy"]), key=policy_order)
-    columns = min(len(conditions), 3)
-    rows = -(-len(conditions) // columns)
+    rows = len(conditions)
     figure = Figure(
-        figsize=(2.35 * columns + 1.9, max(2.2 * rows, 0.17 * len(names) + 0.6) + 0.3),
-        layout="constrained",
+        figsize=(7.2, max(1.9 * rows, 0.17 * len(names) + 0.6) + 0.4), layout="constrained"
     )
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    grid = figure.subplots(rows, 2, squeeze=False, sharey="row")
     several = len({model for model, _, _ in conditions}) > 1
     styles = press_styles(shown["press"])
-    for axes, (model, press, ratio) in zip(panels[: len(conditions)], conditions, strict=True):
+    for (left, right), (model, press, ratio) in zip(grid, conditions, strict=True):
         here = shown.filter(model=model, press=press, ratio=ratio)
-        line = _constant_line(policies, model, press, cost)
+        line = _constant_line(policies, model, press, steps)
         if line.height > 1:
-            axes.plot(line[cost], line["harmed"], color=GREY, lw=1, ls="--", marker=".", zorder=1)
-        dear = max(1.15, 1.05 * here[cost].max())  # type: ignore[operator]
-        axes.axvspan(1, dear, color=FAINT, alpha=0.45, lw=0, zorder=0)
-        axes.set_xlim(0, dear)
-        # Oracles first: what really ran must not lie hidden below them.
-        for entry in sorted(here.to_dicts(), key=_drawing_order):
-            _benefit(axes, entry, cost)
+            left.plot(line[steps], line["harmed"], color=GREY, lw=1, ls="--", marker=".", zorder=1)
+        for axes, cost in ((left, steps), (right, traffic)):
+            _draw_costs(axes, here.drop_nulls(cost), cost)
         title = condition_label((press, ratio), styles)
-        axes.set_title(f"{model}\n{title}" if several else title)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_ylim(bottom=min(-0.03, axes.get_ylim()[0]))
-        axes.grid(axis="y")
-    for axes in panels[len(conditions) :]:
-        axes.set_visible(False)
+        left.set_title(f"{model}\n{title}" if several else title)
+        left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        left.set_ylim(bottom=min(-0.03, left.get_ylim()[0]))
     figure.supylabel("harmed requests", fontsize=8)
-    figure.supxlabel(
-        "device byte-steps per request, never compressing = 1 (shaded: costs more than that)",
-        fontsize=7.5,
-    )
+    grid[-1][0].set_xlabel("device byte-steps, never compressing = 1")
+    grid[-1][1].set_xlabel("bytes over the bus, offloading the full cache = 1")
     handles = []
     for name in names:
         style = policy_style(name)
@@ -277,6 +264,40 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
     return figure
 
 
+def _shown_beside_live(policies: pl.DataFrame, cost: str) -> pl.DataFrame:
+    """Live rows, oracles of any source, and offloading, whose costs are counted in both."""
+    live = policies.filter(source="live")
+    counted = policies.filter(pl.col("policy") == "offload", pl.col("source") != "live").join(
+        live, on=["policy", "model", "press", "ratio"], how="anti", maintain_order="left"
+    )
+    oracles = policies.filter(
+        pl.col("policy").str.starts_with("oracle"), pl.col("source") != "live"
+    )
+    shown = pl.concat([live, counted, oracles]).drop_nulls(["harmed", cost])
+    ran = live.drop_nulls(["harmed", cost]).select("model", "press", "ratio")
+    if ran.is_empty():
+        return shown
+    # A condition with oracles alone compares nothing.
+    return shown.join(ran.unique(), on=ran.columns, how="semi", maintain_order="left")
+
+
+def _draw_costs(axes: Axes, rows: pl.DataFrame, cost: str) -> None:
+    """Policies of one condition at (cost, harmed); shaded beyond 1."""
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(axis="y")
+    if rows.is_empty():
+        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=GREY)
+        axes.set_xlim(0, 1.15)
+        return
+    dear = max(1.15, 1.05 * float(floats(rows[cost]).max()))
+    axes.axvspan(1, dear, color=FAINT, alpha=0.45, lw=0, zorder=0)
+    axes.set_xlim(-0.02 * dear, dear)
+    # Oracles first: what really ran must not lie hidden below them.
+    for entry in sorted(rows.to_dicts(), key=_drawing_order):
+        _benefit(axes, entry, cost)
+
+
 def _constant_line(policies: pl.DataFrame, model: str, press: str, cost: str) -> pl.DataFrame:
     """Cost and harm of a press alone at each of its ratios, and of never compressing."""
     alone = policies.filter(
@@ -294,7 +315,7 @@ def _drawing_order(entry: Mapping[str, Any]) -> tuple[bool, tuple[int, str]]:
 
 
 def _benefit(axes: Axes, entry: dict[str, Any], cost: str) -> None:
-    """One policy at (cost, harmed) with both intervals; open where it exceeds the full KV cache."""
+    """One policy at (cost, harmed) with both intervals; open where it exceeds 1."""
     style = policy_style(entry["policy"])
     bars: dict[str, Any] = {}
     for name, column in (("xerr", cost), ("yerr", "harmed")):

@@ -105,6 +105,8 @@ def policy_style(policy: str) -> PolicyStyle:
     label = POLICY_LABELS.get(policy, policy)
     if policy in ("none", "always_safe"):
         return PolicyStyle(label, INK, "o" if policy == "none" else "*", True)
+    if policy == "offload":
+        return PolicyStyle(label, INK, "P", True)
     alike = [name for name in POLICY_LABELS if _family(name) == _family(policy)]
     place = alike.index(policy) if policy in alike else len(alike)
     marker = MARKERS[place % len(MARKERS)]
@@ -122,7 +124,7 @@ _RIVALS = ("#D55E00", "#E69F00", "#009E73", "#707070", "#999933", "#882255", "#A
 
 def _family(policy: str) -> str:
     prefix = policy.split("_")[0]
-    return prefix if prefix in ("guard", "oracle", "none", "always") else "rival"
+    return prefix if prefix in ("guard", "oracle", "none", "always", "offload") else "rival"
 
 
 def policy_order(policy: str) -> tuple[int, str]:

@@ -18,6 +18,7 @@ from kvguard.rivals import (
     LoopGuard,
     Lossless,
     NgramStop,
+    Offload,
     PeriodicRefresh,
     Probation,
     RandomAlarm,
@@ -108,6 +109,8 @@ def make_policy(
         return Ladder(name, rows, bound)
     if name == "always_safe":
         return AlwaysSafe(name, rows)
+    if name == "offload":
+        return Offload(name, rows)
     policy = Policy(name, rows)
     if name == "constant":
         if press_ratio is None:

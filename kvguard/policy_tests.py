@@ -14,7 +14,7 @@ import polars as pl
 from scipy import stats
 
 from kvguard import config
-from kvguard.compare_policies import pool_conditions
+from kvguard.compare_policies import pool_conditions, with_references
 from kvguard.metrics import exact_reach
 from kvguard.paired_tests import Estimate, holm, mcnemar_exact, paired_bootstrap
 from kvguard.schema import CONDITION, TRACE_KEYS
@@ -124,11 +124,14 @@ GUARD_COLUMNS: dict[str, type[pl.DataType]] = {
             *("harm_difference", "harm_low", "harm_high", "harm_p_value", "harm_p_adjusted"),
             *("byte_steps_difference", "byte_steps_low", "byte_steps_high"),
             *("byte_steps_p_value", "byte_steps_p_adjusted"),
+            *("bus_traffic_difference", "bus_traffic_low", "bus_traffic_high"),
+            *("bus_traffic_p_value", "bus_traffic_p_adjusted"),
         ),
         pl.Float64,
     ),
 }
-"""``byte_steps_*`` are shares of the full KV cache's device byte-steps on the same requests."""
+"""``byte_steps_*`` are shares of the full KV cache's device byte-steps on the same requests,
+``bus_traffic_*`` of the bytes that offloading it would move."""
 
 
 def compare_with_guard(
@@ -141,11 +144,6 @@ def compare_with_guard(
 ) -> pl.DataFrame:
     """The guard against each rival: in every condition, and over all of them together.
 
-    Harm by the exact McNemar test, its difference and that of the device byte-steps by a paired
-    bootstrap that resamples prompts. Holm adjusts over the rivals, harm and byte-steps apart. Over
-    all conditions a prompt makes one pair per condition; McNemar's test takes the pairs as
-    independent, the intervals do not.
-
     Args:
         runs: RUNS of one source, ``always_safe`` among them (else byte-steps are null).
         guard: the policy that is compared.
@@ -154,28 +152,53 @@ def compare_with_guard(
         seed: of the resampling.
 
     Returns:
-        `GUARD_COLUMNS`; differences are guard minus rival, negative is better for the guard. Model,
-        press and ratio are null in the rows over all conditions.
+        As `compare_listed`; differences below 0 are better for the guard.
+    """
+    ran = set(runs.filter(pl.col("status") == "ok")["policy"])
+    pairs = [(guard, rival) for rival in rivals if {guard, rival} <= ran and rival != guard]
+    table = compare_listed(runs, pairs, samples=samples, seed=seed)
+    return table.filter(pl.col("requests") > 0)
+
+
+def compare_listed(
+    runs: pl.DataFrame,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    samples: int = 500,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """A list of pairs of policies: in every condition, and over all of them together.
+
+    Harm by the exact McNemar test, its difference and those of the device byte-steps and the bytes
+    moved by a paired bootstrap that resamples prompts. Holm adjusts over the list, each measure
+    apart. Over all conditions a prompt makes one pair per condition; McNemar's test takes the pairs
+    as independent, the intervals do not.
+
+    Args:
+        runs: RUNS of one source, ``always_safe`` among them (else byte-steps are null).
+        pairs: (policy, other).
+        samples: bootstrap samples.
+        seed: of the resampling.
+
+    Returns:
+        `GUARD_COLUMNS`, a row for each pair whether both ran or not; undefined is null.
+        Differences are policy minus other. Model, press and ratio are null in the rows over all
+        conditions.
     """
     ran = runs.filter((pl.col("status") == "ok") & (pl.col("press") != config.BASELINE))
-    columns = [*TRACE_KEYS, "harmed", "device_byte_steps"]
-    full = ran.filter(pl.col("policy") == "always_safe")
-    full = full.select(*TRACE_KEYS, full=pl.col("device_byte_steps").cast(pl.Float64))
+    costs = ("device_byte_steps", "traffic", "full_byte_steps", "offloaded_bytes")
+    ran = with_references(ran).select(*CONDITION, "prompt_id", "source", "policy", "harmed", *costs)
     groups: list[tuple[tuple[object, ...], pl.DataFrame]] = [((None, None, None), ran)]
     groups += list(ran.group_by(*CONDITION, maintain_order=True))
     rows: list[dict[str, object]] = []
     for key, part in groups:
-        own = part.filter(pl.col("policy") == guard).select(columns)
         family = []
-        for rival in rivals:
-            other = part.filter(pl.col("policy") == rival).select(columns)
-            if own.is_empty() or other.is_empty() or rival == guard:
-                continue
-            named = dict(zip(CONDITION, key, strict=True)) | {"policy": guard, "other": rival}
-            named["source"] = part["source"][0]
-            pairs = _pairs(own, other, TRACE_KEYS).join(full, on=TRACE_KEYS, how="left")
-            family.append(named | _paired_row(pairs, samples, seed))
-        for name in ("harm", "byte_steps"):
+        for policy, other in pairs:
+            named = dict(zip(CONDITION, key, strict=True)) | {"policy": policy, "other": other}
+            named["source"] = None if part.is_empty() else part["source"][0]
+            first, second = (part.filter(pl.col("policy") == name) for name in (policy, other))
+            family.append(named | _paired_row(_pairs(first, second, TRACE_KEYS), samples, seed))
+        for name in ("harm", "byte_steps", "bus_traffic"):
             p_values = [row[f"{name}_p_value"] for row in family]
             for row, value in zip(family, holm(p_values), strict=True):  # type: ignore[arg-type]
                 row[f"{name}_p_adjusted"] = value
@@ -184,6 +207,9 @@ def compare_with_guard(
 
 
 def _paired_row(pairs: pl.DataFrame, samples: int, seed: int) -> dict[str, object]:
+    if pairs.is_empty():
+        known = {"requests": 0, "prompts": 0}
+        return dict.fromkeys(list(GUARD_COLUMNS)[len(CONDITION) + 3 :]) | known
     first, second = pairs["harmed"].to_numpy(), pairs["harmed_other"].to_numpy()
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     prompts = pairs["prompt_id"].n_unique()
@@ -197,18 +223,8 @@ def _paired_row(pairs: pl.DataFrame, samples: int, seed: int) -> dict[str, objec
     if prompts and only_first + only_second == 0:
         reach = exact_reach(prompts)
         harm = Estimate(0.0, -reach, reach)
-    priced = pairs.drop_nulls(["device_byte_steps", "device_byte_steps_other", "full"])
-    cost = Estimate(None, None, None)
-    # A difference over some of the requests is not that of all: null unless all are known.
-    if priced.height == pairs.height > 0:
-        whole = priced["full"].to_numpy().mean()
-        cost = paired_bootstrap(
-            priced["device_byte_steps_other"].to_numpy() / whole,
-            priced["device_byte_steps"].to_numpy() / whole,
-            priced["prompt_id"].to_list(),
-            samples=samples,
-            seed=seed,
-        )
+    cost = _cost_difference(pairs, "device_byte_steps", "full_byte_steps", samples, seed)
+    traffic = _cost_difference(pairs, "traffic", "offloaded_bytes", samples, seed)
     return {
         "requests": pairs.height,
         "prompts": prompts,
@@ -224,19 +240,45 @@ def _paired_row(pairs: pl.DataFrame, samples: int, seed: int) -> dict[str, objec
         "byte_steps_low": cost.low,
         "byte_steps_high": cost.high,
         "byte_steps_p_value": p_of_interval(cost, prompts),
+        "bus_traffic_difference": traffic.value,
+        "bus_traffic_low": traffic.low,
+        "bus_traffic_high": traffic.high,
+        "bus_traffic_p_value": p_of_interval(traffic, prompts),
     }
 
 
+def _cost_difference(
+    pairs: pl.DataFrame, cost: str, reference: str, samples: int, seed: int
+) -> Estimate:
+    """Difference of a cost as a share of its reference's mean; null unless all are known."""
+    priced = pairs.drop_nulls([cost, f"{cost}_other", reference])
+    if not priced.height == pairs.height > 0:
+        return Estimate(None, None, None)
+    whole = priced[reference].to_numpy().mean()
+    return paired_bootstrap(
+        priced[f"{cost}_other"].to_numpy() / whole,
+        priced[cost].to_numpy() / whole,
+        priced["prompt_id"].to_list(),
+        samples=samples,
+        seed=seed,
+    )
+
+
 def live_tables(
-    live: pl.DataFrame, simulated: pl.DataFrame, samples: int, seed: int
+    live: pl.DataFrame,
+    simulated: pl.DataFrame,
+    samples: int,
+    seed: int,
+    planned: Sequence[tuple[str, str]] = (),
 ) -> dict[str, pl.DataFrame]:
-    """``policies_pooled`` and ``guard_tests`` of a run.
+    """``policies_pooled``, ``guard_tests`` and ``planned_tests`` of a run.
 
     Args:
         live: RUNS with source "live".
         simulated: RUNS with source "simulation"; of the requests that ran live, the policies.
         samples: bootstrap samples.
         seed: of the resampling.
+        planned: ``live.planned_tests`` as pairs (policy, other).
     """
     requests = live.select(TRACE_KEYS).unique()
     simulated = simulated.join(requests, on=TRACE_KEYS, how="semi", maintain_order="left")
@@ -244,6 +286,7 @@ def live_tables(
     return {
         "policies_pooled": pooled,
         "guard_tests": compare_with_guard(live, samples=samples, seed=seed),
+        "planned_tests": compare_listed(live, planned, samples=samples, seed=seed),
     }
 
 

@@ -53,7 +53,9 @@ class Completion:
         device_bytes_peak: of the batch's caches, over the passes that it was part of.
         host_byte_steps: bytes of its cold cache, summed over the same passes.
         checks: how often an observer had tokens checked.
-        bytes_moved: of entries parked outside device memory, and brought back for checks.
+        bytes_moved: of entries parked outside device memory, read there by passes, and written
+            back; counted where the device is the host as if it were not. A prefix that prompts
+            share is parked once for all and in nobody's count.
         notes: what went wrong and was survived.
         cold: the uncompressed entries outside device memory; None where there are none.
         probes: what the prefill measured, (24,) `schema.PROBE_NAMES`; None where not asked for.

@@ -30,6 +30,20 @@ class AlwaysSafe(Policy):
     starts_safe = True
 
 
+class Offload(AlwaysSafe):
+    """Never compresses either, and keeps the cache in host memory: the rival in device memory.
+
+    **Counted, not carried out**: the request is decoded with its cache on the device, token for
+    token as `AlwaysSafe`, and its costs are replaced by those of `costs.offload_costs`, from the
+    prompt's tokens and bytes, the decode steps, the allocated byte-steps and the model's number
+    of layers. Its seconds are null. It stands for the offloaded cache of transformers
+    (``DynamicCache(offloading=True)``, ``cache_implementation="offloaded"``; ``OffloadedCache`` in
+    earlier versions): two layers are on the device, every layer comes over the bus once a token.
+    There each layer also goes back whole, nearly doubling the traffic; here only the new token's
+    entries do, which any careful implementation would do, and which favours this rival.
+    """
+
+
 class OneAlarm(Policy, ABC):
     """Base of the policies that act once a request, then leave it in SAFE."""
 

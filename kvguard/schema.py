@@ -75,7 +75,9 @@ COSTS: dict[str, pl.DataType] = {
     "device_byte_steps": pl.Int64(),
     "device_bytes_peak": pl.Int64(),  # of the whole batch's caches while the request was in it
     "host_byte_steps": pl.Int64(),  # of its cold cache, summed over the same steps
-    "bytes_moved": pl.Int64(),  # between host and device, both ways
+    # Of entries parked off the device, read there by passes, written there and back; on a host as
+    # on a device. Files without RUNS.prompt_tokens hold, from a CPU, what was parked alone.
+    "bytes_moved": pl.Int64(),
     "tokens_prefilled": pl.Int64(),  # by passes of more than one token; a shared prefix counts
     "decode_steps": pl.Int64(),  # single-token passes, those of dropped tokens included
     "tokens_wasted": pl.Int64(),  # generated, then dropped
@@ -290,11 +292,13 @@ RUNS: dict[str, pl.DataType] = _trace_key_types | {
     "amnesia": pl.Boolean(),  # null where the final tokens were not audited
     "catastrophe": pl.Boolean(),
     "start_ratio": pl.String(),  # that `ladder` chose; null: not asked, or not known
+    "prompt_tokens": pl.Int32(),
+    "cache_bytes_before": pl.Int64(),  # prompt cache, uncompressed; as in TRACES
     **COSTS,
 }
 """One row per (trace, policy): the live experiment and its offline simulation share it."""
 
-LATER_COLUMNS = ("start_ratio",)
+LATER_COLUMNS = ("start_ratio", "prompt_tokens", "cache_bytes_before")
 """Columns that files of earlier versions do not have: null there."""
 
 

@@ -34,7 +34,15 @@ from numpy.typing import NDArray
 
 from kvguard import config, schema
 from kvguard.controller import NEVER, Mode, first_alarm, stack_points
-from kvguard.costs import COSTS, Cost, check_cost, draft_cost, recovery_cost, trace_memory
+from kvguard.costs import (
+    COSTS,
+    Cost,
+    check_cost,
+    draft_cost,
+    offload_costs,
+    recovery_cost,
+    trace_memory,
+)
 from kvguard.detectors import agreement, judge_answers, loop_onsets
 from kvguard.harm import judge_harm
 from kvguard.harm_model import HarmModel
@@ -43,12 +51,14 @@ from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, n
 from kvguard.policy_factory import make_policy
 from kvguard.predictor import Predictor
 from kvguard.rival_settings import gate_scores, trace_probes
-from kvguard.rivals import Ladder, choose_rung
+from kvguard.rivals import Ladder, Offload, choose_rung
 from kvguard.schema import CATASTROPHES, CONDITION, REPLAY_TOKENS, TRACE_KEYS
 from kvguard.stored_requests import NOWHERE, StoredRequests
 
 OUTCOME_COLUMNS = ("answer", "right", "agrees", *CATASTROPHES)
 """What RUNS says of an answer, besides ``catastrophe``."""
+
+_PROMPT_SIZES = ("prompt_tokens", "cache_bytes_before")
 
 IntArray = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
@@ -151,6 +161,7 @@ def simulate_policies(
     harm_model: HarmModel | None = None,
     guard: config.GuardSettings | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
+    layers: int | None = None,
 ) -> pl.DataFrame:
     """What each policy would have done to each request: RUNS, source "simulation".
 
@@ -177,12 +188,13 @@ def simulate_policies(
         guard: how the guard works; None takes the defaults. Above a safe ratio of "0.000" what
             follows a recovery is unknown.
         decode: token ids to text, for requests that a policy stopped; None: their answer is null.
+        layers: of the model; None: the device byte-steps of ``offload`` are null.
     """
     guard = guard or config.GuardSettings()
     rate: float | FloatArray | None = random_rate
     if rate is None and controller is not None:
         rate = alarm_rates(requests, controller)
-    failed = requests.failed.select(*TRACE_KEYS, "task", "shard", "status", "error")
+    failed = requests.failed.select(*TRACE_KEYS, "task", "shard", "status", "error", *_PROMPT_SIZES)
     frames = []
     for name in dict.fromkeys(policies):
         if name == "constant":
@@ -205,7 +217,7 @@ def simulate_policies(
             ladder_threshold=ladder_threshold,
             harm_model=harm_model,
         )
-        exact = guard.safe_ratio == config.BASELINE_RATIO
+        exact = guard.safe_ratio == config.BASELINE_RATIO or isinstance(policy, Offload)
         scores = None
         if name == "guard_price" and harm_model is not None:
             scores = _harm_scores(harm_model, requests)
@@ -223,6 +235,10 @@ def simulate_policies(
         runs = ending_runs(name, requests, ending, guard.holdback_tokens)
         if isinstance(policy, Ladder):
             runs = runs.with_columns(start_ratio=_start_ratio(requests, ending))
+        elif isinstance(policy, Offload):
+            runs = runs.with_columns(**_offloaded(runs, layers))
+        elif not policy.checks:  # nothing is parked
+            runs = runs.with_columns(bytes_moved=pl.lit(0.0), host_byte_steps=pl.lit(0.0))
         runs = _judge_stopped(runs, requests, prompts, detection, decode)
         runs = pl.concat([runs, failed.with_columns(policy=pl.lit(name))], how="diagonal")
         frames.append(runs if name == "none" else runs.filter(pl.col("press") != config.BASELINE))
@@ -368,6 +384,16 @@ def _start_ratio(requests: StoredRequests, ending: Ending) -> pl.Series:
     return pl.select(pl.when(known).then(found).alias("start_ratio"))["start_ratio"]
 
 
+def _offloaded(runs: pl.DataFrame, layers: int | None) -> dict[str, pl.Series]:
+    """Costs of uncompressed requests as they are counted for ``offload``."""
+    names = ("device_byte_steps", "prompt_tokens", "decode_steps", "cache_bytes_before")
+    values = [runs[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for name in names]
+    counted = offload_costs(*values, layers=layers or 1)._asdict()
+    if layers is None:
+        counted["device_byte_steps"] = np.full(runs.height, np.nan)
+    return {name: pl.Series(found).round().fill_nan(None) for name, found in counted.items()}
+
+
 def _first_cut(
     policy: Policy, requests: StoredRequests, draft: NDArray[np.int64]
 ) -> NDArray[np.int64]:
@@ -391,7 +417,7 @@ def ending_runs(
     frame = gathered.select(
         pl.when(pl.Series(known)).then(pl.col(name)).alias(name) for name in gathered.columns
     ).with_columns(
-        table.select(*TRACE_KEYS, "task", "shard", "status", "error"),
+        table.select(*TRACE_KEYS, "task", "shard", "status", "error", *_PROMPT_SIZES),
         policy=pl.lit(policy),
         alarmed=pl.Series(ending.alarmed),
         stopped=pl.Series(ending.stopped),

@@ -362,10 +362,9 @@ def certificate_plan():
 
 
 def live_settings():
-    """Fields of the live experiment's section, without what only decides which jobs there are."""
-    return [
-        name for name in section("live") if name not in ("policies", "conditions", "shard_size")
-    ]
+    """Fields of the live experiment's section, without those that no policy reads."""
+    others = ("policies", "planned_tests", "conditions", "shard_size")
+    return [name for name in section("live") if name not in others]
 
 
 def figure_files(wildcards):
@@ -473,6 +472,7 @@ TABLES = {
     "policies_pooled": "Live",
     "policy_tests": "Live",
     "guard_tests": "Live",
+    "planned_tests": "Live",
     "simulation_reasons": "Live",
     "memory": "Live",
     "leakage_check": "Checks",

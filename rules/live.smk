@@ -53,6 +53,7 @@ rule summarize_live:
         tests="<results>/tables/policy_tests.parquet",
         policies_pooled="<results>/tables/policies_pooled.parquet",
         guard_tests="<results>/tables/guard_tests.parquet",
+        planned_tests="<results>/tables/planned_tests.parquet",
     log:
         "<results>/logs/summarize_live.log",
     benchmark:
@@ -65,6 +66,7 @@ rule summarize_live:
     params:
         bootstrap_samples=experiment.predictor.bootstrap_samples,
         seed=experiment.seed,
+        planned=[[pair.policy, pair.other] for pair in experiment.live.planned_tests],
         library=library("summarize_live"),
     script:
         "../workflow_scripts/summarize_live.py"

@@ -3,16 +3,25 @@
 The buffers are those of CUDA; here the device is the host, so that they can be compared.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
+import kvpress
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvguard import cold_cache
-from kvguard.cold_cache import ColdRow, ColdStore, Draft, run_drafts
+from kvguard import audit, cold_cache
+from kvguard.cold_cache import ColdRow, ColdStore, Draft, Part, run_drafts
 from kvguard.cold_layers import ColdLayers, layer_bytes
+from kvguard.engine import Session
+from kvguard.guard_observer import GuardObserver, guarded
+from kvguard.policies import Policy
 from kvguard.prefill import prefill, prefill_prefix
+from kvguard.requests import Request
+from kvguard.rivals import Lossless, VerifyAll
+from kvguard.sampling import Decoding
+from kvguard.slots import Slots
 
 SHARED = list(range(20, 43))
 
@@ -33,7 +42,7 @@ def parked(model: PreTrainedModel, lengths: dict[int, bool], kind: str) -> list[
         assert row is not None
         assert (row.prefix is not None) == shares
         rows.append(row)
-    (run,) = run_drafts(model, [Draft(rows[-1], random_ids(5, 0))]).runs
+    (run,) = run_drafts(model, [Draft(rows[-1], random_ids(5, 0))])
     rows[-1].append(run.entries, run.hidden[-1])
     return rows
 
@@ -58,14 +67,14 @@ def test_layers_in_buffers_give_the_same_pass(
 ) -> None:
     rows = parked(tiny_llama, lengths, kind)
     drafts = [Draft(row, random_ids(3 + i, 7 + i)) for i, row in enumerate(rows)]
-    expected = run_drafts(tiny_llama, drafts).runs
+    expected = run_drafts(tiny_llama, drafts)
     plain: Callable[..., object] = cold_cache._Pass
 
     def buffered(*arguments: object, **_: bool) -> object:
         return plain(*arguments, buffered=True)
 
     monkeypatch.setattr(cold_cache, "_Pass", buffered)
-    found = run_drafts(tiny_llama, drafts).runs
+    found = run_drafts(tiny_llama, drafts)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.hidden, other.hidden, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(one.entries, other.entries, rtol=1e-5, atol=1e-5)
@@ -94,3 +103,97 @@ def test_a_check_needs_two_layers_and_is_charged_for_them(
     for row, own, joins in zip(rows, tokens, shares, strict=True):
         held += 2 * (row.length - len(SHARED) if joins else own)
     assert buffers.nbytes == per_token * held
+
+
+ENTRY = 3 * 2 * 2 * 16 * 4
+"""Bytes of a token: layers, keys and values, heads, head size, float32."""
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Bytes that are copied to the device and from it, as on a device that is not the host."""
+    found: Counter[str] = Counter()
+    plain: Callable[..., object] = cold_cache._Pass
+    read, park = Part.copy_layer, ColdStore.copy_out
+    write, load = Slots.replace_tail, ColdRow.load
+
+    def reading(part: Part, number: int, target: torch.Tensor) -> None:
+        found["read"] += target.nbytes
+        read(part, number, target)
+
+    def parking(store: ColdStore, target: torch.Tensor, source: torch.Tensor) -> None:
+        found["parked"] += source.nbytes
+        park(store, target, source)
+
+    def writing(slots: Slots, row: int, dropped: int, entries: torch.Tensor) -> None:
+        found["written"] += entries.nbytes
+        write(slots, row, dropped, entries)
+
+    def loading(row: ColdRow, further: torch.Tensor | None = None) -> object:
+        found["written"] += 0 if further is None else further.nbytes
+        return load(row, further)
+
+    monkeypatch.setattr(ColdRow, "load", loading)
+    monkeypatch.setattr(cold_cache, "_Pass", lambda *given, **_: plain(*given, buffered=True))
+    monkeypatch.setattr(Part, "copy_layer", reading)
+    monkeypatch.setattr(ColdStore, "copy_out", parking)
+    monkeypatch.setattr(Slots, "replace_tail", writing)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_a_part_that_rows_share_is_read_once_and_counted_in_equal_parts(
+    tiny_llama: PreTrainedModel, copied: Counter[str], kind: str
+) -> None:
+    rows = parked(tiny_llama, {9: True, 12: False, 31: True}, kind)
+    copied.clear()
+    runs = run_drafts(tiny_llama, [Draft(row, random_ids(3 + i, i)) for i, row in enumerate(rows)])
+    # 23 tokens of the prefix for two rows; 5 were generated and parked behind the last prompt.
+    read = [9 + 23 / 2, 12, 31 + 5 + 23 / 2]
+    assert copied["read"] == sum(read) * ENTRY
+    left = [3, 4, 5]
+    moved = [run.bytes_moved for run in runs]
+    assert moved == [(a + b) * ENTRY for a, b in zip(read, left, strict=True)]
+    assert all(run.off_device for run in runs)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Lossless("lossless", 3, 3), VerifyAll("verify_all", 3)],
+    ids=["lossless", "verify_all"],
+)
+def test_bytes_moved_on_the_host_are_what_would_cross_a_bus(
+    tiny_llama: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    copied: Counter[str],
+    policy: Policy,
+) -> None:
+    """Against every copy that a policy makes of its rows, refill and a shared prefix included."""
+    checked = audit.run_drafts
+
+    def leaving(model: PreTrainedModel, drafts: list[Draft], **options: bool) -> object:
+        copied["left"] += sum(len(draft.token_ids) for draft in drafts) * ENTRY
+        return checked(model, drafts, **options)
+
+    monkeypatch.setattr(audit, "run_drafts", leaving)
+    session = Session(
+        tiny_llama,
+        Decoding(14, (2,)),
+        press=kvpress.KnormPress(0.6),
+        rows=3,
+        prefix=prefill_prefix(tiny_llama, SHARED),
+        cold="host",
+    )
+    requests = [
+        Request(str(i), [*SHARED, *random_ids(6 + 5 * i, i)], max_new_tokens=8 + i)
+        for i in range(5)
+    ]
+    done = [
+        completion for completion, _ in guarded(session, requests, GuardObserver(session, policy))
+    ]
+    assert [completion.error for completion in done] == [None] * 5
+    assert copied["read"] > 0
+    assert copied["left"] > 0
+    once = len(SHARED) * ENTRY  # the shared prefix was parked for all of them
+    shares = sum(completion.bytes_moved for completion in done)
+    assert 0 <= sum(copied.values()) - once - shares < sum(each.checks for each in done)

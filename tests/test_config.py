@@ -203,6 +203,20 @@ def test_importing_the_configuration_imports_neither_torch_nor_kvpress() -> None
         ("splits.train", 0.9, "splits", "must be 1", "1.4"),
         ("live.policies", ["guards"], "live.policies.0", "guard_promote", "'guards'"),
         (
+            "live.planned_tests",
+            [{"policy": "guard", "other": "gates"}],
+            "live.planned_tests.0.other",
+            "guard_promote",
+            "'gates'",
+        ),
+        (
+            "live.planned_tests",
+            [{"policy": "gate", "other": "gate"}],
+            "live.planned_tests.0.other",
+            "another policy",
+            "'gate'",
+        ),
+        (
             "live.conditions",
             [["snapkv", 0.4], ["snapkv", 0.9]],
             "live.conditions.1",

@@ -19,6 +19,7 @@ from kvguard.costs import (
     matched_ratio,
     memory_of_rewind,
     memory_steps,
+    offload_costs,
     recovery_cost,
     trace_memory,
 )
@@ -176,3 +177,24 @@ def test_a_pass_beyond_the_slots_is_charged_to_the_rows_that_it_is_for() -> None
     assert second.device_byte_steps == 2 * 42 + 400
     assert first.device_bytes_peak == second.device_bytes_peak == 470
     assert (first.host_byte_steps, second.host_byte_steps) == (1060, 2060)
+
+
+@pytest.mark.parametrize(("layers", "share"), [(24, 2 / 24), (2, 1.0), (1, 1.0)])
+def test_an_offloaded_cache_is_counted_step_by_step(layers: int, share: float) -> None:
+    """Against the entries that cross at each step: prompts of 5 and 3, answers of 4 and 1."""
+    prompts, answers, entry = [5, 3], [4, 1], 96
+    moved, held = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        crossed, stored, there = prompt, 0, prompt  # the prompt's entries leave after its prefill
+        for _ in range(answer - 1):
+            crossed += there + 1  # what is there comes, the new token's entries leave
+            there += 1
+            stored += there
+        moved.append(crossed * entry)
+        held.append(stored * entry)
+    measured = np.array([7000.0, 0.0])
+    steps, size = np.array(answers) - 1.0, np.array(prompts) * float(entry)
+    found = offload_costs(measured, np.array(prompts, float), steps, size, layers=layers)
+    assert found.bytes_moved.tolist() == moved
+    assert found.host_byte_steps.tolist() == held
+    assert found.device_byte_steps == pytest.approx(measured * share)

@@ -174,6 +174,8 @@ POINTS = {"balanced": OperatingPoint(tau_low=0.2, tau_high=0.5, k=2, j=8)}
 
 
 def with_interval(name, value, reach):
+    if value is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
     return {name: value, f"{name}_low": value - reach, f"{name}_high": value + reach}
 
 
@@ -217,6 +219,7 @@ def certificate(tasks=("recall", "copy")):
 
 
 COST_OF = {"none": 0.4, "always_safe": 1.0, "guard": 0.7, "guard_promote": 1.4, "oracle_gate": 0.5}
+TRAFFIC_OF = {"none": 0.0, "always_safe": 0.0, "guard": 1.2, "guard_promote": 0.3}
 
 
 def costs():
@@ -225,7 +228,8 @@ def costs():
         keys = {"policy": policy, "model": "tiny", "press": "snapkv", "ratio": ratio}
         keys["source"] = "simulation" if policy.startswith("oracle") else "live"
         harmed = with_interval("harmed", 0.5 - cost / 3, 0.1)
-        rows.append(keys | harmed | with_interval("relative_byte_steps", cost, 0.1))
+        moved = with_interval("relative_bus_traffic", TRAFFIC_OF.get(policy), 0.1)
+        rows.append(keys | harmed | with_interval("relative_byte_steps", cost, 0.1) | moved)
         if policy == "none":  # the stored answers, from which the line of constant ratios is made
             rows.append(rows[-1] | {"source": "simulation", "harmed": 0.4 * float(ratio)})
             rows[-1] |= with_interval("relative_byte_steps", 1 - float(ratio), 0.1)
@@ -447,6 +451,30 @@ def test_a_policy_that_costs_more_than_never_compressing_is_drawn_open():
     is_open = {name for name, line in drawn.items() if line.get_markerfacecolor() == "white"}
     assert is_open == {"guard_promote", "oracle_gate"}
     assert drawn["always_safe"].get_ydata()[0] == pytest.approx(0.5 - 1 / 3)
+
+
+def test_harm_is_drawn_against_traffic_beside_it_where_that_is_known():
+    """Offloading is drawn as simulated where it did not run; the rest as it ran."""
+    offload = pl.DataFrame(
+        [
+            {"policy": "offload", "model": "tiny", "press": "snapkv", "ratio": RATIOS[0]}
+            | {"source": "simulation"}
+            | with_interval("harmed", 0.0, 0.1)
+            | with_interval("relative_byte_steps", 0.08, 0.0)
+            | with_interval("relative_bus_traffic", 1.0, 0.0)
+        ]
+    )
+    figure = plot_harm.plot_harm_against_cost(pl.concat([costs(), offload]))
+    left, right = figure.axes[:2]
+    drawn = {bar.get_label(): bar.lines[0] for bar in right.containers}
+    expected = TRAFFIC_OF | {"offload": 1.0}
+    assert {name: line.get_xdata()[0] for name, line in drawn.items()} == expected
+    is_open = {name for name, line in drawn.items() if line.get_markerfacecolor() == "white"}
+    assert is_open == {"guard"}
+    assert {bar.get_label() for bar in left.containers} == {*COST_OF, "offload"}
+    assert left.get_ylim() == right.get_ylim()
+    unknown = costs().with_columns(pl.lit(None, pl.Float64).alias("relative_bus_traffic"))
+    assert not plot_harm.plot_harm_against_cost(unknown).axes[1].containers
 
 
 def test_constant_ratios_are_a_line_from_the_measured_ones_to_the_full_cache():

@@ -21,7 +21,8 @@ from kvguard.findings import (
     write_results,
 )
 from kvguard.findings_policies import observed, policy_table
-from kvguard.policy_tests import live_tables
+from kvguard.findings_tests import planned_section
+from kvguard.policy_tests import compare_listed, live_tables
 from kvguard.predictor import rules_predictor
 from kvguard.splits import split_prompts
 from kvguard.train import predict_tokens, train_predictors
@@ -119,6 +120,10 @@ COSTS_OF = {"0.500": 0.5, "0.750": 0.25}
 """Device byte-steps of compression alone at each ratio, as shares of the full cache's."""
 
 
+MOVED = {"guard": 890, "lossless": 5340}
+"""Bytes of entries; 0.2 and 1.2 of what offloading moves."""
+
+
 def _runs(source: str) -> pl.DataFrame:
     """20 test prompts, two tasks, two ratios; who is harmed is planted.
 
@@ -150,7 +155,9 @@ def _runs(source: str) -> pl.DataFrame:
                     row["device_byte_steps"] += (-1) ** (number // 2) * 100
                 row |= {"device_bytes_peak": 3 * 2**20, "tokens_prefilled": 40, "tokens_wasted": 7}
                 row |= {"checks": 1, "seconds": 0.25, "decode_steps": 9, "host_byte_steps": 0}
-                rows.append(row | {"bytes_moved": 0})
+                # Offloading moves 4450: 400, then 410 to 490 in 9 steps.
+                row |= {"prompt_tokens": 40, "cache_bytes_before": 400}
+                rows.append(row | {"bytes_moved": MOVED.get(policy, 0)})
     if source == "simulation":  # the uncompressed run of the same prompts
         for number, task in enumerate(10 * TASKS):
             row = rows[number] | {"press": "none", "ratio": "0.000", "policy": "none"}
@@ -231,7 +238,9 @@ def test_what_checking_only_loops_and_overruns_would_have_got(
         "| full KV cache",
     ]
     assert "| 0 of 40 [0%, 18%] |" in _line(section, "| lossless |")
-    assert "| **1.50 [1.50, 1.50]** |" in _line(section, "| lossless |")
+    assert "| **1.50 [1.50, 1.50]** | **1.20 [1.20, 1.20]** |" in _line(section, "| lossless |")
+    assert "| 0.20 [0.20, 0.20] |" in _line(section, "| guard |")
+    assert "| 1 (reference) | 0 |" in _line(section, "| full KV cache |")
     assert "**" not in _line(section, "| full KV cache |")
 
 
@@ -243,8 +252,8 @@ def test_every_policy_stands_beside_a_constant_ratio_of_equal_cost(
     # At 0.8 of the full cache's byte-steps, between (0.5, 40 % harmed) and (1, 0): 16 %.
     cells = _line(section, "| snapkv 0.750 | guard |").split(" | ")
     assert cells[2].startswith("8 of 20 [")
-    assert cells[7] == "16%"
-    assert _line(section, "| snapkv 0.500 | guard |").split(" | ")[7] == "-"
+    assert cells[8] == "16%"
+    assert _line(section, "| snapkv 0.500 | guard |").split(" | ")[8] == "-"
     assert "38 of 38 had the simulated alarm step and final tokens; of 2 more" in text
     by_task = _section(text, "By task")
     assert _line(by_task, "| copy | guard |").startswith("| copy | guard | 6 of 20 [")
@@ -257,6 +266,19 @@ def test_a_condition_without_a_full_cache_run_has_no_relative_cost(results: Path
     )
     line = _line(policy_table(alone.to_dicts()), "| snapkv 0.750 | guard |")
     assert line.split(" | ")[6] == "undefined"
+
+
+def test_planned_comparisons_are_a_table_of_their_own(results: Path, tmp_path: Path) -> None:
+    assert "Planned comparisons" not in _written(results, tmp_path)
+    tests = compare_listed(_runs("live"), [("lossless", "guard"), ("ladder", "gate")])
+    section = planned_section(tests)
+    cells = _line(section, "| lossless against guard |").split(" | ")
+    assert cells[1:3] == ["0 and 12 of 40", "0 / 12"]
+    # One of two pairs ran: nothing to adjust. 12 discordant pairs, all of one kind.
+    assert cells[4] == "< 0.001"
+    assert cells[7] == "1.00 (the same in every pair)"
+    missing = _line(section, "| ladder of ratios against gate at prefill |")
+    assert missing.count("undefined") == 6
 
 
 def test_three_tests_say_what_is_supported(results: Path, tmp_path: Path) -> None:
@@ -279,10 +301,11 @@ def test_older_runs_get_the_tables_that_they_lack(results: Path, tmp_path: Path)
     """As `summarize_live` would write them."""
     before = _written(results, tmp_path)
     made = live_tables(_runs("live"), _runs("simulation"), 50, 0)
-    assert tuple(made) == DERIVED
+    assert tuple(made) == (*DERIVED, "planned_tests")
+    assert made["planned_tests"].is_empty()
     paths = [results / "tables" / f"{name}.parquet" for name in DERIVED]
-    for path, table in zip(paths, made.values(), strict=True):
-        schema.write_table(table, path)
+    for name, path in zip(DERIVED, paths, strict=True):
+        schema.write_table(made[name], path)
     assert _written(results, tmp_path) == before
     for path in paths:
         path.unlink()

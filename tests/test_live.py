@@ -79,7 +79,7 @@ def test_every_policy_runs_live(tiny: LoadedModel, baseline: pl.DataFrame, polic
     assert (runs["tokens_prefilled"] > 0).all()
 
 
-@pytest.mark.parametrize("policy", ["verify_all", "always_safe"])
+@pytest.mark.parametrize("policy", ["verify_all", "always_safe", "offload"])
 def test_exact_policies_answer_as_the_uncompressed_model(
     tiny: LoadedModel, baseline: pl.DataFrame, policy: str
 ) -> None:
@@ -199,3 +199,37 @@ def test_a_ladder_runs_as_it_is_simulated(tiny: LoadedModel, baseline: pl.DataFr
                 assert share.is_between(0.8, 1.2).all()
                 assert (live["alarmed"] == (live["start_ratio"] != "0.500")).all()
     assert started == {"0.500", "0.250", "0.000"}
+
+
+def test_offloading_is_the_uncompressed_run_with_its_own_costs(
+    tiny: LoadedModel, baseline: pl.DataFrame
+) -> None:
+    """Three layers, two of them on the device; bytes counted token by token."""
+    full, runs = (live(tiny, baseline, name) for name in ("always_safe", "offload"))
+    assert runs["token_ids"].to_list() == full["token_ids"].to_list()
+    assert runs["seconds"].null_count() == runs.height
+    entry = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, float32
+    for row, other in zip(runs.to_dicts(), full.to_dicts(), strict=True):
+        assert row["device_byte_steps"] == pytest.approx(other["device_byte_steps"] * 2 / 3, abs=1)
+        assert row["device_bytes_peak"] == other["device_bytes_peak"] * 2 // 3
+        prompt, steps = other["prompt_tokens"], len(other["token_ids"]) - 1
+        crossed = prompt + sum(prompt + done + 1 for done in range(steps))
+        assert row["bytes_moved"] == crossed * entry
+        assert row["host_byte_steps"] == (crossed - prompt) * entry
+        assert other["bytes_moved"] == other["host_byte_steps"] == 0
+
+    own = [shard(tiny), shard(tiny, press())]
+    traces = pl.concat(part.traces for part in own)
+    tokens = pl.concat(part.tokens for part in own)
+    prompts, detection = prompts_frame(some_prompts()), configured().detection
+    outcomes = detect_outcomes(prompts, traces, tokens, detection)
+    given = {"prompts": prompts, "live": configured().live, "detection": detection, "layers": 3}
+    requests = load_requests(traces, tokens, outcomes)
+    simulated = simulate_policies(requests, ["none", "always_safe", "offload"], **given)
+    both = runs.join(simulated, on=["prompt_id", "policy"], maintain_order="left", suffix="_s")
+    columns = ("token_ids", "prompt_tokens", "cache_bytes_before", "bytes_moved", "decode_steps")
+    for column in (*columns, "host_byte_steps", "device_byte_steps", "answer", "harmed"):
+        assert both[column].to_list() == both[f"{column}_s"].to_list(), column
+    for name in ("none", "always_safe"):
+        assert simulated.filter(policy=name)["bytes_moved"].unique().to_list() == [0]
+    assert live(tiny, baseline, "none")["bytes_moved"].unique().to_list() == [0]

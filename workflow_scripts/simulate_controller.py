@@ -1,5 +1,6 @@
 """Replay the controller and every rival on the stored requests of the test prompts."""
 
+import json
 from pathlib import Path
 
 import polars as pl
@@ -36,7 +37,9 @@ def main(
         )
         decode = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).decode
         fitted = (controller, decode, rivals, gate, harm_model)
-        runs.append(simulate_model(frames, prompts, experiment, *fitted, target=certificate.target))
+        layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
+        about = {"target": certificate.target, "layers": layers}
+        runs.append(simulate_model(frames, prompts, experiment, *fitted, **about))
     write_table(pl.concat(runs), target, RUNS)
 
 

@@ -22,9 +22,10 @@ def main(
     tables: dict[str, Path],
     bootstrap_samples: int,
     seed: int,
+    planned: list[tuple[str, str]],
     targets: dict[str, Path],
 ) -> None:
-    """Write the targets; ``tables`` are simulation and outcomes.
+    """Write the targets; ``tables`` are simulation and outcomes, ``planned`` pairs of policies.
 
     Beside each policy stands what a constant ratio gives at equal device byte-steps.
     """
@@ -40,7 +41,7 @@ def main(
     traces = pl.read_parquet(trace_paths, hive_partitioning=False)
     write_table(constant_frontier(pl.concat(policies), measured=policies[1]), targets["policies"])
     write_table(pl.concat(pairs), targets["tests"])
-    for name, table in live_tables(live, simulated, bootstrap_samples, seed).items():
+    for name, table in live_tables(live, simulated, bootstrap_samples, seed, planned).items():
         write_table(table, targets[name])
     write_table(memory_of_rewind(traces, live), targets["memory"])
     write_table(differences, targets["differences"])
@@ -56,5 +57,6 @@ if __name__ == "__main__":
         {name: Path(source[name]) for name in ("simulation", "outcomes")},
         params.bootstrap_samples,
         params.seed,
+        [(policy, other) for policy, other in params.planned],
         {name: Path(path) for name, path in snakemake.output.items()},
     )
