@@ -242,8 +242,8 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
         left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         left.set_ylim(bottom=min(-0.03, left.get_ylim()[0]))
     figure.supylabel("harmed requests", fontsize=8)
-    grid[-1][0].set_xlabel("device byte-steps, never compressing = 1")
-    grid[-1][1].set_xlabel("bytes over the bus, offloading the full cache = 1")
+    grid[-1][0].set_xlabel("device byte-steps\n(never compressing = 1)")
+    grid[-1][1].set_xlabel("bytes over the bus\n(offloading the full cache = 1)")
     handles = []
     for name in names:
         style = policy_style(name)
