@@ -49,6 +49,7 @@ localrules:
 
 onstart:
     record_plan()
+    warn_of_unrecorded()
 
 
 onsuccess:

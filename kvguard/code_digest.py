@@ -11,14 +11,16 @@ functions, the wording of errors, log lines.
 """
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import kvguard
 from kvguard.config import digest
-from kvguard.files import file_sha256
+from kvguard.files import atomic_path, file_sha256
 
 PACKAGE = Path(__file__).parent
 
@@ -66,6 +68,41 @@ def definition_digest(module: str, name: str, package: Path = PACKAGE) -> str:
     if name not in _library(module, package).definitions:
         raise KeyError(f"module {module!r} defines no {name!r}")
     return _digest(_follow([(module, name)], {}, package))
+
+
+class KnownDigests:
+    """Digests that an earlier plan computed, valid as long as no source file has changed.
+
+    Reading the whole library takes seconds, and every job of a cluster plans anew.
+
+    Args:
+        path: a JSON file, made where there is none; one that cannot be read or written is ignored.
+        folders: of the Python files on which the digests depend.
+    """
+
+    def __init__(self, path: Path, folders: Iterable[Path]) -> None:
+        self.path = path
+        files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+        self.sources = digest([(file.name, file_sha256(file)) for file in files])
+        self.known: dict[str, str] = {}
+        self.added = False
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            stored = json.loads(path.read_text())
+            if stored["sources"] == self.sources:
+                self.known = dict(stored["digests"])
+
+    def get(self, key: str, compute: Callable[[], str]) -> str:
+        """The digest of that name, computed where it is not known."""
+        if key not in self.known:
+            self.known[key] = compute()
+            self.added = True
+        return self.known[key]
+
+    def save(self) -> None:
+        """Keep what was computed; another process may do so at the same time."""
+        if self.added:
+            with suppress(OSError), atomic_path(self.path) as temporary:
+                temporary.write_text(json.dumps({"sources": self.sources, "digests": self.known}))
 
 
 def data_digest(name: str) -> str:

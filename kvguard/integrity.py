@@ -1,6 +1,7 @@
 """Integrity of what a results folder holds, checked against the configuration that made it."""
 
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -44,6 +45,10 @@ CLOCK_SLACK_SECONDS = 60.0
 
 LISTED = 5
 """Problems of one kind in one file that are spelt out; the rest are counted."""
+
+
+class FutureTime(ValueError):
+    """A file is as it was written, and its time lies in the future."""
 
 
 class Check(NamedTuple):
@@ -438,17 +443,24 @@ def _check_written(path: Path) -> None:
     check_file(path)
     ahead = path.stat().st_mtime - time.time()
     if ahead > CLOCK_SLACK_SECONDS:
-        raise DamagedFile(
-            path,
-            f"its time is {ahead:,.0f} s in the future (a clock went backwards), so that Snakemake "
-            f"takes it for newer than what it is made from",
+        raise FutureTime(
+            f"{path}: its time is {ahead:,.0f} s in the future (a clock went backwards), so that "
+            f"Snakemake takes it for newer than what is made from it. Its content is what was "
+            f"written: `kvguard verify --discard` keeps it and sets its time back"
         )
+
+
+def _set_back(path: Path) -> None:
+    """Give a file of the future the time of its record; the present where that is ahead too."""
+    now = time.time()
+    written = min(digest_path(path).stat().st_mtime, now)
+    os.utime(path, (now, written))
 
 
 def _damage(check: Callable[[Path], None], path: Path) -> str | None:
     try:
         check(path)
-    except (DamagedFile, OSError) as error:
+    except (DamagedFile, FutureTime, OSError) as error:
         return str(error)
     return None
 
@@ -457,7 +469,8 @@ def discard_damaged(config: Config, results: str | Path) -> list[Path]:
     """Remove every file and model folder that is not what was written, so that a run remakes it.
 
     The manifest goes with them, and where a file is missing: Snakemake remakes a lost file only for
-    a job that reads it, and the manifest's job reads every file.
+    a job that reads it, and the manifest's job reads every file. A file whose time alone is wrong
+    keeps its content.
 
     Returns:
         What was removed. Files that were never recorded, such as a user's own, are left alone.
@@ -482,6 +495,9 @@ def discard_damaged(config: Config, results: str | Path) -> list[Path]:
             else:
                 path.unlink()
             removed.append(path)
+        except FutureTime:
+            _set_back(path)
+            continue
         except FileNotFoundError:
             pass
         except PermissionError:

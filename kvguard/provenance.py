@@ -13,7 +13,7 @@ import psutil
 
 import kvguard
 from kvguard.config import Config, digest
-from kvguard.files import content_digest, file_sha256
+from kvguard.files import DamagedFile, content_digest, file_sha256, origin_of
 
 PACKAGE = Path(__file__).parent
 
@@ -90,13 +90,11 @@ def describe_job(job: Any) -> dict[str, Any]:
           runs the language model those of the model.
     """
     settings = dict(job.params.items()).get("model") or {}
-    parameters = {name: value for name, value in job.params.items() if name != "library"}
     return {
         "rule": job.rule,
         "wildcards": dict(job.wildcards.items()),
         "configuration": digest({k: v for k, v in job.config.items() if k != "jobs"}),
-        "parameters": digest(parameters),
-        "code": job.params.get("library"),
+        **made_by(job.params),
         "seed": _setting(job, "seed"),
         "data": _input_digests(job),
         "kvguard": kvguard.__version__,
@@ -105,6 +103,29 @@ def describe_job(job: Any) -> dict[str, Any]:
         "device": _device(settings.get("device", "cpu")),
         "dtype": settings.get("dtype"),
     }
+
+
+def made_by(params: Any) -> dict[str, str | None]:
+    """Digests of a job's parameters and of its code, as `describe_job` records them.
+
+    Args:
+        params: of the job; ``library`` is the digest of its code.
+    """
+    parameters = {name: value for name, value in params.items() if name != "library"}
+    return {"parameters": digest(parameters), "code": params.get("library")}
+
+
+def made_otherwise(path: str | Path, params: Any) -> bool:
+    """Whether a file says that other parameters or other code made it than a job has now.
+
+    False where the file does not say it: `kvguard verify` names a record that is damaged.
+    """
+    try:
+        origin = origin_of(path)
+    except DamagedFile:
+        return False
+    now = made_by(params)
+    return all(name in origin for name in now) and any(origin[name] != now[name] for name in now)
 
 
 def _setting(job: Any, name: str) -> Any:

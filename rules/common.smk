@@ -1,4 +1,5 @@
 # Helpers of the rules: the checked configuration, wildcards, resources, digests of library code.
+import atexit
 import re
 from functools import cache
 from pathlib import Path
@@ -8,10 +9,17 @@ from snakemake.iocontainers import Wildcards
 from snakemake.logging import logger
 
 from kvguard.blocks import block_name, cut, pack, rule_of_block
-from kvguard.code_digest import code_digest, data_digest, definition_digest
+from kvguard.code_digest import (
+    PACKAGE,
+    KnownDigests,
+    code_digest,
+    data_digest,
+    definition_digest,
+)
 from kvguard.config import BASELINE, POLICIES, ConfigError, digest, parse_config
 from kvguard.figures import FIGURES
 from kvguard.progress import PlannedJob, plan_digest, run_summary, write_plan
+from kvguard.provenance import made_otherwise
 from kvguard.splits import check_split_sizes
 from kvguard.workflow import certificate_uses, workflow_folder
 
@@ -19,6 +27,12 @@ FOLDER = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent
 """Of this workflow, which another one may use as a module from wherever it is."""
 if not (FOLDER / "workflow_scripts").is_dir():
     FOLDER = workflow_folder()  # a module from a host: the scripts that were installed are the same
+
+
+known_digests = KnownDigests(
+    Path(".snakemake/kvguard_code.json").absolute(), [FOLDER / "workflow_scripts", PACKAGE]
+)
+atexit.register(known_digests.save)
 
 
 def read_config(values):
@@ -60,7 +74,8 @@ def library(rule, only=None):
 
     `only` maps a dict literal of the library, "module.NAME", to the one entry that the job reads.
     """
-    return code_digest(FOLDER / "workflow_scripts" / f"{rule}.py", only)
+    script = FOLDER / "workflow_scripts" / f"{rule}.py"
+    return known_digests.get(f"{rule} {only}", lambda: code_digest(script, only))
 
 
 # What a plan asks again for every one of its ten thousand jobs is computed once. Nobody changes what
@@ -384,7 +399,10 @@ def figure_digest(name):
     entry = FIGURES[name]
     return [
         library("draw_figure", {"figures.FIGURES": name}),
-        definition_digest(entry.module, entry.function),
+        known_digests.get(
+            f"{entry.module}.{entry.function}",
+            lambda: definition_digest(entry.module, entry.function),
+        ),
         data_digest("kvguard.mplstyle"),
     ]
 
@@ -430,6 +448,27 @@ def planned_jobs():
 def record_plan():
     """Keep what this run sets out to do where `kvguard status` finds it."""
     write_plan(experiment.results_dir, planned_jobs(), plan_digest(experiment))
+
+
+def warn_of_unrecorded():
+    """Say which results Snakemake takes for fresh only because it has no record of them.
+
+    Without its records (`.snakemake/metadata`), as in a copied results folder, it goes by times
+    alone. The files say themselves what made them.
+    """
+    stale = {}
+    for job in workflow.dag.jobs:
+        if workflow.dag.needrun(job) or workflow.persistence.has_metadata(job):
+            continue
+        made = [str(path) for path in job.output if made_otherwise(path, job.params)]
+        if made:
+            stale.setdefault(job.rule.name, []).extend(made)
+    for rule, paths in stale.items():
+        logger.warning(
+            f"{rule}: {len(paths)} files were made by other parameters or code, such as {paths[0]}; "
+            f"Snakemake has no record of them and takes them for fresh. `--forcerun {rule}` makes "
+            f"them anew, with what depends on them"
+        )
 
 
 def log_summary():

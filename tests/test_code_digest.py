@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from kvguard.code_digest import NOT_RESULTS, code_digest, definition_digest, reached_definitions
+from kvguard.code_digest import (
+    NOT_RESULTS,
+    KnownDigests,
+    code_digest,
+    definition_digest,
+    reached_definitions,
+)
 
 CHECKOUT = Path(__file__).parent.parent
 SCRIPTS = sorted((CHECKOUT / "workflow_scripts").glob("*.py"))
@@ -211,3 +217,29 @@ def test_every_name_that_a_script_imports_is_found(script: Path) -> None:
             module = (node.module or "").split(".")[1]
             if module not in {"config", "schema"} | NOT_RESULTS:
                 assert module in reached, module
+
+
+def test_known_digests_hold_until_a_source_changes(script: Path, tmp_path: Path) -> None:
+    store, folders = tmp_path / "state" / "known.json", [tmp_path, script.parent]
+    counted = iter(range(9))
+
+    def ask() -> str:
+        known = KnownDigests(store, folders)
+        digest = known.get("script", lambda: str(next(counted)))
+        known.save()
+        return digest
+
+    assert (ask(), ask()) == ("0", "0")
+    (tmp_path / "b.py").write_text((tmp_path / "b.py").read_text() + "\n")
+    assert (ask(), ask()) == ("1", "1")
+    script.write_text(script.read_text() + "\n")
+    assert (ask(), ask()) == ("2", "2")
+    store.write_bytes(bytes(range(256)))
+    assert (ask(), ask()) == ("3", "3")
+
+
+def test_digests_are_computed_where_nothing_can_be_kept(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    known = KnownDigests(tmp_path / "file" / "known.json", [script.parent])
+    assert known.get("script", lambda: "computed") == "computed"
+    known.save()

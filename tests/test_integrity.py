@@ -493,9 +493,12 @@ def test_half_written_files_are_found_and_discarded(results: Path) -> None:
 def test_a_file_of_the_future_is_found(results: Path) -> None:
     path = results / "outcomes.parquet"
     os.utime(path, (time.time() + 7200, time.time() + 7200))
+    written = path.read_bytes()
     (problem,) = failed(results)["written files"]
-    assert f"{path} is damaged: its time is 7," in problem
-    assert discard_damaged(make_config(), results) == [path, results / "manifest.json"]
+    assert f"{path}: its time is 7," in problem
+    assert discard_damaged(make_config(), results) == []
+    assert failed(results) == {}
+    assert path.read_bytes() == written
 
 
 def test_a_file_deleted_by_hand_is_missed(results: Path) -> None:

@@ -214,6 +214,16 @@ def test_one_press_parameter_reruns_that_press_alone(finished: Path) -> None:
     assert jobs["generate"] == 2, "two shards of the new ratio"
 
 
+def test_results_without_records_that_another_configuration_made_are_named(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    run_snakemake(folder, "results/config.json")
+    shutil.rmtree(folder / ".snakemake" / "metadata")
+    done = run_snakemake(folder, "results/config.json", "results/models/plan.txt", seed=1)
+    told = re.search(r"record_run: 2 files were made by other parameters or code.*", done.stderr)
+    assert told is not None, done.stderr
+    assert "--forcerun record_run" in told[0]
+
+
 def test_blocks_cover_every_shard_and_a_matched_rival_waits_for_the_guard(tmp_path: Path) -> None:
     live = SMALL["live"] | {"policies": ["none", "constant"]}
     jobs = planned(copy_checkout(tmp_path), "all", live=live, jobs={"shards_per_job": 4})
