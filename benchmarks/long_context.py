@@ -12,10 +12,15 @@ results/bench/long_context.json after every policy:
 - ``policies``: per policy device byte-steps of all requests, the batch's peak, host byte-steps and
   bytes moved, decoding seconds (checks included, prefill not) and tokens per second, checks,
   tokens wasted, and the share of requests with the uncompressed tokens; ``lossless_16`` checks
-  every 16 tokens, ``lossless_auto`` when the draft is no longer worth going on with;
+  every 16 tokens, ``lossless_auto`` when the draft is no longer worth going on with, at the prices
+  of this machine or (``_bus``) as if device memory were ``--bus-ratio`` times as fast as the bus;
+  ``guard_price_bus`` checks what is worth it at the default price of harm and without probes;
 - ``ratios``: per policy ``device_byte_steps`` (goals: lossless 0.5, guard 0.4) and
   ``tokens_per_second`` (goals: 1.0, 1.3) over those of ``always_safe``, never compressing; of the
-  latter also each round's own, slowest first (``tokens_per_second_rounds``).
+  latter also each round's own, slowest first (``tokens_per_second_rounds``). ``bus_traffic_ratio``:
+  bytes moved over those of offloading (`costs.offload_traffic`), where every row reads its own
+  whole cache; ``bus_traffic_shared_ratio``: over those of an offloading that reads the shared
+  context once a step for all rows, as checks do.
 
 How far drafts get is another script's: acceptance.py.
 """
@@ -33,6 +38,7 @@ from generation import load_embedded, load_experiment
 from measuring import FOLDER, Rounds, machine, say, write
 
 from kvguard.config import Config, Live, Press
+from kvguard.costs import offload_traffic
 from kvguard.engine import Session
 from kvguard.experiment import Prepared, prepare_requests
 from kvguard.guard_observer import GuardObserver, guarded
@@ -88,7 +94,13 @@ def press_of(name: str) -> Press:
 
 
 def run(
-    model: LoadedModel, ready: Prepared, policy: str, press: str, ratio: str, every: int
+    model: LoadedModel,
+    ready: Prepared,
+    policy: str,
+    press: str,
+    ratio: str,
+    every: int,
+    bus_ratio: float | None = None,
 ) -> Run:
     """All requests in one batch under a policy, in the requests' order."""
     decoding = ready.decoding
@@ -116,6 +128,7 @@ def run(
         ratio=float(ratio),
         check_every_tokens=8,
         released=None,
+        bus_ratio=bus_ratio,
     )
     done = {
         completion.request.key: (completion, report)
@@ -147,13 +160,33 @@ def costs(completions: Sequence[Completion], truth: Sequence[Completion]) -> dic
     }
 
 
+def offloading(
+    model: LoadedModel, ready: Prepared, truth: Sequence[Completion]
+) -> dict[str, float]:
+    """Bytes that offloading the uncompressed cache would move for the same answers."""
+    settings = model.model.config
+    heads = settings.num_key_value_heads * settings.hidden_size // settings.num_attention_heads
+    entry = 2 * settings.num_hidden_layers * heads * model.model.dtype.itemsize
+    prompts = [len(completion.request.prompt_ids) for completion in truth]
+    steps = [len(completion.token_ids) - 1 for completion in truth]
+    alone = sum(
+        offload_traffic(float(prompt), float(count), float(prompt * entry))
+        for prompt, count in zip(prompts, steps, strict=True)
+    )
+    shared = 0 if ready.prefix is None else len(ready.prefix.token_ids)
+    spared = shared * entry * (sum(steps) - max(steps))
+    return {"bytes_moved": alone, "bytes_moved_shared": alone - spared}
+
+
 def middle(runs: Sequence[dict[str, float]]) -> dict[str, float]:
     """The median of each cost; bytes, checks and tokens are the same in every round."""
     return {name: statistics.median(one[name] for one in runs) for name in runs[0]}
 
 
-def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Every policy's costs over those of never compressing."""
+def ratios(
+    rounds: dict[str, list[dict[str, float]]], offloaded: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Every policy's costs over those of never compressing, its bytes over offloading's."""
     medians = {name: middle(runs) for name, runs in rounds.items()}
     full = medians["always_safe"]
     found: dict[str, dict[str, Any]] = {}
@@ -166,6 +199,8 @@ def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any
         found[name] = {
             **{f"{column}_ratio": values[column] / full[column] for column in columns},
             "tokens_per_second_ratio_rounds": sorted(each),
+            "bus_traffic_ratio": values["bytes_moved"] / offloaded["bytes_moved"],
+            "bus_traffic_shared_ratio": values["bytes_moved"] / offloaded["bytes_moved_shared"],
         }
     return found
 
@@ -177,6 +212,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--ratio", default="0.750")
     parser.add_argument("--every", type=int, nargs="*", default=[16], help="lossless horizons")
+    parser.add_argument("--bus-ratio", type=float, default=50.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=2)
@@ -192,18 +228,22 @@ def main() -> None:
         "max_new_tokens": arguments.max_new_tokens,
         "press": "snapkv",
         "ratio": arguments.ratio,
+        "bus_ratio": arguments.bus_ratio,
         "machine": machine(),
     }
-    plans = [("always_safe", 0), ("guard", 0)]
-    plans += [("lossless", every) for every in arguments.every]
-    plans += [("lossless_auto", 0), ("none", 0)]
+    plans = [("always_safe", "always_safe", 0, None), ("guard", "guard", 0, None)]
+    plans += [(f"lossless_{every}", "lossless", every, None) for every in arguments.every]
+    plans += [("lossless_auto", "lossless_auto", 0, None), ("none", "none", 0, None)]
+    plans += [
+        (f"{policy}_bus", policy, 0, arguments.bus_ratio)
+        for policy in ("lossless_auto", "guard_price")
+    ]
     truth: list[Completion] = []
     rounds: dict[str, list[dict[str, float]]] = {}
     for number in Rounds(arguments.rounds, arguments.minutes):
-        for policy, every in plans:
-            done, _ = run(model, ready, policy, "snapkv", arguments.ratio, every or 1)
+        for name, policy, every, bus in plans:
+            done, _ = run(model, ready, policy, "snapkv", arguments.ratio, every or 1, bus)
             truth = truth or done
-            name = f"lossless_{every}" if every else policy
             rounds.setdefault(name, []).append(costs(done, truth))
             newest = rounds[name][-1]
             say(
@@ -212,7 +252,9 @@ def main() -> None:
             )
             result["rounds"] = len(rounds["always_safe"])
             result["policies"] = {key: middle(runs) for key, runs in rounds.items()}
-            result["ratios"] = ratios(rounds)
+            offloaded = offloading(model, ready, truth)
+            result["ratios"] = ratios(rounds, offloaded)
+            result["offloading"] = offloaded
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             result["peak_rss_bytes"] = peak
             write(arguments.output, result)
