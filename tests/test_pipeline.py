@@ -320,6 +320,20 @@ def test_profiles_plan_the_whole_run(tmp_path: Path, profile: str) -> None:
     assert jobs["render_report"] == 1
 
 
+def test_every_table_between_generation_and_report_is_in_a_group_of_the_cluster() -> None:
+    text = "".join(path.read_text() for path in [*CHECKOUT.glob("rules/*.smk")])
+    rules = set(re.findall(r"^ *rule (\w+):", text, re.MULTILINE))
+    snakefile = (CHECKOUT / "Snakefile").read_text()
+    local = re.search(r"localrules:\n((?:    \w+,\n)+)", snakefile)
+    assert local is not None
+    alone = {"prepare_model", "prepare_prompts", "generate", "find_harm_onsets", "run_live"}
+    alone |= set(local[1].replace(",", "").split())
+    profile = yaml.safe_load((CHECKOUT / "profiles/slurm/config.yaml").read_text())
+    grouped = [entry.split("=")[0] for entry in profile["groups"]]
+    # One outside a group that stands between two of its jobs stops the whole plan.
+    assert sorted(grouped) == sorted(rules - alone - {"study_signals"})
+
+
 @pytest.mark.parametrize("profile", ["default", "gpu", "slurm"])
 def test_a_changed_script_reruns_its_rule_under_every_profile(
     edited: Callable[..., Path], profile: str
