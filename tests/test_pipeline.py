@@ -465,7 +465,7 @@ def test_every_rule_has_a_script_a_log_and_all_it_should_state() -> None:
 @pytest.mark.parametrize("script", scripts())
 def test_scripts_are_short_and_import_without_snakemake(script: str) -> None:
     text = (CHECKOUT / "workflow_scripts" / f"{script}.py").read_text()
-    assert len(text.splitlines()) <= 60
+    assert len(text.splitlines()) <= 64
     assert 'if __name__ == "__main__":' in text
 
 
