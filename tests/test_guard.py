@@ -615,7 +615,10 @@ def test_what_the_guard_cannot_do_is_refused_by_name(tiny_llama: PreTrainedModel
         ("'auto' with policy='lossless', got 'auto'", {"check_every_tokens": "auto"}),
         ("recovery is one of continue, .*, got 'rewind'", {"recovery": "rewind"}),
         ("cold is 'host', 'disk' or 'none', got 'tape'", {"cold": "tape"}),
-        ("policy is 'guard', 'lossless', 'ladder' or 'guard_price', got 'brave'", {"policy": "brave"}),
+        (
+            "policy is 'guard', 'lossless', 'ladder' or 'guard_price', got 'brave'",
+            {"policy": "brave"},
+        ),
         ("policy='lossless' checks everything", {"policy": "lossless", "predictor": "p.json"}),
         (
             "operating_point.tau_low: Field required",
