@@ -217,8 +217,21 @@ def end_cluster(folder: Path) -> None:
                 time.sleep(0.5)
                 done = subprocess.run(["squeue", "-h"], capture_output=True, text=True)
     _end_daemons(folder)
+    _end_orphans()
     for name in ("slurm.conf", "gres.conf"):
         (ETC / name).unlink(missing_ok=True)
+
+
+def _end_orphans() -> None:
+    """End processes of jobs that the scheduler has forgotten: a cancelled step may hang."""
+    configuration = f"SLURM_CONF={ETC / 'slurm.conf'}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            variables = (process / "environ").read_bytes().split(b"\0")
+            if configuration in variables and any(
+                v.startswith(b"SLURM_JOB_ID=") for v in variables
+            ):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def _watch(folder: Path) -> None:
