@@ -160,8 +160,9 @@ WORKFLOW_TESTS = (
     "test_interruptions",
     "test_slurm",
     "test_module_use",
+    "test_repetition",
 )
-"""Modules whose tests start Snakemake, the command line or another environment."""
+"""Modules whose tests start Snakemake, the command line or another process or environment."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
