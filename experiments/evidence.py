@@ -4,22 +4,18 @@ The plan: docs/experiments/005-price.md, section "Evidence". Train and calibrati
 cross-fitted by prompt; no test prompt is read. Writes results/bench/evidence.json.
 """
 
-import argparse
-import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
-from scipy.stats import rankdata
+from ranking import Ranking, rounded, run
 from sklearn.metrics import log_loss
 
 from kvguard.check_timing import rejection_rate
 from kvguard.config import BASELINE, load_config
 from kvguard.features import FEATURE_SETS, without_evidence
 from kvguard.rows import Rows, load_rows
-from kvguard.schema import CONDITION, FEATURE_NAMES, OUTCOMES, TRACE_KEYS, atomic_path, read_table
+from kvguard.schema import CONDITION, FEATURE_NAMES, OUTCOMES, TRACE_KEYS, read_table
 from kvguard.splits import read_splits
 from kvguard.supposed_checks import evidence_of, rows_with_evidence
 from kvguard.trainer import make_trainer
@@ -27,8 +23,6 @@ from kvguard.trainer import make_trainer
 FOLDS = 5
 POSITIONS = (4, 8, 12, 16)
 SCORES = ("with_evidence", "without", "rejections")
-
-Floats = NDArray[np.float64]
 
 
 def cross_fitted(folder: Path, config: Path) -> pl.DataFrame:
@@ -95,81 +89,33 @@ def cross_fitted(folder: Path, config: Path) -> pl.DataFrame:
     )
 
 
-def mean_auroc(
-    table: Mapping[str, NDArray[np.generic]], score: str, label: str, at: NDArray[np.intp]
-) -> float:
-    """Pairs share condition and position; weighted by pairs inside a condition, mean over them."""
-    group, condition = table["group"][at], table["condition"][at]
-    scores, labels = table[score][at], table[label][at].astype(np.bool_)
-    found: dict[int, list[tuple[float, int]]] = {}
-    for one in np.unique(group):
-        mask = group == one
-        positive = labels[mask]
-        harmed, others = int(positive.sum()), int((~positive).sum())
-        if harmed * others:
-            above = rankdata(scores[mask])[positive].sum() - harmed * (harmed + 1) / 2
-            entry = (float(above) / (harmed * others), harmed * others)
-            found.setdefault(int(condition[mask][0]), []).append(entry)
-    means = [sum(v * n for v, n in own) / sum(n for _, n in own) for own in found.values()]
-    return float(np.mean(means)) if means else float("nan")
-
-
 def measure(table: pl.DataFrame, label: str, draws: int) -> dict[str, object]:
     """AUROC of each score, and the difference that the plan asks for, with its interval."""
-    condition = table.select(pl.struct(CONDITION).rank("dense")).to_series()
-    group = table.select(pl.struct(*CONDITION, "position").rank("dense")).to_series()
-    prompt = table["prompt_id"].rank("dense").to_numpy().astype(np.intp) - 1
-    columns: dict[str, NDArray[np.generic]] = {
-        name: table[name].to_numpy() for name in (*SCORES, label)
-    }
-    columns |= {"condition": condition.to_numpy(), "group": group.to_numpy()}
-    places = [np.flatnonzero(prompt == one) for one in range(prompt.max() + 1)]
-    everything = np.arange(table.height)
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(draws):
-        at = np.concatenate([places[i] for i in rng.integers(0, len(places), len(places))])
-        drawn.append(
-            mean_auroc(columns, "with_evidence", label, at)
-            - mean_auroc(columns, "without", label, at)
-        )
-    auroc = {score: mean_auroc(columns, score, label, everything) for score in SCORES}
-    lower, upper = np.nanquantile(drawn, [0.025, 0.975])
+    ranking = Ranking(table, tuple(CONDITION), ("position",), draws)
+    auroc = {score: ranking.auroc(score, label) for score in SCORES}
     labels = table[label].to_numpy()
     losses = {
-        score: log_loss(labels, np.clip(table[score].to_numpy(), 1e-4, 1 - 1e-4))
+        score: round(float(log_loss(labels, np.clip(table[score].to_numpy(), 1e-4, 1 - 1e-4))), 4)
         for score in ("with_evidence", "without")
     }
     return {
         "rows": table.height,
         "requests": table.select(TRACE_KEYS).n_unique(),
         "harmed_rows": int(labels.sum()),
-        "auroc": {score: round(value, 4) for score, value in auroc.items()},
-        "difference": round(auroc["with_evidence"] - auroc["without"], 4),
-        "interval": [round(float(lower), 4), round(float(upper), 4)],
-        "log_loss": {score: round(float(loss), 4) for score, loss in losses.items()},
+        "auroc": {score: rounded(value) for score, value in auroc.items()},
+        "difference": rounded(auroc["with_evidence"].minus(auroc["without"])),
+        "log_loss": losses,
     }
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results-dir", type=Path, default=Path("results/silent_harm_2"))
-    parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=Path("results/bench/evidence.json"))
-    given = parser.parse_args()
-    if not (given.results_dir / "outcomes.parquet").is_file():
-        print(f"{given.results_dir} holds no run: nothing is measured")
-        return
-    table = cross_fitted(given.results_dir, given.results_dir / "config.json")
-    found = {
-        "primary": measure(table.filter("valid"), "later", given.draws),
-        "all positions": measure(table, "harmed", given.draws),
+def study(folder: Path, draws: int) -> dict[str, object]:
+    """The primary and the secondary comparison."""
+    table = cross_fitted(folder, folder / "config.json")
+    return {
+        "primary": measure(table.filter("valid"), "later", draws),
+        "all positions": measure(table, "harmed", draws),
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(given.out) as temporary:
-        temporary.write_text(json.dumps(found, indent=1))
-    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "results/silent_harm_2", "evidence", study)

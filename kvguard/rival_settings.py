@@ -163,6 +163,13 @@ def trace_probes(traces: pl.DataFrame) -> NDArray[np.float32]:
     return columns.to_numpy()
 
 
+def trace_scores(gate: Predictor, traces: pl.DataFrame) -> pl.DataFrame:
+    """What a gate says of stored traces: `schema.TRACE_KEYS` and ``score``, as `gate_scores`."""
+    of = (traces["press"].to_numpy(), traces["ratio"].cast(pl.Float64).to_numpy())
+    score = pl.Series(gate_scores(gate, trace_probes(traces), *of))
+    return traces.select(schema.TRACE_KEYS).with_columns(score=score)
+
+
 def fit_rivals(
     traces: pl.DataFrame,
     scores: pl.DataFrame,

@@ -7,7 +7,7 @@ import polars as pl
 
 from kvguard import joblog
 from kvguard.harm_model import fit_harm_model, save_harm_model
-from kvguard.rival_settings import gate_scores, load_gate, trace_probes
+from kvguard.rival_settings import load_gate, trace_scores
 from kvguard.schema import OUTCOMES, TRACE_KEYS, read_table
 from kvguard.splits import calibration_parts, read_splits
 
@@ -26,11 +26,8 @@ def main(
     chosen = pl.col("prompt_id").is_in(prompts)
     rows = pl.scan_parquet(traces, hive_partitioning=False).filter(chosen).collect()
     drafts = pl.scan_parquet(tokens, hive_partitioning=False).filter(chosen)
-    gate, scores = load_gate(baselines), None
-    if gate is not None:
-        of = (rows["press"].to_numpy(), rows["ratio"].cast(pl.Float64).to_numpy())
-        score = pl.Series(gate_scores(gate, trace_probes(rows), *of))
-        scores = rows.select(TRACE_KEYS).with_columns(score=score)
+    gate = load_gate(baselines)
+    scores = None if gate is None else trace_scores(gate, rows)
     model = fit_harm_model(
         drafts.select(*TRACE_KEYS, "position", "top1_probability").collect(),
         read_table(outcomes, OUTCOMES),

@@ -9,10 +9,9 @@ from kvguard import joblog
 from kvguard.rival_settings import (
     NO_GATE,
     fit_rivals,
-    gate_scores,
     load_gate,
     save_rivals,
-    trace_probes,
+    trace_scores,
 )
 from kvguard.schema import OUTCOMES, TRACE_KEYS, read_table
 from kvguard.splits import read_splits
@@ -41,9 +40,7 @@ def main(
             .collect()
         )
     else:
-        of = (rows["press"].to_numpy(), rows["ratio"].cast(pl.Float64).to_numpy())
-        score = pl.Series(gate_scores(gate, trace_probes(rows), *of))
-        scores = rows.select(TRACE_KEYS).with_columns(score=score)
+        scores = trace_scores(gate, rows)
     save_rivals(fit_rivals(rows, scores, read_table(outcomes, OUTCOMES), known), target)
 
 
