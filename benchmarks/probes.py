@@ -6,11 +6,15 @@ SmolLM2 in float32, 2 threads, one prompt of text that long, snapkv at 0.500. In
 alternate: a prefill with and one without `probes.CacheProbe`, one with a ladder of three ratios
 that stops at the first (`kvguard.ladder`), a pass of the model over four tokens alone, and single
 decoding steps of that row. Writes results/bench/probes.json after every length: medians over the
-rounds, in seconds (``prefill_seconds``, ``probed_seconds``, ``step_seconds``) and in steps of the
+rounds, in seconds (``prefill_seconds``, ``probes_seconds``, ``step_seconds``) and in steps of the
 same round: ``steps``, all that the probes add, goal at most 1; ``finish_steps`` of it, the replay
-and the numbers of the whole request, once a request; ``ladder_steps``, all that the ladder adds;
-``four_token_steps``, the pass that a replay cannot go below. ``of_prefill``: what the probes add
-over the prefill.
+and the numbers of the whole request, once a request; ``layer_steps`` of it, once a layer;
+``ladder_steps``, a prefill with the ladder less one without;
+``four_token_steps``, the pass that a replay cannot go below. ``of_prefill``: all that the probes
+add over the prefill.
+
+The probes' seconds are those of their own hooks: a prefill takes some hundred times as long, and
+the difference of two prefills is mostly the machine's.
 """
 
 import argparse
@@ -18,13 +22,13 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from generation import PRESS, load_embedded
 from measuring import FOLDER, Rounds, machine, say, write
 from numpy.typing import NDArray
-from transformers import DynamicCache
 
 from kvguard.config import load_config
 from kvguard.engine import Session
@@ -38,6 +42,29 @@ from kvguard.sampling import Decoding
 TARGET = FOLDER / "probes.json"
 STEPS = 5
 RATIOS = ("0.500", "0.400", "0.300")
+
+
+class TimedProbe(CacheProbe):
+    """Adds up what the probes themselves take: ``layers`` in every layer, ``last`` at the end."""
+
+    layers = 0.0
+    last = 0.0
+
+    def _keep_queries(self, *given: Any) -> None:
+        self.layers += seconds(lambda: CacheProbe._keep_queries(self, *given))
+
+    def _before(self, *given: Any) -> None:
+        self.layers += seconds(lambda: CacheProbe._before(self, *given))
+
+    def _after(self, *given: Any) -> None:
+        self.layers += seconds(lambda: CacheProbe._after(self, *given))
+
+    def finish(self, *given: Any) -> NDArray[np.float32]:
+        """As `CacheProbe.finish`."""
+        began = time.perf_counter()
+        found = super().finish(*given)
+        self.last = time.perf_counter() - began
+        return found
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -69,20 +96,10 @@ def main() -> None:
         def plain(ids: list[int] = ids) -> object:
             return prefill(model, ids, build_press(PRESS, "0.500"))
 
-        finishing: list[float] = []
-
-        def probed(ids: list[int] = ids, finishing: list[float] = finishing) -> object:
-            probe = CacheProbe(model, ids, marked)
-            own = probe.finish
-
-            def timed(cache: DynamicCache, logits: torch.Tensor) -> NDArray[np.float32]:
-                began = time.perf_counter()
-                found = own(cache, logits)
-                finishing.append(time.perf_counter() - began)
-                return found
-
-            probe.finish = timed  # type: ignore[method-assign, assignment]
-            return prefill(model, ids, build_press(PRESS, "0.500"), probe=probe)
+        def probed(ids: list[int] = ids) -> TimedProbe:
+            probe = TimedProbe(model, ids, marked)
+            prefill(model, ids, build_press(PRESS, "0.500"), probe=probe)
+            return probe
 
         ladder = RatioLadder({r: build_press(PRESS, r) for r in RATIOS}, lambda _, __: 0.0, 0.5)
         session = Session(
@@ -117,23 +134,24 @@ def main() -> None:
         probed()
         laddered()
         step()
-        finishing.clear()
         rounds = []
         for _ in Rounds(given.repeats, given.minutes):
-            took = [seconds(work) for work in (plain, probed, laddered, four)]
-            rounds.append([*took, finishing[-1], step()])
-            say(f"{length} tokens: {took[0]:.2f} s, with probes {took[1]:.2f} s")
+            probe = probed()
+            took = [seconds(work) for work in (plain, laddered, four)]
+            rounds.append([*took, probe.layers, probe.last, step()])
+            say(f"{length} tokens: {took[0]:.2f} s, probes {probe.layers + probe.last:.3f} s")
         table = np.array(rounds).T  # (what, rounds)
-        prefilled, with_probe, with_ladder, pass_of_four, finishes, steps = table
+        prefilled, with_ladder, pass_of_four, layers, last, steps = table
         results[str(length)] = {
             "prefill_seconds": float(np.median(prefilled)),
-            "probed_seconds": float(np.median(with_probe)),
+            "probes_seconds": float(np.median(layers + last)),
             "step_seconds": float(np.median(steps)),
-            "steps": float(np.median((with_probe - prefilled) / steps)),
-            "finish_steps": float(np.median(finishes / steps)),
+            "steps": float(np.median((layers + last) / steps)),
+            "layer_steps": float(np.median(layers / steps)),
+            "finish_steps": float(np.median(last / steps)),
             "ladder_steps": float(np.median((with_ladder - prefilled) / steps)),
             "four_token_steps": float(np.median(pass_of_four / steps)),
-            "of_prefill": float(np.median((with_probe - prefilled) / prefilled)),
+            "of_prefill": float(np.median((layers + last) / prefilled)),
         }
         write(given.output, {**results, "machine": before})
 

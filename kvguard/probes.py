@@ -404,16 +404,14 @@ def _look(
     """
     query_heads, window, size = queries.shape
     heads, tokens = keys.shape[:2]
-    grouped = queries.reshape(heads, -1, size)  # query heads of one head lie side by side
-    scores = (grouped @ keys.transpose(1, 2)).float().mul_(scale)
+    grouped = queries.reshape(heads, -1, size) * scale  # query heads of one head lie side by side
+    scores = (grouped @ keys.transpose(1, 2)).float()
     newest = scores.view(heads, -1, window, tokens)[..., tokens - window :]
     later = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
     newest.masked_fill_(later, torch.finfo(torch.float32).min)  # finite: 0 times it is 0
-    scores -= scores.amax(-1, keepdim=True)
-    weights = scores.exp()
-    sums = weights.sum(-1, keepdim=True)
-    weights /= sums
-    entropy = (sums.log()[..., 0] - (weights * scores).sum(-1)).mean()
+    weights = scores.softmax(-1)
+    log_sums = scores.amax(-1) - weights.amax(-1).log()
+    entropy = (log_sums - torch.linalg.vecdot(weights, scores)).mean()
     mixed = weights @ values.float()
     content = weights[..., SINK_TOKENS : max(tokens - window, SINK_TOKENS)].sum(-1)
     seen = _Window(
@@ -513,7 +511,8 @@ def _measure(before: _Window, places: torch.Tensor, hides: bool) -> _Removed:
     left = remaining.sum(-1)  # (heads, rows)
     inside = (index >= SINK_TOKENS) & (index < tokens - before.window)
     inner = (remaining @ inside[..., None].to(remaining.dtype))[..., 0]
-    values = before.values.gather(1, index.clamp_max(tokens - 1)[..., None].expand(-1, -1, size))
+    flat = index.clamp_max(tokens - 1) + tokens * torch.arange(heads, device=index.device)[:, None]
+    values = before.values.reshape(-1, size).index_select(0, flat.flatten()).view(heads, -1, size)
     mixed = (remaining @ values.float()) / left.clamp_min(1e-9)[..., None]
     error = (before.mixed - mixed).norm(dim=-1) / before.sizes
     mass, inner, error = (
