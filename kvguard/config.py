@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvguard import press_catalogue
+from kvguard.config_live import Live as Live
 from kvguard.config_models import GgufModel as GgufModel
 from kvguard.config_models import HubModel as HubModel
 from kvguard.config_models import LocalModel as LocalModel
@@ -208,65 +209,6 @@ class CertificateSettings(Section):
     )
 
 
-class Live(Section):
-    """The live experiment, on the test split's prompts only."""
-
-    policies: list[str] = Field(
-        default=["none", "guard", "guard_promote", "verify_on_failure", "always_safe"]
-    )
-    planned_tests: list[PlannedTest] = Field(
-        default=[],
-        description="pairs compared in `tables/planned_tests`, adjusted as one family",
-    )
-    operating_point: PointName = "balanced"
-    conditions: list[tuple[Name, Ratio]] = Field(
-        default=[], description="(press, ratio) pairs; empty: each press's live_ratios"
-    )
-    shard_size: Count = 24
-    refresh_tokens: Count = 32
-    entropy_nats: float = Field(default=4.0, gt=0)
-    entropy_tokens: Count = 4
-    ergo_delta_nats: float = Field(default=1.0, gt=0)
-    ergo_window_tokens: Count = 16
-    random_rate: float | Literal["matched"] = "matched"
-    lossless_tokens: Count = Field(
-        default=32, description="tokens between two checks of `lossless`"
-    )
-    probation_tokens: Count = Field(
-        default=16, description="tokens after which `probation` decides"
-    )
-    clock_tokens: Count | Literal["trained"] = Field(
-        default="trained", description="when `clock_or_loop` alarms; trained: on train prompts"
-    )
-    gate_threshold: float | Literal["calibrated"] = Field(
-        default="calibrated", description="of the score at prefill; above it `gate` promotes"
-    )
-    ladder_threshold: Annotated[float, Field(ge=0, le=1)] | Literal["calibrated"] = Field(
-        default="calibrated",
-        description="of the predicted harm; `ladder` starts at the heaviest ratio that is below it",
-    )
-    harm_price: float = Field(
-        default=100.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="of `guard_price`: what a harmed answer costs, in drafted tokens",
-    )
-    loop_pattern_tokens: Count = Field(default=64, description="longest period of a repetition")
-    loop_copies: int = Field(default=3, ge=2, description="copies that make a repetition")
-    loop_cover_tokens: Count = Field(
-        default=20, description="tokens that the copies cover at least"
-    )
-
-    @model_validator(mode="after")
-    def _policies(self) -> Self:
-        for index, policy in enumerate(self.policies):
-            if policy not in POLICY_NAMES:
-                raise ValueError(
-                    f"policies.{index}: the policies are {', '.join(POLICY_NAMES)}, got {policy!r}"
-                )
-        return self
-
-
 class Job(Section):
     """What one job of a stage asks of a scheduler."""
 
@@ -314,6 +256,13 @@ class Config(Section):
             names = [entry.name for entry in getattr(self, field)]
             if len(set(names)) != len(names):
                 raise ValueError(f"{field}: every name is used once, got {names}")
+        if self.live.certify_prices and self.guard.bus_ratio is None:
+            raise ValueError(
+                "guard.bus_ratio: a price is certified for one bus (live.certify_prices), which "
+                "null leaves to the device; give a number, got None"
+            )
+        if self.live.harm_price == "certified" and len(self.models) > 1:
+            raise ValueError("live.harm_price: 'certified' is for a run of one model")
         known = {(press.name, ratio) for press in self.presses for ratio in press.ratios}
         for index, condition in enumerate(self.live.conditions):
             if condition not in known:
@@ -376,9 +325,17 @@ class Config(Section):
     @property
     def live_shards(self) -> list[tuple[str, int, int]]:
         """(task, part, parts) of each shard of the live experiment: one task's test prompts."""
+        return self._parts(self.splits.test)
+
+    @property
+    def certifying_shards(self) -> list[tuple[str, int, int]]:
+        """(task, part, parts) of each shard of one task's certifying prompts, if none fits."""
+        return self._parts(self.splits.calibration)
+
+    def _parts(self, share: float) -> list[tuple[str, int, int]]:
         shards = []
         for task in self.tasks:
-            expected = max(round(self.splits.test * task.num_prompts), 1)
+            expected = max(round(share * task.num_prompts), 1)
             parts = -(-expected // self.live.shard_size)
             shards += [(task.name, part, parts) for part in range(parts)]
         return shards

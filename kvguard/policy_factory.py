@@ -70,6 +70,8 @@ def make_policy(
     if name not in POLICY_NAMES:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICY_NAMES)}")
     if name == "guard_price":
+        if live.harm_price == "certified":
+            raise ValueError("policy 'guard_price' needs the price that is certified (harm_price=)")
         return GuardPrice(name, rows, live.harm_price, max_new_tokens, harm_model)
     if name.startswith("guard"):
         if controller is None:
