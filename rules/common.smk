@@ -397,7 +397,7 @@ def figure_files(wildcards):
 def figure_digest(name):
     """Digest of the code that draws one figure, of its entry in the registry and of the plot style."""
     entry = FIGURES[name]
-    return [
+    parts = [
         library("draw_figure", {"figures.FIGURES": name}),
         known_digests.get(
             f"{entry.module}.{entry.function}",
@@ -405,6 +405,7 @@ def figure_digest(name):
         ),
         data_digest("kvguard.mplstyle"),
     ]
+    return digest(parts)
 
 
 def captions():
