@@ -41,6 +41,7 @@ SMALL = {
     "presses": [PRESS],
     "generation": {"shard_size": 4},
     "live": {"conditions": [], "policies": ["none", "guard_promote", "random"]},
+    "jobs": {"shards_per_job": 1},
 }
 
 Snakemake = Callable[..., subprocess.CompletedProcess[str]]
