@@ -12,7 +12,9 @@ has. Every measurement is a process of its own, whose peak memory and processor 
   record of such a plan, half of its jobs done;
 - ``stages``: database, labels, features, training, the rivals' settings and the simulation on the
   tables of `synthetic_sweep.make_sweep`, by the scripts that the workflow runs. ``peak_rss_bytes``
-  is the process's, what is resident of memory-mapped temporary files included;
+  is the process's, what is resident of memory-mapped temporary files included, which the system
+  takes back when it needs the memory; ``peak_own_bytes`` is without those, seen five times a
+  second (Linux);
 - ``growth``: of each stage, seconds and memory of the largest size over those of the smallest,
   beside the ratio of their rows. A stage is linear where ``seconds_ratio`` is not above
   ``rows_ratio``.
@@ -184,6 +186,16 @@ def _peak_bytes() -> int:
     return kilobyte * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def _own_bytes(process: int | None) -> int:
+    """Resident memory of a process that no file backs; 0 where the system does not say it."""
+    status = Path(f"/proc/{process}/status")
+    try:
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    except OSError:  # no such system, or the process has ended
+        return 0
+    return 1024 * int(lines["RssAnon"].split()[0]) if "RssAnon" in lines else 0
+
+
 def _child(stage: str, sweep: Sweep, settings: _Settings, report: Any) -> None:
     """Run one stage and send seconds, processor seconds and peak memory; not what imports take."""
     started, before = time.perf_counter(), _cpu_seconds(resource.RUSAGE_SELF)
@@ -203,6 +215,9 @@ def measure_stage(stage: str, sweep: Sweep, settings: _Settings) -> dict[str, An
     process = fresh.Process(target=_child, args=(stage, sweep, settings, sender))
     process.start()
     sender.close()
+    own = 0
+    while not receiver.poll(0.2):
+        own = max(own, _own_bytes(process.pid))
     try:
         seconds, cpu, peak = receiver.recv()
     except EOFError:
@@ -216,6 +231,7 @@ def measure_stage(stage: str, sweep: Sweep, settings: _Settings) -> dict[str, An
         "cpu_seconds": round(cpu, 3),
         "us_per_row": round(1e6 * seconds / sweep.rows, 3),
         "peak_rss_bytes": peak,
+        "peak_own_bytes": own or None,
     }
 
 

@@ -123,8 +123,10 @@ def rows_with_evidence(rows: Rows, evidence: pl.DataFrame) -> Rows:
         rows: tokens, (n, features).
         evidence: of `suppose_checks`, for all of their traces.
     """
-    found = rows.keys.select(schema.TOKEN_KEYS).join(
-        evidence, on=schema.TOKEN_KEYS, how="left", maintain_order="left"
+    found = (
+        rows.keys.select(schema.TOKEN_KEYS)
+        .cast({pl.Categorical: pl.String})
+        .join(evidence, on=schema.TOKEN_KEYS, how="left", maintain_order="left")
     )
     columns = found.select(schema.EVIDENCE_NAMES).to_numpy().astype(np.float32)
     joined = np.concatenate([rows.features, columns], axis=1)

@@ -175,7 +175,7 @@ def train_predictors(
         LeakageError: a matrix holds a prompt of another split.
     """
     settings, known = trainer.settings, trainer.splits
-    train = load_rows(features, labels, known, "train")
+    train = load_rows(features, labels, known, "train").compact()
     probability_ids, certificate_ids = calibration_parts(known, settings.probability_share)
     assert_disjoint({"probability calibration": probability_ids, "certificate": certificate_ids})
     calibration = load_rows(features, labels, known, probability_ids or certificate_ids)

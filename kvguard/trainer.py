@@ -217,7 +217,7 @@ class Trainer:
         settings = self.settings
         formulation = formulation or settings.formulation
         parameters = self.parameters if parameters is None else parameters
-        train, scale = self._scaled(train, feature_names, normalised)
+        train, scale = self._scaled(train.about(target), feature_names, normalised)
         if set(feature_names) & set(schema.EVIDENCE_NAMES):
             train = self.with_evidence(train)
         rows = train.take(eligible(train, target, settings))

@@ -237,6 +237,17 @@ def test_both_formulations_reach_the_oracle(
     assert hazard.mean() == pytest.approx(label.mean(), abs=0.06)
 
 
+def test_compact_rows_teach_the_same_predictor(run: planted.Planted, splits: pl.DataFrame) -> None:
+    rows = load_rows(run.features, run.labels, splits, "train")
+    small = rows.compact()
+    assert pl.String not in small.keys.dtypes
+    plain, compact = (
+        _trainer(splits, QUICK).fit(each, "any", ("entropy", "relative_position"), "memory")
+        for each in (rows, small)
+    )
+    assert compact == plain
+
+
 def test_survival_multiplies_over_the_stretches() -> None:
     hazards = np.array([[0.1, 0.2, 0.3], [0.5, 1e-9, 0.9]])
     risk = 1 - (1 - hazards).prod(axis=1)
