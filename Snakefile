@@ -29,8 +29,8 @@ pathvars:
 
 wildcard_constraints:
     model=any_of(entry.name for entry in experiment.models),
-    press=any_of(press for press, _ in experiment.conditions),
-    ratio=any_of(ratio for _, ratio in experiment.conditions),
+    press=any_of(press for press, _ in experiment.all_conditions),
+    ratio=any_of(ratio for _, ratio in experiment.all_conditions),
     policy=any_of([*experiment.live.policies, "guard_promote"]),  # constant is matched to it
     shard=r"\d\d+",
     figure=any_of(FIGURES),
@@ -70,7 +70,7 @@ rule all:
 
 rule figures:
     input:
-        collect("<results>/figures/{figure}.{suffix}", figure=FIGURES, suffix=["pdf", "png"]),
+        collect("<results>/figures/{figure}.{suffix}", figure=run_figures(), suffix=["pdf", "png"]),
 
 
 rule paper:
@@ -91,6 +91,7 @@ include: "rules/prepare.smk"
 include: "rules/generate.smk"
 include: "rules/analyze.smk"
 include: "rules/predict.smk"
+include: "rules/import_models.smk"
 include: "rules/control.smk"
 include: "rules/live.smk"
 include: "rules/blocks.smk"

@@ -4,24 +4,24 @@ Importing this module imports neither torch nor kvpress, so that Snakemake parse
 Lists in an overlay (``experiments/*.yaml``) replace the default's lists; mappings are merged.
 """
 
-import difflib
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from kvguard import press_catalogue
+from kvguard.config_errors import explain
 from kvguard.config_live import Live as Live
 from kvguard.config_models import GgufModel as GgufModel
 from kvguard.config_models import HubModel as HubModel
 from kvguard.config_models import LocalModel as LocalModel
 from kvguard.config_models import Model as Model
 from kvguard.config_models import WheelModel as WheelModel
+from kvguard.config_policies import MATCHED_POLICIES as MATCHED_POLICIES
 from kvguard.config_policies import POINT_NAMES as POINT_NAMES
 from kvguard.config_policies import POLICIES as POLICIES
 from kvguard.config_policies import POLICY_NAMES as POLICY_NAMES
@@ -49,7 +49,6 @@ from kvguard.config_types import (
     ResultsFolder,
     SchedulerName,
     Section,
-    shortened,
 )
 from kvguard.config_types import ConfigError as ConfigError
 from kvguard.config_types import ratio_text as ratio_text
@@ -158,7 +157,9 @@ class Labels(Section):
 class Splits(Section):
     """Shares of the prompts; they add up to 1."""
 
-    train: Probability = 0.5
+    train: float = Field(
+        default=0.5, ge=0, lt=1, description="0: only where `predictor.trained_by` names a run"
+    )
     calibration: Probability = 0.25
     test: Probability = 0.25
 
@@ -168,6 +169,11 @@ class Splits(Section):
         if abs(total - 1) > 1e-9:
             raise ValueError(f"train + calibration + test must be 1, got {total:g}")
         return self
+
+    @property
+    def names(self) -> list[str]:
+        """Splits that get prompts."""
+        return [name for name in ("train", "calibration", "test") if getattr(self, name) > 0]
 
 
 Price = Annotated[float, Field(gt=0, lt=1)]
@@ -263,6 +269,7 @@ class Config(Section):
             )
         if self.live.harm_price == "certified" and len(self.models) > 1:
             raise ValueError("live.harm_price: 'certified' is for a run of one model")
+        self._check_origin()
         known = {(press.name, ratio) for press in self.presses for ratio in press.ratios}
         for index, condition in enumerate(self.live.conditions):
             if condition not in known:
@@ -287,8 +294,49 @@ class Config(Section):
                     )
         return self
 
+    def _check_origin(self) -> None:
+        """Raise where splits and policies do not go with who trains the predictor."""
+        source = self.predictor.trained_by
+        if source is None:
+            if self.splits.train == 0:
+                raise ValueError(
+                    "splits.train: above 0, or predictor.trained_by names the run that trained, "
+                    "got 0"
+                )
+            return
+        if Path(source).resolve() == Path(self.results_dir).resolve():
+            raise ValueError(
+                f"predictor.trained_by: another run's folder than results_dir, got {source!r}"
+            )
+        for index, policy in enumerate(self.live.policies):
+            if policy in MATCHED_POLICIES:
+                raise ValueError(
+                    f"live.policies.{index}: {policy!r} is matched to a simulation of stored "
+                    f"answers, which a run with predictor.trained_by has not; accepted are the "
+                    f"policies but {', '.join(MATCHED_POLICIES)}, got {policy!r}"
+                )
+
+    @property
+    def imports_models(self) -> bool:
+        """Whether another run's models are used: nothing is trained, and nothing is stored under a
+        press beside the live runs."""
+        return self.predictor.trained_by is not None
+
+    @property
+    def probability_share(self) -> float:
+        """Share of the calibration prompts that fit probabilities; 0 where nothing is fitted."""
+        return 0.0 if self.imports_models else self.predictor.probability_share
+
     @property
     def conditions(self) -> list[tuple[str, str]]:
+        """(press, ratio) pairs whose answers are stored, the baseline first.
+
+        The baseline alone where the run uses another one's models (`imports_models`).
+        """
+        return self.all_conditions[:1] if self.imports_models else self.all_conditions
+
+    @property
+    def all_conditions(self) -> list[tuple[str, str]]:
         """All (press, ratio) pairs, the baseline first."""
         pairs = [(press.name, ratio) for press in self.presses for ratio in press.ratios]
         return [(BASELINE, BASELINE_RATIO), *pairs]
@@ -380,7 +428,7 @@ def parse_config(values: Mapping[str, Any], *, check_files: bool = True) -> Conf
     try:
         return Config.model_validate(dict(values), context={"check_files": check_files})
     except ValidationError as error:
-        raise ConfigError(_explain(error, values)) from None
+        raise ConfigError(explain(error, values, Config)) from None
 
 
 def config_part(values: Mapping[str, Any]) -> Config:
@@ -458,79 +506,3 @@ def digest(values: object) -> str:
     """First 16 hex digits of the SHA-256 of ``values`` as canonical JSON."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _explain(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """One line per field that is wrong: its path, what is accepted, and what was given."""
-    lines: dict[str, list[str]] = {}
-    for problem in error.errors():
-        kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
-        path = _written_path(problem["loc"], values, missing=kind == "missing")
-        message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        if kind == "value_error" and (named := re.match(r"([\w.]+): ", message)):
-            path.append(named[1])
-            message = message[named.end() :]
-            for part in named[1].split("."):
-                given = given.get(part) if isinstance(given, Mapping) else given
-        elif kind == "extra_forbidden":
-            known = _known_keys(problem["loc"])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
-            message = f"unknown key{hint} Known here: {', '.join(known)}"
-        elif kind == "missing":
-            message = "required, but not given"
-        elif kind in ("union_tag_invalid", "union_tag_not_found"):
-            path.append(context["discriminator"].strip("'"))
-            given = context.get("tag")
-            accepted = context.get("expected_tags") or "'wheel', 'gguf', 'hub', 'local'"
-            message = f"should be one of {accepted}"
-        elif kind == "dict_type" or kind == "model_type":
-            message = "should be a mapping"
-        if kind != "missing" and not re.search(r"\bgot ", message):
-            message += f" (got {shortened(given)})"
-        lines.setdefault(".".join(path) or "configuration", []).append(message)
-    listed = [f"  {field}: {' or '.join(messages)}" for field, messages in lines.items()]
-    return "the configuration cannot be used:\n" + "\n".join(listed)
-
-
-def _written_path(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> list[str]:
-    """The parts of pydantic's location that the user wrote, without tags of unions."""
-    path: list[str] = []
-    for index, part in enumerate(loc):
-        indexed = isinstance(values, list | tuple) and isinstance(part, int)
-        if indexed or (isinstance(values, Mapping) and part in values):
-            values = values[part]
-        elif not (missing and index == len(loc) - 1):
-            continue
-        path.append(str(part))
-    return path
-
-
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section around a location accepts."""
-    sections: list[type[Section]] = [Config]
-    for part in loc[:-1]:
-        inner = [
-            section
-            for outer in sections
-            for name, field in outer.model_fields.items()
-            if part in (name, field.alias)
-            for section in _sections(field.annotation)
-        ]
-        tagged = [
-            section
-            for section in sections
-            for name in ("source", "kind")
-            if name in section.model_fields
-            and part in get_args(section.model_fields[name].annotation)
-        ]
-        sections = inner or tagged or sections
-    return [
-        field.alias or name for section in sections for name, field in section.model_fields.items()
-    ]
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]

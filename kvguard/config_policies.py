@@ -136,6 +136,9 @@ POLICIES: dict[str, PolicyEntry] = {
 POLICY_NAMES = tuple(name for name, entry in POLICIES.items() if entry.live)
 """The policies that `kvguard.policy_factory` builds and the live experiment can run."""
 
+MATCHED_POLICIES = ("constant", "random")
+"""Rivals that get a number from the simulated guard."""
+
 
 class PlannedTest(Section):
     """Two policies that the plan of an experiment compares."""

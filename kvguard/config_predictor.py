@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
-from kvguard.config_types import Count, Probability, Section
+from kvguard.config_types import Count, Probability, ResultsFolder, Section
 
 Target = Literal["harm", "any", "looping", "non_termination", "amnesia", "divergence"]
 
@@ -25,8 +25,13 @@ class SequenceSettings(Section):
 
 
 class Predictor(Section):
-    """Training of the hazard predictors."""
+    """Training of the hazard predictors, or whose predictors the run uses."""
 
+    trained_by: ResultsFolder | None = Field(
+        default=None,
+        exclude_if=lambda folder: folder is None,  # runs that train are recorded as before it
+        description="results folder of a finished run whose models are used; null: this run trains",
+    )
     kind: PredictorKind = Field(
         default="boosted",
         description="boosted: trees over a token's features; sequence: a GRU over an answer so far",

@@ -15,7 +15,8 @@ import polars as pl
 from kvguard import schema
 from kvguard.certificate import load_certificate
 from kvguard.config import config_part
-from kvguard.findings_policies import pooled_table, sections, visible_text
+from kvguard.findings_policies import live_sections, pooled_table, sections, visible_text
+from kvguard.imported_models import Origin, read_origin
 from kvguard.markdown import above, bracket, changed, difference, pointwise, table, verdict
 from kvguard.policy_tests import GUARD_COLUMNS, live_tables
 
@@ -119,6 +120,9 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def _section(folder: Path) -> str:
     described = _described(folder)
+    origin = read_origin(folder / "models")
+    if origin is not None:
+        return _imported_section(folder, described, origin)
     tables = {name: _read(folder, name) for name in TABLES} | _derived(folder, described)
     certificate = load_certificate(folder / "models" / "certificate.json")
     before, behind = sections(tables, described, certificate)
@@ -133,6 +137,19 @@ def _section(folder: Path) -> str:
             _made_of(tables),
             _controls(tables),
             *behind,
+        ]
+    )
+
+
+def _imported_section(folder: Path, described: Mapping[str, Any], origin: Origin) -> str:
+    """Of a run that uses another one's models: where they come from, and its live runs."""
+    names = ("policies", "policies_pooled", "guard_tests", "planned_tests")
+    tables = {name: _read(folder, name) for name in names}
+    return "\n\n".join(
+        [
+            _title(described),
+            f"### Where the models come from\n\n{origin.text} Nothing was fitted in this run.",
+            *live_sections(tables, described),
         ]
     )
 

@@ -328,6 +328,8 @@ def policies_section(tables: Tables, described: Row) -> str:
         "the measured ratios. "
         f"`kvguard/policies.py` describes each policy.{_dear_alone(rows)}\n\n" + policy_table(rows)
     )
+    if "simulation_reasons" not in tables:
+        return text
     counts = tables["simulation_reasons"].group_by("reason").agg(pl.col("requests").sum())
     found = {str(row["reason"]): int(row["requests"]) for row in counts.to_dicts()}
     same, unknown = found.pop("same", 0), found.pop("outcome unknown offline", 0)
@@ -507,6 +509,20 @@ def observed(row: Row) -> str:
     bound = upper_bound(row)
     most = "" if bound is None else f" [at most {bound:.0%}]"
     return f"{row['observed']:.0%} of {row['units']}{most}"
+
+
+def live_sections(tables: Tables, described: Row) -> list[str]:
+    """What live runs alone tell; empty sections are left out."""
+    found = [
+        f"### In short\n\n{visible_text(tables)}",
+        visible_section(tables),
+        policies_section(tables, described),
+        tasks_section(tables),
+        planned_section(tables["planned_tests"]),
+    ]
+    if not tables["guard_tests"].is_empty():
+        found.insert(-1, guard_tests(tables["guard_tests"])[1])
+    return [text for text in found if text]
 
 
 def sections(

@@ -25,6 +25,7 @@ from kvguard.files import (
     file_sha256,
     origin_of,
 )
+from kvguard.imported_models import check_imported
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every file of a finished run."""
@@ -119,7 +120,12 @@ def _check_schemas(config: Config, results: Path) -> Problems:
     shards = expected_shards(config)
     tables = [(shard.path(results, "traces"), schema.TRACES) for shard in shards]
     tables += [(shard.path(results, "tokens"), schema.TOKENS) for shard in shards]
-    tables += [(results / name, declared) for name, declared in SINGLE_TABLES.items()]
+    left_out = TRAINED_TABLES if config.imports_models else frozenset()
+    tables += [
+        (results / name, declared)
+        for name, declared in SINGLE_TABLES.items()
+        if name not in left_out
+    ]
     tables += [(path, schema.RUNS) for path in sorted((results / "live").rglob("*.parquet"))]
     for path, declared in tables:
         name = str(path.relative_to(results))
@@ -335,7 +341,7 @@ def _check_splits(config: Config, results: Path) -> Problems:
     splits = _columns(path, *schema.SPLITS)
     double = splits.height - splits["prompt_id"].n_unique()
     yield f"splits.parquet: {double} prompts are in two splits" if double else None
-    for name in schema.SPLIT_NAMES:
+    for name in config.splits.names:
         empty = splits.filter(pl.col("split") == name).is_empty()
         yield f"splits.parquet: no prompt in {name}" if empty else None
 
@@ -540,6 +546,7 @@ CHECKS: dict[str, Callable[[Config, Path], Problems]] = {
     "splits": _check_splits,
     "hazards": _check_hazards,
     "live runs": _check_live,
+    "imported models": check_imported,
     "model hashes": _check_models,
     "written files": _check_files,
     "origins": _check_origins,
@@ -557,6 +564,11 @@ SINGLE_TABLES = {
     "simulation.parquet": schema.RUNS,
 }
 """Tables that a run has once."""
+
+TRAINED_TABLES = frozenset(
+    ("labels.parquet", "features.parquet", "predictions.parquet", "simulation.parquet")
+)
+"""Those that a run with another one's models has not."""
 
 
 def _head(path: Path) -> pl.DataFrame:

@@ -180,6 +180,28 @@ def run_policy_shard(
     return check(conform(runs, RUNS), RUNS, "runs")
 
 
+def repeat_full_cache(
+    runs: pl.DataFrame, press: str, ratio: str, policy: str, layers: int
+) -> pl.DataFrame:
+    """Live runs of ``always_safe`` as those of another condition, or as ``offload``.
+
+    With a safe ratio of 0 no press is at work in either: under every press and ratio they are the
+    same computation. ``seconds`` are those of the one that ran; of ``offload`` they are null.
+
+    Args:
+        runs: RUNS of ``always_safe``, one condition.
+        press: of the other condition.
+        ratio: of the other condition.
+        policy: ``always_safe`` or ``offload``.
+        layers: of the model.
+    """
+    rows = runs.to_dicts()
+    if policy == "offload":
+        rows = [offload_row(row, layers) for row in rows]
+    named = {"press": press, "ratio": ratio, "policy": policy}
+    return check(pl.DataFrame([row | named for row in rows], schema=RUNS), RUNS, "runs")
+
+
 def make_ladder(
     press: config.Press, ratio: str, gate: Predictor | None, threshold: float
 ) -> RatioLadder:

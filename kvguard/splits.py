@@ -67,7 +67,7 @@ def _split_task(prompts: pl.DataFrame, splits: config.Splits, seed: int) -> pl.D
     places = np.searchsorted(bounds, middle)
     names = {name: schema.SPLIT_NAMES[place] for name, place in zip(ordered, places, strict=True)}
     frame = prompts.with_columns(split=unit.replace_strict(names, return_dtype=pl.String))
-    missing = set(schema.SPLIT_NAMES) - set(frame["split"])
+    missing = set(splits.names) - set(frame["split"])
     if missing:
         raise ValueError(
             f"task {task!r}: {len(sizes)} templates of {prompts.height} prompts leave "
@@ -77,12 +77,12 @@ def _split_task(prompts: pl.DataFrame, splits: config.Splits, seed: int) -> pl.D
 
 
 def check_split_sizes(task: str, num_prompts: int, splits: config.Splits) -> None:
-    """Check that every split gets a prompt of the task.
+    """Check that every split with a share gets a prompt of the task.
 
     Raises:
         ValueError: says how many prompts are needed.
     """
-    shares = [getattr(splits, name) for name in schema.SPLIT_NAMES]
+    shares = [getattr(splits, name) for name in splits.names]
     needed = num_prompts
     while min(_largest_remainders(needed, shares)) == 0:
         needed += 1
@@ -90,7 +90,7 @@ def check_split_sizes(task: str, num_prompts: int, splits: config.Splits) -> Non
         raise ValueError(
             f"{f'tasks.{task}.num_prompts: ' if task else ''}{num_prompts} prompts cannot fill "
             f"splits of {shares}: at least {needed} prompts are needed so that none of "
-            f"{', '.join(schema.SPLIT_NAMES)} is empty"
+            f"{', '.join(splits.names)} is empty"
         )
 
 
@@ -105,7 +105,8 @@ def calibration_parts(
 
     By a hash of the ids alone, so every caller gets the same parts; prompts of one template stay
     together, and the tasks are divided alike. Each part has at least one prompt; a single
-    calibration prompt certifies, and the probabilities stay uncalibrated.
+    calibration prompt certifies, and the probabilities stay uncalibrated. With a share of 0, of a
+    run that fits nothing (`config.Config.probability_share`), all certify.
     """
     known = splits.filter(pl.col("split") == "calibration").with_columns(unit=_UNIT)
     places: dict[str, float] = {}  # of each unit in its own task's order, so that tasks interleave
@@ -114,6 +115,8 @@ def calibration_parts(
         places |= {unit: (index + 0.5) / len(ordered) for index, unit in enumerate(ordered)}
     units = sorted(places, key=lambda unit: places[unit])
     count = min(max(round(probability_share * len(units)), 1), len(units) - 1)
+    if probability_share == 0:
+        count = 0
     fits = known["unit"].is_in(units[: max(count, 0)])
     return (
         known.filter(fits)["prompt_id"].sort().to_list(),

@@ -16,8 +16,9 @@ from kvguard.code_digest import (
     data_digest,
     definition_digest,
 )
-from kvguard.config import BASELINE, POLICIES, ConfigError, digest, parse_config
+from kvguard.config import BASELINE, BASELINE_RATIO, POLICIES, ConfigError, digest, parse_config
 from kvguard.figures import FIGURES
+from kvguard.imported_models import check_source, manifest_digest, needed_files
 from kvguard.progress import PlannedJob, plan_digest, run_summary, write_plan
 from kvguard.provenance import made_otherwise
 from kvguard.splits import check_split_sizes
@@ -41,6 +42,8 @@ def read_config(values):
         checked = parse_config(values)
         for task in checked.tasks:
             check_split_sizes(task.name, task.num_prompts, checked.splits)
+        if checked.imports_models:
+            check_source(checked)
     except (ConfigError, ValueError) as error:
         raise WorkflowError(str(error)) from None
     return checked
@@ -284,7 +287,8 @@ def blocks(single, shards):
     """Blocks of a rule's shards, given by their wildcards; none where each shard is a job.
 
     One block holds shards of one model, loaded in one way. A rival that is matched to the guard
-    waits for the guard's runs, so that they are of different blocks.
+    waits for the guard's runs, and what repeats a run waits for that one, so that they are of
+    different blocks.
     """
     if experiment.jobs.shards_per_job == 1:
         return []
@@ -292,7 +296,8 @@ def blocks(single, shards):
     def together(shard):
         press = None if shard["press"] == BASELINE else experiment.press(shard["press"])
         matched = shard.get("policy") == "constant"
-        return shard["model"], press and press.attention, matched
+        repeats = "policy" in shard and full_cache_run(**shard) is not None
+        return shard["model"], press and press.attention, matched, repeats
 
     size = experiment.jobs.shards_per_job
     ordered = sorted(shards, key=lambda shard: str(together(shard)))
@@ -361,7 +366,58 @@ def policy_files(wildcards):
         files["harm_model"] = "<results>/models/harm_model.json"
     if wildcards.policy in ("gate", "ladder"):
         files["baselines"] = "<results>/models/baselines.json"
+    repeated = full_cache_run(**wildcards)
+    if repeated is not None:
+        files["full_cache"] = repeated
     return files
+
+
+def full_cache_run(model, press, ratio, policy, shard):
+    """The live run of `always_safe` that this one repeats; None: it runs itself.
+
+    On the full cache no press is at work, so that one condition's run is that of all which load the
+    model alike; `offload` is the same answers with counted costs.
+    """
+    if policy not in ("always_safe", "offload") or experiment.guard.safe_ratio != BASELINE_RATIO:
+        return None
+    attention = experiment.press(press).attention
+    for first, at in live_conditions():
+        if experiment.press(first).attention == attention:
+            break
+    if "always_safe" not in experiment.live.policies:
+        return None
+    if (policy, press, ratio) == ("always_safe", first, at):
+        return None
+    return f"<results>/live/{model}/{first}/{at}/always_safe/{shard}.parquet"
+
+
+def imported_files():
+    """Model files that come from the run that `predictor.trained_by` names."""
+    return list(needed_files(experiment))
+
+
+def source_manifest():
+    """Digest of the manifest of the run whose models are used: another one is imported anew."""
+    return manifest_digest(experiment.predictor.trained_by)
+
+
+def trained(files):
+    """Files that only a run that trains makes; none where the models are another run's."""
+    return [] if experiment.imports_models else files
+
+
+def imported(files):
+    """Files that only a run that uses another one's models makes."""
+    return files if experiment.imports_models else []
+
+
+def model_files_of_run():
+    """Names of the files in `models` that stand in the manifest."""
+    if experiment.imports_models:
+        return [*imported_files(), "origin.json"]
+    own = ("hazard_predictor", "gate_predictor", "baselines", "certificate", "rivals", "harm_model")
+    hazards = [f"hazard_{target}" for target in experiment.predictor.targets]
+    return [f"{name}.json" for name in (*own, *hazards)]
 
 
 def certificate_plan():
@@ -373,6 +429,8 @@ def certificate_plan():
     rules = ("train_predictor", "build_features", "detect_outcomes", "calibrate_controller")
     plan = {name: section(name) for name in sections}
     plan["guard"] = {name: kept for name, kept in plan["guard"].items() if name != "bus_ratio"}
+    if experiment.imports_models:
+        plan["source"] = source_manifest()
     return digest(plan | {"code": [library(rule) for rule in rules]})
 
 
@@ -415,7 +473,21 @@ def captions():
 
 def every_table(suffix):
     """Paths of all tables that the run's rules write."""
-    return [f"<results>/tables/{name}.{suffix}" for name in TABLES]
+    return [f"<results>/tables/{name}.{suffix}" for name in run_tables()]
+
+
+def run_tables():
+    """Names of the tables that this run has: without training those of `UNTRAINED_TABLES`."""
+    if experiment.imports_models:
+        return ["imported_models", *(name for name in TABLES if name in UNTRAINED_TABLES)]
+    return [name for name in TABLES if name != "imported_models"]
+
+
+def run_figures():
+    """Names of the figures whose tables this run has."""
+    if not experiment.imports_models:
+        return list(FIGURES)
+    return [name for name, entry in FIGURES.items() if set(entry.tables) <= UNTRAINED_TABLES]
 
 
 def table_report(name):
@@ -490,6 +562,7 @@ TABLES = {
     "sensitivity": "Failures",
     "errors": "Failures",
     "compression_check": "Failures",
+    "imported_models": "Predictor",
     "training": "Predictor",
     "search_trials": "Predictor",
     "harm_metrics": "Predictor",
@@ -522,3 +595,8 @@ TABLES = {
     "leakage_check_calibration": "Checks",
 }
 """Tables and their place in the report; all hold plain columns and are written as CSV too."""
+
+UNTRAINED_TABLES = {
+    *("policies", "policies_pooled", "policy_tests", "guard_tests", "planned_tests"),
+}
+"""Tables of a run that uses another one's models."""

@@ -43,7 +43,7 @@ rule summarize_live:
     input:
         live=every_live_run("<results>/live/{model}/{press}/{ratio}/{policy}/{shard}.parquet"),
         traces=every_trace("<results>/traces/{model}/{press}/{ratio}/{shard}.parquet"),
-        simulation="<results>/simulation.parquet",
+        simulation=trained("<results>/simulation.parquet"),
         outcomes="<results>/outcomes.parquet",
     output:
         policies="<results>/tables/policies.parquet",

@@ -35,7 +35,7 @@ rule export_tables:
     input:
         tables=every_table("parquet"),
     output:
-        tables=[table_report(name) for name in TABLES],
+        tables=[table_report(name) for name in run_tables()],
     log:
         "<results>/logs/export_tables.log",
     benchmark:
@@ -86,7 +86,8 @@ rule render_viewer:
 rule write_findings:
     input:
         config="<results>/config.json",
-        certificate="<results>/models/certificate.json",
+        certificate=trained("<results>/models/certificate.json"),
+        origin=imported("<results>/models/origin.json"),
         tables=every_table("parquet"),
     output:
         findings="<results>/findings.md",
@@ -122,22 +123,22 @@ rule write_manifest:
         checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
         derived=collect(
             "<results>/{table}.parquet",
-            table=["outcomes", "splits", "labels", "features", "predictions", "simulation"],
+            table=[
+                *("outcomes", "splits"),
+                *trained(["labels", "features", "predictions", "simulation"]),
+            ],
         ),
-        models=collect(
-            "<results>/models/{name}.json",
-            name=["hazard_predictor", "gate_predictor", "baselines", "certificate", "rivals"],
-        ),
-        targets=collect(
-            "<results>/models/hazard_{target}.json", target=experiment.predictor.targets
-        ),
+        models=collect("<results>/models/{name}", name=model_files_of_run()),
         live=every_live_run("<results>/live/{model}/{press}/{ratio}/{policy}/{shard}.parquet"),
         tables=every_table("parquet"),
         csv=every_table("csv"),
-        timeline="<results>/timeline.parquet",
+        timeline=trained("<results>/timeline.parquet"),
         database="<results>/kvguard.duckdb",
         figures=rules.figures.input,
-        published=["<results>/viewer.html", "<results>/findings.md", "<results>/report.html"],
+        published=[
+            *("<results>/findings.md", "<results>/report.html"),
+            *trained(["<results>/viewer.html"]),
+        ],
     output:
         manifest="<results>/manifest.json",
     log:
@@ -159,7 +160,7 @@ rule render_report:
     input:
         rules.figures.input,
         rules.export_tables.output,
-        rules.render_viewer.output,
+        trained(rules.render_viewer.output),
         config="<results>/config.json",
         captions=captions(),
     output:
@@ -175,6 +176,7 @@ rule render_report:
         **job("small"),
     params:
         snakefile=workflow.main_snakefile,
+        shown=["figures", "export_tables", *trained(["render_viewer"])],
         library=library("render_report"),
     script:
         "../workflow_scripts/render_report.py"

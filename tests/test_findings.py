@@ -1,6 +1,7 @@
 """docs/findings.md says what the tables say, and nothing that they do not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import planted
@@ -22,6 +23,7 @@ from kvguard.findings import (
 )
 from kvguard.findings_policies import observed, policy_table
 from kvguard.findings_tests import planned_section
+from kvguard.imported_models import ImportedFile, Origin
 from kvguard.policy_tests import compare_listed, live_tables
 from kvguard.predictor import rules_predictor
 from kvguard.splits import split_prompts
@@ -421,6 +423,46 @@ def test_claims_follow_the_intervals(results: Path, tmp_path: Path) -> None:
     write_findings([results], target)
     schema.write_table(metrics, path)
     assert _line(target.read_text(), "| any |").endswith("| interval includes chance |")
+
+
+def test_a_run_with_another_one_s_models_says_where_they_come_from(
+    results: Path, tmp_path: Path
+) -> None:
+    origin = Origin(
+        run="before",
+        results_dir="results/before",
+        manifest_sha256="a" * 64,
+        kvguard="0.1.0",
+        commit=None,
+        seed=3,
+        files={"harm_model.json": ImportedFile(sha256="b" * 64, code=None)},
+        train_prompts=20,
+        calibration_prompts=10,
+        tested_there=0,
+        shared_templates=0,
+        transfer=("model larger (trained on small)",),
+    )
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/origin.json").write_text(origin.model_dump_json())
+    live = _runs("live")
+    tables = live_tables(live, live.clear(), 50, 0, [("guard", "none")])
+    tables["policies"] = constant_frontier(
+        summarize_runs(live, _outcomes(live), bootstrap_samples=50).with_columns(
+            source=pl.lit("live")
+        )
+    )
+    for name, table in tables.items():
+        schema.write_table(table, tmp_path / f"tables/{name}.parquet")
+    shutil.copy(results / "config.json", tmp_path)
+    text = _written(tmp_path, tmp_path)
+    told = _section(text, "Where the models come from")
+    assert "the run `before` (manifest aaaaaaaaaaaaaaaa, seed 3)" in told
+    assert (
+        "trained on 20 prompts and calibrated on 10; none of them is a prompt of this run" in told
+    )
+    assert "**Transfer**, not what they were trained on: model larger (trained on small)." in told
+    assert "### Every policy" in text
+    assert "What foresees harm" not in text
 
 
 def test_a_missing_table_is_named(results: Path, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ if __name__ == "__main__":
     source = snakemake.input
     answers = read_answers(source.prompts, source.traces, source.tokens)
     detection = Detection.model_validate(snakemake.params.detection)
-    onsets = pl.read_parquet(list(source.onsets), hive_partitioning=False)
+    onsets = None  # a run without stored compressed answers has none
+    if source.get("onsets"):
+        onsets = pl.read_parquet(list(source.onsets), hive_partitioning=False)
     write_table(
         detect_outcomes(*answers, detection, onsets), Path(snakemake.output.outcomes), OUTCOMES
     )

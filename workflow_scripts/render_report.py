@@ -10,16 +10,14 @@ from kvguard.schema import atomic_path
 
 logger = logging.getLogger(__name__)
 
-TARGETS = ("figures", "export_tables", "render_viewer")
-"""Rules whose inputs or outputs the report shows."""
 
-
-def main(snakefile: Path, config: Path, target: Path) -> None:
-    """Write the report of the finished rules `TARGETS`.
+def main(snakefile: Path, config: Path, shown: list[str], target: Path) -> None:
+    """Write the report of finished rules.
 
     Args:
         snakefile: of this workflow.
         config: the resolved configuration of the run.
+        shown: rules whose inputs or outputs the report shows.
         target: the HTML file.
 
     Raises:
@@ -27,14 +25,14 @@ def main(snakefile: Path, config: Path, target: Path) -> None:
     """
     with atomic_path(target) as temporary:
         page = temporary.with_suffix(".html")
-        command = [sys.executable, "-m", "snakemake", *TARGETS, "--nolock", "--cores", "1"]
+        command = [sys.executable, "-m", "snakemake", *shown, "--nolock", "--cores", "1"]
         command += ["--snakefile", str(snakefile), "--configfile", str(config)]
         command += ["--report", str(page)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             page.unlink(missing_ok=True)
             raise RuntimeError(f"Snakemake made no report:\n{done.stdout}{done.stderr}")
-        logger.info("report of %s, %d bytes", ", ".join(TARGETS), page.stat().st_size)
+        logger.info("report of %s, %d bytes", ", ".join(shown), page.stat().st_size)
         page.replace(temporary)
 
 
@@ -43,5 +41,6 @@ if __name__ == "__main__":
     main(
         Path(snakemake.params.snakefile),
         Path(snakemake.input.config),
+        list(snakemake.params.shown),
         Path(snakemake.output.report),
     )

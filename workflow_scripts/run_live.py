@@ -1,5 +1,6 @@
 """Run one policy live on one shard of the test prompts, under one press at one ratio."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from kvguard import blocks
 from kvguard.certificate import load_certificate
 from kvguard.config import Config, Press, config_part
 from kvguard.harm_model import load_harm_model
-from kvguard.live import match_guard, run_policy_shard
+from kvguard.live import match_guard, repeat_full_cache, run_policy_shard
 from kvguard.models import load_once
 from kvguard.predictor import load_predictor
 from kvguard.prompts import read_examples, read_prompts
@@ -20,6 +21,12 @@ from kvguard.splits import prompts_of, read_splits
 
 def main(experiment: Config, params: Any, inputs: Any, target: Path, job: Any) -> None:
     """Run the shard; params and inputs go by the rule's names, ``job`` are its wildcards."""
+    if "full_cache" in inputs:
+        layers = json.loads((Path(inputs["checkpoint"]) / "config.json").read_text())
+        runs = read_table(inputs["full_cache"], RUNS)
+        repeated = (job.press, job.ratio, job.policy, layers["num_hidden_layers"])
+        write_table(repeat_full_cache(runs, *repeated), target, RUNS)
+        return
     press = Press.model_validate(params["press"])
     attention = {} if press.attention is None else {"attention": press.attention}
     task, part, parts = params["places"]

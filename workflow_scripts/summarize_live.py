@@ -25,21 +25,26 @@ def main(
     planned: list[tuple[str, str]],
     targets: dict[str, Path],
 ) -> None:
-    """Write the targets; ``tables`` are simulation and outcomes, ``planned`` pairs of policies.
+    """Write the targets; ``tables`` are outcomes and simulation, ``planned`` pairs of policies.
 
-    Beside each policy stands what a constant ratio gives at equal device byte-steps.
+    Beside each policy stands what a constant ratio gives at equal device byte-steps. A run that
+    uses another one's models has no simulation.
     """
     live = pl.read_parquet(live_paths, hive_partitioning=False)
-    simulated = read_table(tables["simulation"], RUNS)
+    simulated = pl.DataFrame(schema=RUNS)
+    if "simulation" in tables:
+        simulated = read_table(tables["simulation"], RUNS)
     outcomes = read_table(tables["outcomes"], OUTCOMES)
     policies, pairs = [], []
     for source, runs in (("live", live), ("simulation", simulated)):
+        if runs.is_empty():
+            continue
         table = summarize_runs(runs, outcomes, bootstrap_samples=bootstrap_samples, seed=seed)
         policies.append(table.with_columns(source=pl.lit(source)))
         pairs.append(compare_pairs(runs, samples=bootstrap_samples, seed=seed))
     differences = compare_live_simulation(live, simulated)
     traces = pl.read_parquet(trace_paths, hive_partitioning=False)
-    write_table(constant_frontier(pl.concat(policies), measured=policies[1]), targets["policies"])
+    write_table(constant_frontier(pl.concat(policies), measured=policies[-1]), targets["policies"])
     write_table(pl.concat(pairs), targets["tests"])
     for name, table in live_tables(live, simulated, bootstrap_samples, seed, planned).items():
         write_table(table, targets[name])
@@ -54,7 +59,7 @@ if __name__ == "__main__":
     main(
         [Path(path) for path in source.live],
         [Path(path) for path in source.traces],
-        {name: Path(source[name]) for name in ("simulation", "outcomes")},
+        {name: Path(source[name]) for name in ("simulation", "outcomes") if source.get(name)},
         params.bootstrap_samples,
         params.seed,
         [(policy, other) for policy, other in params.planned],
