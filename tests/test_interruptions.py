@@ -17,9 +17,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from polars.testing import assert_frame_equal
 from same_results import assert_same_results, comparable, files
 from small_disk import small_disk
+from source_run import finish
 from tiny_experiment import RESULTS, command, environment, make_experiment, run
 
 from kvguard.config import load_config
@@ -48,6 +50,40 @@ def uninterrupted(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shutil.copytree(pristine, folder, dirs_exist_ok=True)
     run(folder, *TARGETS)
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_second_run_takes_the_models_of_the_first(uninterrupted: Path, tmp_path: Path) -> None:
+    """On fresh prompts: nothing is trained, what is made is whole, and says where models are from."""
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    finish(tmp_path / RESULTS)
+    over = {
+        "name": "second",
+        "seed": 1,
+        "results_dir": "second",
+        "predictor": {"trained_by": RESULTS},
+        "splits": {"train": 0, "calibration": 0.5, "test": 0.5},
+        "live": {"policies": ["none", "guard", "guard_price", "gate", "always_safe", "offload"]},
+    }
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(over))
+    files = ("config.yaml", "second.yaml")
+    before = {path: file_sha256(path) for path in (tmp_path / RESULTS).rglob("*.json")}
+    run(tmp_path, "all", "--configfile", *files)
+    assert before == {path: file_sha256(path) for path in before}, "the first run is only read"
+    results = tmp_path / "second"
+    assert not any((results / f"{name}.parquet").exists() for name in ("features", "predictions"))
+    assert [path.name for path in (results / "traces/tiny").iterdir()] == ["none"]
+    for name in ("hazard_predictor", "certificate", "harm_model", "baselines"):
+        paths = [tmp_path / folder / f"models/{name}.json" for folder in (RESULTS, "second")]
+        assert len(set(map(file_sha256, paths))) == 1, name
+    text = (results / "findings.md").read_text()
+    assert "come from the run `tiny`" in text
+    assert "none of them is a prompt of this run" in text
+    listed = json.loads((results / "manifest.json").read_text())
+    assert {"models/origin.json", "models/harm_model.json"} <= set(listed)
+    checks = verify_results(load_config(*(tmp_path / name for name in files)), results)
+    assert [problem for check in checks for problem in check.problems] == []
 
 
 def finished(log: Path) -> list[str]:

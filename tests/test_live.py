@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 from test_experiment import EXAMPLES, configured, press, shard, some_prompts
 from test_guard import POINT, Threshold
 from test_ladder import gate_predictor
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from kvguard.config import POLICY_NAMES, Press
 from kvguard.detectors import detect_outcomes
 from kvguard.experiment import run_shard
-from kvguard.live import run_policy_shard
+from kvguard.live import repeat_full_cache, run_policy_shard
 from kvguard.models import LoadedModel
 from kvguard.prompts import prompts_frame
 from kvguard.rival_settings import gate_scores, trace_probes
@@ -199,6 +200,28 @@ def test_a_ladder_runs_as_it_is_simulated(tiny: LoadedModel, baseline: pl.DataFr
                 assert share.is_between(0.8, 1.2).all()
                 assert (live["alarmed"] == (live["start_ratio"] != "0.500")).all()
     assert started == {"0.500", "0.250", "0.000"}
+
+
+@pytest.mark.parametrize("policy", ["always_safe", "offload"])
+def test_the_full_cache_run_of_one_condition_is_that_of_every_condition(
+    tiny: LoadedModel, baseline: pl.DataFrame, policy: str
+) -> None:
+    first = live(tiny, baseline, "always_safe")
+    layers = tiny.model.config.num_hidden_layers
+    repeated = repeat_full_cache(first, "knorm", "0.250", policy, layers)
+    ran = run_policy_shard(
+        tiny,
+        some_prompts(),
+        EXAMPLES,
+        press=Press.model_validate({"name": "knorm", "class": "KnormPress", "ratios": [0.25]}),
+        ratio="0.250",
+        policy=policy,
+        shard=0,
+        experiment=configured(),
+        baseline=baseline,
+    )
+    assert_frame_equal(repeated.drop("seconds"), ran.drop("seconds"))
+    assert repeated["seconds"].is_null().all() == (policy == "offload")
 
 
 def test_offloading_is_the_uncompressed_run_with_its_own_costs(

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from source_run import make_source
 
 import kvguard
 from kvguard.blocks import rule_of_block
@@ -150,6 +151,34 @@ def test_a_new_look_redraws_every_figure_and_nothing_upstream(
 
 PUBLISHED = {"export_tables", "write_findings", "write_manifest", "render_report", "draw_figure"}
 """Rules that show what others computed, after any change of a table."""
+
+
+def test_a_run_with_another_one_s_models_plans_no_training(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    make_source(folder / "results/source", presses=[PRESS], tasks=[TASK | {"num_prompts": 12}])
+    over = {
+        "seed": 2,
+        "results_dir": "results/own",
+        "predictor": {"trained_by": "results/source"},
+        "splits": {"train": 0, "calibration": 0.5, "test": 0.5},
+        "live": {"policies": ["none", "guard_price", "always_safe", "offload"]},
+        "jobs": {"shards_per_job": 1},
+    }
+    jobs = planned(folder, "all", "figures", **over)
+    assert jobs["import_models"] == 1
+    assert jobs["generate"] == 2, "two shards of the baseline"
+    assert jobs["run_live"] == 2 * 4, "two ratios, four policies"
+    trained = {"train_predictor", "label_traces", "build_features", "calibrate_controller"}
+    fitted = {"fit_rivals", "fit_harm_model", "simulate_controller", "find_harm_onsets"}
+    assert not jobs.keys() & (trained | fitted | {"ablate_features", "render_viewer"})
+
+
+def test_a_run_that_cannot_give_its_models_stops_before_any_job(tmp_path: Path) -> None:
+    over = {"results_dir": "results/own", "predictor": {"trained_by": "results/source"}}
+    over |= {"live": {"policies": ["none"]}}
+    done = run_snakemake(copy_checkout(tmp_path), "--dry-run", check=False, **over)
+    assert done.returncode != 0
+    assert "predictor.trained_by: should name results of a finished run" in done.stderr
 
 
 def test_a_docstring_reruns_nothing(edited: Callable[..., Path]) -> None:
