@@ -55,7 +55,7 @@ def uninterrupted(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_second_run_takes_the_models_of_the_first(uninterrupted: Path, tmp_path: Path) -> None:
-    """On fresh prompts: nothing is trained, what is made is whole, and says where models are from."""
+    """On fresh prompts: nothing is trained, all is whole, and says where the models come from."""
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     finish(tmp_path / RESULTS)
     over = {

@@ -178,7 +178,8 @@ def test_a_run_that_cannot_give_its_models_stops_before_any_job(tmp_path: Path) 
     over |= {"live": {"policies": ["none"]}}
     done = run_snakemake(copy_checkout(tmp_path), "--dry-run", check=False, **over)
     assert done.returncode != 0
-    assert "predictor.trained_by: should name results of a finished run" in done.stderr
+    said = done.stdout + done.stderr
+    assert "predictor.trained_by: should name results of a finished run" in said
 
 
 def test_a_docstring_reruns_nothing(edited: Callable[..., Path]) -> None:
