@@ -23,6 +23,7 @@ HEADLINE_POLICIES = (
     "verify_on_failure",
     "clock_or_loop",
     "guard",
+    "guard_price",
     "guard_promote",
     "gate",
     "ladder",
@@ -36,7 +37,7 @@ HEADLINE_POLICIES = (
 """Policies of the short table, in order; those that neither ran nor were simulated are left out."""
 
 TOLD_POLICIES = (
-    *("verify_on_failure", "clock_or_loop", "guard", "guard_promote", "ladder"),
+    *("verify_on_failure", "clock_or_loop", "guard", "guard_price", "guard_promote", "ladder"),
     *("lossless", "lossless_auto"),
 )
 """Policies of the sentences that sum the short table up."""

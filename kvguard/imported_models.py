@@ -94,10 +94,7 @@ class Origin(BaseModel):
         if self.tested_there:
             told += f" {self.tested_there} prompts of this run were test prompts there."
         if self.shared_templates:
-            told += (
-                f" {self.shared_templates} templates of this run's prompts have prompts among "
-                "those."
-            )
+            told += f" Templates that this run's prompts share with those: {self.shared_templates}."
         if self.transfer:
             told += f" **Transfer**, not what they were trained on: {'; '.join(self.transfer)}."
         return told
