@@ -1,4 +1,4 @@
-"""Whether what a guard does is what its certificate was made on."""
+"""Whether what a guard does is what its certificate was made on, and which price it may take."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +11,7 @@ from kvguard.config import BASELINE, BASELINE_RATIO, Generation, Press
 from kvguard.guard_files import press_to_json
 from kvguard.models import RECORD, recorded_digest
 from kvguard.presses import build_press, nominal_ratio, phases
+from kvguard.price_certificate import PriceCertificate, PriceStatement, PriceUse
 from kvguard.sampling import Decoding
 
 
@@ -74,6 +75,81 @@ def certified_statements(
     return [one for one, fault in zip(found, faults, strict=True) if not fault]
 
 
+def certified_price(
+    certificate: PriceCertificate,
+    level: float,
+    *,
+    press: BasePress | None,
+    task: str | None = None,
+    model: PreTrainedModel | None = None,
+    decoding: Decoding | None = None,
+    **settings: float | str | None,
+) -> PriceStatement:
+    """What a price certificate says of a guard's use at one level of harm.
+
+    Args:
+        certificate: as loaded.
+        level: share of requests that may be harmed, one of the certificate's.
+        press: the guarded one.
+        task: of the prompts; a certificate over several tasks speaks of their mixture alone.
+        model: None: not known yet, as at the guard's construction.
+        decoding: None: not known yet.
+        settings: ``bus_ratio``, ``margin_nats``, ``cold``, ``safe_ratio`` and ``batch_size`` as in
+            `PriceUse`; None takes what was certified.
+
+    Raises:
+        CertificateError: it was made on something else, or certifies no price; names what differs.
+    """
+    known = certificate.at_level(level)
+    faults = [
+        _price_faults(one.use, press, task, model, decoding, settings) for one in known if one.use
+    ]
+    least = min(range(len(known)), key=lambda at: len(faults[at]))
+    if faults[least]:
+        raise CertificateError(
+            f"the price certificate does not speak of {', '.join(faults[least])}: harm_risk is for "
+            "certified uses alone; certify again (live.certify_prices), or give harm_price, which "
+            "needs no certificate"
+        )
+    if known[least].certified_price is None:
+        raise CertificateError(f"harm_risk={level:g}: {known[least].text}")
+    return known[least]
+
+
+def _price_faults(
+    use: PriceUse,
+    press: BasePress | None,
+    task: str | None,
+    model: PreTrainedModel | None,
+    decoding: Decoding | None,
+    settings: Mapping[str, float | str | None],
+) -> list[str]:
+    """In what a guard's use differs from a certified one, in words."""
+    own: dict[str, Any] = press_use(press) | {k: v for k, v in settings.items() if v is not None}
+    faults = [
+        f"{name}={value!r} (certified on {getattr(use, name)!r})"
+        for name, value in own.items()
+        if value != getattr(use, name) and name != "batch_size"
+    ]
+    if own.get("batch_size", 0) > use.batch_size:
+        faults.append(f"batch_size={own['batch_size']} (certified up to {use.batch_size})")
+    if not faults and (fault := _differing_settings(press, use)):
+        faults.append(f"the press's {fault}")
+    if task is not None and [task] != list(use.tasks):
+        faults.append(f"task={task!r} (certified on {', '.join(use.tasks)}, mixed)")
+    if decoding is not None:
+        length, text = decoding.max_new_tokens, decoding_text(decoding)
+        if length not in use.tasks.values():
+            lengths = ", ".join(map(str, sorted(set(use.tasks.values()))))
+            faults.append(f"max_new_tokens={length} (certified on {lengths})")
+        if text != use.decoding:
+            faults.append(f"decoding={text!r} (certified on {use.decoding!r})")
+    if model is not None and (digest := recorded_digest(model)) != use.model_digest:
+        what = f"model_digest={digest!r}" if digest else f"a model without a {RECORD}"
+        faults.append(f"{what} (certified on {use.model_digest!r})")
+    return faults
+
+
 def press_use(press: BasePress | None) -> dict[str, str]:
     """Class, phase and ratio of a press, in the words of the configuration (`Press`)."""
     if press is None:
@@ -99,7 +175,7 @@ def decoding_text(decoding: Decoding) -> str:
     return ", ".join([text, *more])
 
 
-def _differing_settings(press: BasePress | None, use: "Use") -> str | None:
+def _differing_settings(press: BasePress | None, use: Use | PriceUse) -> str | None:
     """In what a press differs from that of a certified use; None: in nothing that was recorded."""
     if use.press_settings is None:
         return None

@@ -5,6 +5,7 @@ pandas, transformers scikit-learn where it is installed, and importing `KVGuard`
 """
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from kvguard.config import Live, OperatingPoint, Tolerance
-from kvguard.guard_predictor import resolve_harm_model, resolve_point, resolve_predictor
+from kvguard.guard_predictor import (
+    deployed,
+    resolve_harm_model,
+    resolve_point,
+    resolve_predictor,
+    stored_marks,
+    untrained,
+)
 from kvguard.guard_report import GuardError, GuardReport
 from kvguard.harm_model import HarmModel, save_harm_model
 from kvguard.harm_price import GuardPrice
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
     from kvguard.guard_observer import HazardModel, Stopping
     from kvguard.ladder import RatioLadder
     from kvguard.prefill import Prefix
+    from kvguard.price_certificate import PriceCertificate, PriceStatement
     from kvguard.requests import Completion, Request
     from kvguard.sampling import Decoding
 
@@ -61,7 +70,8 @@ class KVGuard:
     A named operating point is the certificate's beside the predictor, for certified uses alone.
     Thresholds as numbers, and ``predictor="rules"``, work with any model, press and length.
 
-    One price decides when to check: what a harmed answer costs, in drafted tokens:
+    One price decides when to check: what a harmed answer costs, in drafted tokens; with
+    ``harm_risk=0.05`` instead it is the one that a run has certified:
 
     >>> guard = KVGuard(SnapKVPress(0.75), policy="guard_price", harm_price=100,
     ...                 predictor="results/models/harm_model.json")
@@ -75,9 +85,13 @@ class KVGuard:
             answer; "guard_price" checks what is worth it (`harm_price`); "ladder" chooses the ratio
             of each request at its prefill, before anything is evicted, and does nothing afterwards.
         harm_price: with "guard_price": what a harmed answer costs, in drafted tokens; at 0 nothing
-            is checked, and with ``math.inf`` every answer is the uncompressed one.
+            is checked, and with ``math.inf`` every answer is the uncompressed one. None: 100. A
+            price by itself certifies nothing.
+        harm_risk: instead of a price: the share of requests that may be harmed, a level of the
+            price certificate beside the predictor. The guard takes the lowest price that it
+            certifies for this press and ratio at that level.
         bus_ratio: bytes read from device memory in the time that the bus brings one, for policies
-            that weigh what a check costs; None: 1 on a CPU, 50 elsewhere.
+            that weigh what a check costs; None: 1 on a CPU, 50 elsewhere, or what was certified.
         ratios: with "ladder": the ratios of the press to choose among; the full cache is the last
             resort.
         threshold: with "ladder": a ratio is taken where the predicted probability of harm is below
@@ -114,14 +128,16 @@ class KVGuard:
         completions: one `kvguard.requests.Completion` a row of the last call, with every signal.
         drift: a `kvguard.drift.DriftMonitor` fed with every prompt's first request, or None
             without a certificate; ``drift.text`` says whether the certificate still applies.
-        certificate: what came with the predictor, or None; ``certificate.text`` says it in words.
-        statements: what it says of this use, one for each task; empty with thresholds of your own.
+        certificate: what came with the predictor, or None, in words ``certificate.text``.
+        statements: what it says of this use, one for each task, or one about the price; empty with
+            thresholds or a price of your own. ``text`` says each in words.
 
     Raises:
         GuardError: the predictor was made for other features, or an argument is not accepted.
-        CertificateError: a named operating point is the certificate's, which was made on another
-            press, ratio, phase, task, recovery or ``check_every_tokens``; names what differs. A
-            call raises it for another model, ``max_new_tokens`` or way of sampling.
+        CertificateError: a named operating point or ``harm_risk`` is the certificate's, which was
+            made on another press, ratio, phase, task, recovery, bus or ``check_every_tokens``;
+            names what differs. A call raises it for another model, ``max_new_tokens`` or way of
+            sampling.
     """
 
     def __init__(
@@ -132,7 +148,8 @@ class KVGuard:
         policy: Literal["guard", "lossless", "ladder", "guard_price"] = "guard",
         ratios: Sequence[float] | None = None,
         threshold: float = 0.2,
-        harm_price: float = 100.0,
+        harm_price: float | None = None,
+        harm_risk: float | None = None,
         bus_ratio: float | None = None,
         operating_point: str | OperatingPoint | Mapping[str, float] = "balanced",
         recovery: Recovery = "continue",
@@ -172,7 +189,12 @@ class KVGuard:
                 policy,
                 policy in ("guard", "lossless", "ladder", "guard_price"),
             ),
-            "harm_price is at least 0, in drafted tokens": (harm_price, harm_price >= 0),
+            "harm_price is at least 0, in drafted tokens": (harm_price, (harm_price or 0) >= 0),
+            "harm_risk lies in (0, 1) and stands in place of harm_price, for 'guard_price'": (
+                harm_risk,
+                harm_risk is None
+                or (policy == "guard_price" and harm_price is None and 0 < harm_risk < 1),
+            ),
             "bus_ratio is at least 1, or None": (bus_ratio, bus_ratio is None or bus_ratio >= 1),
             "threshold lies in (0, 1]": (threshold, 0 < threshold <= 1),
             "ratios are those of policy='ladder'": (ratios, policy == "ladder" or ratios is None),
@@ -186,17 +208,19 @@ class KVGuard:
                 raise GuardError(f"{rule}, got {given!r}")
         self.press = press
         self.predictor: HazardModel | None = None
-        self.certificate: Certificate | None = None
+        self._thresholds: Certificate | None = None
+        self._prices: PriceCertificate | None = None
         self.operating_point: OperatingPoint | None = None
         self.ladder: RatioLadder | None = None
         self.ratios, self.threshold = None if ratios is None else list(ratios), threshold
-        self.harm_price, self.bus_ratio = harm_price, bus_ratio
+        self.harm_price = 100.0 if harm_price is None else harm_price
+        self.harm_risk, self.bus_ratio = harm_risk, bus_ratio
         self.harm_model: HarmModel | None = None
         if policy == "lossless":
             if predictor != "rules":
                 raise GuardError("predictor: policy='lossless' checks everything and needs none")
         elif policy == "guard_price":
-            self.harm_model = resolve_harm_model(predictor)
+            self.harm_model, self._prices = resolve_harm_model(predictor, harm_risk is not None)
         elif isinstance(predictor, HarmModel):
             raise GuardError("predictor: a HarmModel is that of policy='guard_price'")
         elif policy == "ladder":
@@ -205,17 +229,24 @@ class KVGuard:
             self.predictor, _ = resolve_predictor(predictor, False)
             self.ladder = users_ladder(press, ratios, self.predictor, threshold)
         else:
-            self.predictor, self.certificate = resolve_predictor(
+            self.predictor, self._thresholds = resolve_predictor(
                 predictor, isinstance(operating_point, str)
             )
             self.operating_point = resolve_point(
-                operating_point, self.certificate, rules=predictor == "rules"
+                operating_point, self._thresholds, rules=predictor == "rules"
             )
         self.task, self.safe_ratio = task, safe_ratio
         self.check_every_tokens: int | Literal["auto"] = check_every_tokens
         self.recovery = recovery
         self._point = operating_point if isinstance(operating_point, str) else None
+        self.cold, self.cold_folder = cold, cold_folder
+        self.margin_nats, self.tolerance = margin_nats, tolerance
+        self.holdback_tokens, self.batch_size, self.seed = holdback_tokens, batch_size, seed
         self.statements = self._statements()
+        self._most_rows = sys.maxsize
+        if harm_risk is not None:
+            self.harm_price, use = deployed(self.statements)
+            self.bus_ratio, self._most_rows = use.bus_ratio, use.batch_size
         self.drift = self._drift_monitor()
         self._saved: dict[str, Any] = {
             "policy": policy,
@@ -231,10 +262,7 @@ class KVGuard:
         self.policy_name = names.get(recovery, f"guard_{recovery}") if policy == "guard" else policy
         if adaptive:
             self.policy_name = "lossless_auto"
-        self.cold, self.cold_folder = cold, cold_folder
         self._warned: set[str] = set()
-        self.margin_nats, self.tolerance = margin_nats, tolerance
-        self.holdback_tokens, self.batch_size, self.seed = holdback_tokens, batch_size, seed
         self.streamer = streamer
         self.report = GuardReport()
         self.completions: list[Completion] = []
@@ -364,14 +392,16 @@ class KVGuard:
         self._statements(model, decoding)
         longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
         rows = self.batch_size or batch_size_for(model, longest)
-        rows = min(rows, len(requests))
+        rows = min(rows, len(requests), self._most_rows)
+        probes = _reads_probes(self.predictor) or _reads_probes(self.harm_model)
         session = Session(
             model,
             decoding,
             press=self.press if self.ladder is None else self.ladder.heaviest,
             rows=rows,
             prefix=prefix,
-            probes=_reads_probes(self.predictor) or _reads_probes(self.harm_model),
+            probes=probes,
+            marked=stored_marks(model) if probes else None,
             cold="none" if self.policy_name in UNCHECKED else self.cold,
             cold_folder=self.cold_folder,
             falls_back=True,
@@ -414,34 +444,36 @@ class KVGuard:
 
     def _statements(
         self, model: "PreTrainedModel | None" = None, decoding: "Decoding | None" = None
-    ) -> "list[Statement]":
-        """What the certificate says of this use; nothing where it gives no thresholds."""
-        if self.certificate is None or self._point is None:
-            return []
-        from kvguard.certified_use import certified_statements
+    ) -> "list[Statement] | list[PriceStatement]":
+        """What the certificate says of this use; nothing where it gives no thresholds or price."""
+        from kvguard.certified_use import certified_price, certified_statements
 
-        return certified_statements(
-            self.certificate,
-            self._point,
-            press=self.press,
-            recovery=self.recovery,
-            check_every_tokens=self._every,
-            safe_ratio=self.safe_ratio,
-            task=self.task,
-            model=model,
-            decoding=decoding,
-        )
+        about: dict[str, Any] = {"press": self.press, "task": self.task, "model": model}
+        about |= {"decoding": decoding, "safe_ratio": self.safe_ratio}
+        if self._prices is not None and self.harm_risk is not None:
+            names = ("bus_ratio", "margin_nats", "cold", "batch_size")
+            about |= {name: getattr(self, name) for name in names}
+            return [certified_price(self._prices, self.harm_risk, **about)]
+        if self._thresholds is None or self._point is None:
+            return []
+        about |= {"recovery": self.recovery, "check_every_tokens": self._every}
+        return certified_statements(self._thresholds, self._point, **about)
+
+    @property
+    def certificate(self) -> "Certificate | PriceCertificate | None":
+        """What came with the predictor: of its thresholds, or of prices; None: nothing."""
+        return self._thresholds if self._prices is None else self._prices
 
     def _drift_monitor(self) -> "DriftMonitor | None":
         """A monitor that expects the alarm rate of this press and ratio, or of all pooled."""
-        if self.certificate is None or self._point is None:
+        if self._thresholds is None or self._point is None:
             return None
         from kvguard.drift import DriftMonitor
 
-        known = {(one.press, one.ratio) for one in self.certificate.point(self._point).references}
-        uses = {(one.use.press, one.use.ratio) for one in self.statements} & known
+        known = {(one.press, one.ratio) for one in self._thresholds.point(self._point).references}
+        uses = {(one.use.press, one.use.ratio) for one in self.statements if one.use} & known
         press, ratio = uses.pop() if len(uses) == 1 else (None, None)
-        return DriftMonitor(self.certificate, self._point, press=press, ratio=ratio)
+        return DriftMonitor(self._thresholds, self._point, press=press, ratio=ratio)
 
     def _watch_drift(self, requests: "Sequence[Request]") -> None:
         """Count each new prompt's request in the drift monitor; log its warning."""
@@ -479,25 +511,9 @@ class KVGuard:
 
     def _warn_of_transfer(self, max_new_tokens: int) -> None:
         """Say once where the predictor is used at what it was not trained on."""
-        trained = getattr(self.predictor, "provenance", {}).get("conditions")
-        if not trained:
-            return
-        from kvguard.certified_use import press_use
-
-        use = press_use(self.press)
-        names = sorted({_plain(press) for press, _ in trained["presses"]})
-        own = _plain(use["press_class"].removesuffix("Press"))
-        own = next((name for name in names if name.startswith(own)), own)  # snapkv_w16 is a snapkv
-        at = sorted({ratio for _, ratio in trained["presses"]})
-        ratios = [use["ratio"]] if self.ladder is None else list(self.ladder.presses)
-        seen = [
-            ("press", own, names),
-            *(("ratio", ratio, at) for ratio in ratios),
-            ("max_new_tokens", max_new_tokens, trained["max_new_tokens"]),
-        ]
-        for name, value, known in seen:
-            warning = f"the predictor was not trained at {name} {value}, but at {known}"
-            if value not in known and warning not in self._warned:
+        ratios = None if self.ladder is None else list(self.ladder.presses)
+        for warning in untrained(self.predictor, self.press, ratios, max_new_tokens):
+            if warning not in self._warned:
                 self._warned.add(warning)
                 logger.warning("%s: its hazards may mean little here", warning)
 
@@ -512,6 +528,7 @@ class KVGuard:
         from kvguard import guard_files
         from kvguard.certificate import save_certificate
         from kvguard.predictor import Predictor, save_predictor
+        from kvguard.price_certificate import PRICE_CERTIFICATE, save_price_certificate
 
         settings = self._saved | {
             "press": None if self.press is None else guard_files.press_to_json(self.press),
@@ -527,10 +544,13 @@ class KVGuard:
                 kind = type(self.predictor).__name__
                 raise GuardError(f"predictor: a {kind} is not saved, a trained Predictor is")
             save_predictor(self.predictor, folder / guard_files.PREDICTOR)
-        if self.certificate is None:
-            (folder / guard_files.CERTIFICATE).unlink(missing_ok=True)
-        else:
-            save_certificate(self.certificate, folder / guard_files.CERTIFICATE)
+        for name in (guard_files.CERTIFICATE, PRICE_CERTIFICATE):
+            (folder / name).unlink(missing_ok=True)
+        if self._thresholds is not None:
+            save_certificate(self._thresholds, folder / guard_files.CERTIFICATE)
+        if self._prices is not None:
+            settings["harm_price"] = None  # the certificate's
+            save_price_certificate(self._prices, folder / PRICE_CERTIFICATE)
         guard_files.write_settings(folder, settings)
 
     @classmethod
@@ -568,14 +588,9 @@ class KVGuard:
 _SAVED = (
     *("recovery", "cold", "safe_ratio", "margin_nats", "check_every_tokens", "holdback_tokens"),
     *("batch_size", "seed", "task", "ratios", "threshold"),
-    *("harm_price", "bus_ratio"),
+    *("harm_price", "harm_risk", "bus_ratio"),
 )
 """Settings that are attributes of the same name."""
-
-
-def _plain(name: str) -> str:
-    """A press's name for comparison: class and configuration spell it differently."""
-    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _reads_probes(predictor: "HazardModel | HarmModel | None") -> bool:
