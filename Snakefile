@@ -32,6 +32,7 @@ wildcard_constraints:
     press=any_of(press for press, _ in experiment.all_conditions),
     ratio=any_of(ratio for _, ratio in experiment.all_conditions),
     policy=any_of([*experiment.live.policies, "guard_promote"]),  # constant is matched to it
+    price=any_of(prices_tested()) or r"(?!)",
     shard=r"\d\d+",
     figure=any_of(FIGURES),
 

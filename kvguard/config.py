@@ -267,6 +267,11 @@ class Config(Section):
                 "guard.bus_ratio: a price is certified for one bus (live.certify_prices), which "
                 "null leaves to the device; give a number, got None"
             )
+        if self.live.certify_prices and self.generation.batch_size == "auto":
+            raise ValueError(
+                "generation.batch_size: a price is certified for so many rows at most "
+                "(live.certify_prices); give a number, got 'auto'"
+            )
         if self.live.harm_price == "certified" and len(self.models) > 1:
             raise ValueError("live.harm_price: 'certified' is for a run of one model")
         self._check_origin()

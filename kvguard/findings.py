@@ -16,6 +16,7 @@ from kvguard import schema
 from kvguard.certificate import load_certificate
 from kvguard.config import config_part
 from kvguard.findings_policies import live_sections, pooled_table, sections, visible_text
+from kvguard.findings_price import price_sections
 from kvguard.imported_models import Origin, read_origin
 from kvguard.markdown import above, bracket, changed, difference, pointwise, table, verdict
 from kvguard.policy_tests import GUARD_COLUMNS, live_tables
@@ -137,6 +138,7 @@ def _section(folder: Path) -> str:
             _made_of(tables),
             _controls(tables),
             *behind,
+            *price_sections(folder),
         ]
     )
 
@@ -150,6 +152,7 @@ def _imported_section(folder: Path, described: Mapping[str, Any], origin: Origin
             _title(described),
             f"### Where the models come from\n\n{origin.text} Nothing was fitted in this run.",
             *live_sections(tables, described),
+            *price_sections(folder),
         ]
     )
 

@@ -127,6 +127,8 @@ def _check_schemas(config: Config, results: Path) -> Problems:
         if name not in left_out
     ]
     tables += [(path, schema.RUNS) for path in sorted((results / "live").rglob("*.parquet"))]
+    certifying = sorted((results / "certifying").rglob("*.parquet"))
+    tables += [(path, schema.CERTIFYING_RUNS) for path in certifying]
     for path, declared in tables:
         name = str(path.relative_to(results))
         if not path.is_file():

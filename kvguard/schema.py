@@ -298,6 +298,9 @@ RUNS: dict[str, pl.DataType] = _trace_key_types | {
 }
 """One row per (trace, policy): the live experiment and its offline simulation share it."""
 
+CERTIFYING_RUNS: dict[str, pl.DataType] = RUNS | {"harm_price": pl.Float64()}
+"""Live runs of ``guard_price`` on prompts that certify prices: each at its price."""
+
 LATER_COLUMNS = ("start_ratio", "prompt_tokens", "cache_bytes_before")
 """Columns that files of earlier versions do not have: null there."""
 

@@ -166,7 +166,8 @@ def simulate_policies(
     """What each policy would have done to each request: RUNS, source "simulation".
 
     The baseline's own requests appear under the policy ``none`` alone. ``constant`` is left out: it
-    runs at a ratio of its own; see compare_policies.constant_frontier. ``seconds`` is null.
+    runs at a ratio of its own; see compare_policies.constant_frontier. ``guard_price`` is too where
+    its price waits for a certificate, which live runs make. ``seconds`` is null.
     ``alarm_steps`` and ``rewound_to`` are null where a policy goes on compressed after its first
     check: there may be more of them.
 
@@ -197,7 +198,7 @@ def simulate_policies(
     failed = requests.failed.select(*TRACE_KEYS, "task", "shard", "status", "error", *_PROMPT_SIZES)
     frames = []
     for name in dict.fromkeys(policies):
-        if name == "constant":
+        if name == "constant" or (name == "guard_price" and live.harm_price == "certified"):
             continue
         if name in ORACLES:
             ending = oracle_ending(name, requests)

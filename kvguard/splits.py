@@ -98,6 +98,11 @@ _UNIT = pl.coalesce(pl.format("{}: {}", pl.col("task").fill_null(""), "template"
 """What is split, resampled and certified as one: a template where there is one, else a prompt."""
 
 
+def unit_names(splits: pl.DataFrame) -> pl.DataFrame:
+    """``prompt_id`` and ``unit``, what counts as independent, of every prompt of a splits table."""
+    return splits.select("prompt_id", unit=_UNIT)
+
+
 def calibration_parts(
     splits: pl.DataFrame, probability_share: float
 ) -> tuple[list[str], list[str]]:

@@ -19,6 +19,7 @@ from kvguard.config import (
     BASELINE_RATIO,
     Config,
     ConfigError,
+    Press,
     load_config,
     overlay,
     parse_config,
@@ -269,15 +270,7 @@ def certificate_uses(experiment: Config) -> list[dict[str, Any]]:
     return [
         {
             "model": model.name,
-            "press": press.name,
-            "press_class": press.press_class,
-            "phase": press.phase,
-            "press_settings": press.model_dump(
-                mode="json",
-                include={"kwargs"}
-                if press.phase == "prefill"
-                else {"kwargs", "interval_tokens", "buffer_tokens"},
-            ),
+            **_press_use(press),
             "ratio": ratio,
             "task": task.name,
             "max_new_tokens": experiment.max_new_tokens(task.name),
@@ -290,6 +283,40 @@ def certificate_uses(experiment: Config) -> list[dict[str, Any]]:
         for ratio in press.ratios
         for task in experiment.tasks
         for recovery in experiment.certificate.recoveries
+    ]
+
+
+def _press_use(press: Press) -> dict[str, Any]:
+    """What a use records of a press, but its ratio."""
+    fields = {"kwargs", "interval_tokens", "buffer_tokens"}
+    return {
+        "press": press.name,
+        "press_class": press.press_class,
+        "phase": press.phase,
+        "press_settings": press.model_dump(
+            mode="json", include={"kwargs"} if press.phase == "prefill" else fields
+        ),
+    }
+
+
+def price_uses(experiment: Config) -> list[dict[str, Any]]:
+    """What statements about prices are bound to, without the models' digests."""
+    guard = experiment.guard
+    return [
+        {
+            "model": model.name,
+            **_press_use(experiment.press(press)),
+            "ratio": ratio,
+            "tasks": {one.name: experiment.max_new_tokens(one.name) for one in experiment.tasks},
+            "decoding": experiment.generation.text,
+            "bus_ratio": guard.bus_ratio,
+            "margin_nats": guard.margin_nats,
+            "cold": guard.cold,
+            "safe_ratio": float(guard.safe_ratio),
+            "batch_size": experiment.generation.batch_size,
+        }
+        for model in experiment.models
+        for press, ratio in experiment.live_conditions
     ]
 
 

@@ -5,6 +5,7 @@ for block in [
     *blocks(rules.generate.rule, every_shard()),
     *blocks(rules.find_harm_onsets.rule, every_shard(compressed=True)),
     *blocks(rules.run_live.rule, every_live_shard()),
+    *blocks(rules.run_certifying.rule, every_certifying_shard()),
 ]:
 
     rule:

@@ -22,7 +22,7 @@ from kvguard.imported_models import check_source, manifest_digest, needed_files
 from kvguard.progress import PlannedJob, plan_digest, run_summary, write_plan
 from kvguard.provenance import made_otherwise
 from kvguard.splits import check_split_sizes
-from kvguard.workflow import certificate_uses, workflow_folder
+from kvguard.workflow import certificate_uses, price_uses, workflow_folder
 
 FOLDER = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent
 """Of this workflow, which another one may use as a module from wherever it is."""
@@ -155,6 +155,11 @@ def live_places(wildcards):
     return live_shard_list()[int(wildcards.shard)]
 
 
+def certifying_places(wildcards):
+    """Task, part and number of parts of the certifying prompts that one shard holds."""
+    return list(experiment.certifying_shards[int(wildcards.shard)])
+
+
 @cache
 def plain_model(name):
     """One model's entry as plain built-ins."""
@@ -241,6 +246,43 @@ def every_live_run(pattern):
             shard=[f"{shard:02d}" for shard in range(shards)],
         )
     ]
+
+
+def every_certifying_shard():
+    """Wildcards of all (model, press, ratio, price, shard) of the runs that certify prices."""
+    return [
+        {"model": model.name, "press": press, "ratio": ratio, "price": price, "shard": shard}
+        for model in experiment.models
+        for press, ratio in live_conditions()
+        for price in prices_tested()
+        for shard in (f"{shard:02d}" for shard in range(len(experiment.certifying_shards)))
+    ]
+
+
+def every_certifying_run(pattern):
+    """Paths of the runs that certify prices; none where no price is to be certified."""
+    return [path for shard in every_certifying_shard() for path in collect(pattern, **shard)]
+
+
+def prices_tested():
+    """Prices of harm as they are written in paths, in the order of their tests."""
+    return [f"{price:g}" for price in experiment.live.prices_tested]
+
+
+def price_certificate():
+    """The certificate over the price, where there is one."""
+    return "<results>/models/price_certificate.json" if experiment.live.certify_prices else []
+
+
+def earlier_certificate():
+    """The certificate of thresholds, so that the ledger counts it before that of prices."""
+    return trained("<results>/models/certificate.json")
+
+
+def certified_price():
+    """The file that says the price of `guard_price`, where the configuration leaves that to it."""
+    certified = experiment.live.harm_price == "certified"
+    return {"price_certificate": price_certificate()} if certified else {}
 
 
 class Block:
@@ -364,6 +406,7 @@ def policy_files(wildcards):
         files["rivals"] = "<results>/models/rivals.json"
     if wildcards.policy == "guard_price":
         files["harm_model"] = "<results>/models/harm_model.json"
+        files |= certified_price()
     if wildcards.policy in ("gate", "ladder"):
         files["baselines"] = "<results>/models/baselines.json"
     repeated = full_cache_run(**wildcards)
@@ -431,12 +474,17 @@ def certificate_plan():
     plan["guard"] = {name: kept for name, kept in plan["guard"].items() if name != "bus_ratio"}
     if experiment.imports_models:
         plan["source"] = source_manifest()
+    if experiment.live.certify_prices:
+        rules = (*rules, "fit_harm_model", "run_certifying", "certify_price")
+        plan["prices"] = [experiment.live.prices_tested, section("live")["certify_levels"]]
+        plan["prices"] += [experiment.live_conditions, section("guard")["bus_ratio"]]
     return digest(plan | {"code": [library(rule) for rule in rules]})
 
 
 def live_settings():
     """Fields of the live experiment's section, without those that no policy reads."""
     others = ("policies", "planned_tests", "conditions", "shard_size")
+    others += ("certify_prices", "certify_levels")
     return [name for name in section("live") if name not in others]
 
 
@@ -478,9 +526,11 @@ def every_table(suffix):
 
 def run_tables():
     """Names of the tables that this run has: without training those of `UNTRAINED_TABLES`."""
+    priced = bool(experiment.live.certify_prices)
+    names = [name for name in TABLES if priced or name not in PRICE_TABLES]
     if experiment.imports_models:
-        return ["imported_models", *(name for name in TABLES if name in UNTRAINED_TABLES)]
-    return [name for name in TABLES if name != "imported_models"]
+        return ["imported_models", *(name for name in names if name in UNTRAINED_TABLES)]
+    return [name for name in names if name != "imported_models"]
 
 
 def run_figures():
@@ -592,15 +642,21 @@ TABLES = {
     "planned_tests": "Live",
     "simulation_reasons": "Live",
     "memory": "Live",
+    "price_certificate": "Live",
     "leakage_check": "Checks",
     "leakage_check_evaluation": "Checks",
     "leakage_check_ablation": "Checks",
     "leakage_check_leave_one_out": "Checks",
     "leakage_check_calibration": "Checks",
+    "leakage_check_price": "Checks",
 }
 """Tables and their place in the report; all hold plain columns and are written as CSV too."""
 
+PRICE_TABLES = ("price_certificate", "leakage_check_price")
+"""Tables of runs that certify prices."""
+
 UNTRAINED_TABLES = {
     *("policies", "policies_pooled", "policy_tests", "guard_tests", "planned_tests"),
+    *PRICE_TABLES,
 }
 """Tables of a run that uses another one's models."""

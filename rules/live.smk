@@ -107,3 +107,81 @@ rule study_signals:
         library=library("study_signals"),
     script:
         "../workflow_scripts/study_signals.py"
+
+
+# A price of harm on prompts that fitted nothing. What it leaves is the loss of its certificate; these
+# runs enter no comparison of policies, and so lie beside the live ones.
+rule run_certifying:
+    input:
+        checkpoint="<results>/checkpoints/{model}",
+        prompts="<results>/prompts/prompts.parquet",
+        examples="<results>/prompts/few_shot.json",
+        splits="<results>/splits.parquet",
+        outcomes="<results>/outcomes.parquet",
+        harm_model="<results>/models/harm_model.json",
+    output:
+        runs="<results>/certifying/{model}/{press}/{ratio}/{price}/{shard}.parquet",
+    log:
+        "<results>/logs/run_certifying/{model}/{press}/{ratio}/{price}/{shard}.log",
+    benchmark:
+        "<results>/benchmarks/run_certifying/{model}/{press}/{ratio}/{price}/{shard}.tsv"
+    wildcard_constraints:
+        shard=single_shards(),
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.model.threads
+    resources:
+        **job("model"),
+    params:
+        model=lambda wildcards: model_settings(wildcards, "dtype", "device", "attention"),
+        press=press_settings,
+        places=certifying_places,
+        harm_price=lambda wildcards: float(wildcards.price),
+        probability_share=experiment.probability_share,
+        experiment=lambda wildcards: part(
+            "generation",
+            "detection",
+            "guard",
+            "seed",
+            task=certifying_places(wildcards)[0],
+        ),
+        library=library("run_certifying"),
+    script:
+        "../workflow_scripts/run_certifying.py"
+
+
+rule certify_price:
+    input:
+        checkpoints=collect("<results>/checkpoints/{model.name}", model=experiment.models),
+        runs=every_certifying_run(
+            "<results>/certifying/{model}/{press}/{ratio}/{price}/{shard}.parquet"
+        ),
+        splits="<results>/splits.parquet",
+        harm_model="<results>/models/harm_model.json",
+        plan="<results>/models/plan.txt",
+        earlier=earlier_certificate(),
+    output:
+        certificate="<results>/models/price_certificate.json",
+        summary="<results>/tables/price_certificate.parquet",
+        leakage_check="<results>/tables/leakage_check_price.parquet",
+    log:
+        "<results>/logs/certify_price.log",
+    benchmark:
+        "<results>/benchmarks/certify_price.tsv"
+    conda:
+        "../envs/kvguard.yaml"
+    threads: experiment.jobs.small.threads
+    resources:
+        **job("small"),
+    params:
+        uses=price_uses(experiment),
+        tests={
+            "prices": experiment.live.prices_tested,
+            "levels": list(experiment.live.certify_levels),
+            "delta": experiment.certificate.delta,
+        },
+        plan=certificate_plan(),
+        probability_share=experiment.probability_share,
+        library=library("certify_price"),
+    script:
+        "../workflow_scripts/certify_price.py"

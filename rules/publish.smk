@@ -88,6 +88,7 @@ rule write_findings:
         config="<results>/config.json",
         certificate=trained("<results>/models/certificate.json"),
         origin=imported("<results>/models/origin.json"),
+        price_certificate=price_certificate(),
         tables=every_table("parquet"),
     output:
         findings="<results>/findings.md",
@@ -130,6 +131,10 @@ rule write_manifest:
         ),
         models=collect("<results>/models/{name}", name=model_files_of_run()),
         live=every_live_run("<results>/live/{model}/{press}/{ratio}/{policy}/{shard}.parquet"),
+        certifying=every_certifying_run(
+            "<results>/certifying/{model}/{press}/{ratio}/{price}/{shard}.parquet"
+        ),
+        price_certificate=price_certificate(),
         tables=every_table("parquet"),
         csv=every_table("csv"),
         timeline=trained("<results>/timeline.parquet"),

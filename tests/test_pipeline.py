@@ -265,6 +265,20 @@ def test_blocks_cover_every_shard_and_a_matched_rival_waits_for_the_guard(tmp_pa
     assert not {"generate", "find_harm_onsets", "run_live"} & set(jobs)
 
 
+def test_prices_are_certified_on_prompts_of_their_own(tmp_path: Path) -> None:
+    live = {"policies": ["none", "guard_price"], "certify_prices": [100, 30], "conditions": []}
+    live |= {"harm_price": "certified"}
+    folder, guard = copy_checkout(tmp_path), {"bus_ratio": 50}
+    jobs = planned(folder, "all", live=live, guard=guard)
+    assert jobs["run_certifying"] == 4, "two ratios, two prices, one shard"
+    assert jobs["certify_price"] == 1
+    where = "results/live/smollm2-135m/snapkv/0.500"
+    needed = planned(folder, f"{where}/guard_price/00.parquet", live=live, guard=guard)
+    assert needed["certify_price"] == needed["run_live"] == 1
+    alone = planned(folder, f"{where}/none/00.parquet", live=live, guard=guard)
+    assert "certify_price" not in alone
+
+
 def test_detection_parameters_rerun_no_model_for_generation(finished: Path) -> None:
     jobs = planned(finished, detection={"loop_repeats": 4})
     assert "generate" not in jobs
@@ -358,6 +372,7 @@ def test_every_table_between_generation_and_report_is_in_a_group_of_the_cluster(
     local = re.search(r"localrules:\n((?:    \w+,\n)+)", snakefile)
     assert local is not None
     alone = {"prepare_model", "prepare_prompts", "generate", "find_harm_onsets", "run_live"}
+    alone |= {"run_certifying", "certify_price"}  # between jobs of the model
     alone |= set(local[1].replace(",", "").split())
     profile = yaml.safe_load((CHECKOUT / "profiles/slurm/config.yaml").read_text())
     grouped = [entry.split("=")[0] for entry in profile["groups"]]

@@ -13,6 +13,7 @@ from kvguard.harm_model import load_harm_model
 from kvguard.live import match_guard, repeat_full_cache, run_policy_shard
 from kvguard.models import load_once
 from kvguard.predictor import load_predictor
+from kvguard.price_certificate import at_certified_price
 from kvguard.prompts import read_examples, read_prompts
 from kvguard.rival_settings import load_gate, load_rivals
 from kvguard.schema import OUTCOMES, RUNS, read_table, write_table
@@ -44,6 +45,7 @@ def main(experiment: Config, params: Any, inputs: Any, target: Path, job: Any) -
     if "rivals" in inputs:
         fitted = load_rivals(inputs["rivals"])[job.model, job.press, job.ratio]
         needs |= fitted.model_dump(include={"clock_tokens", "gate_threshold", "ladder_threshold"})
+    experiment = at_certified_price(experiment, inputs.get("price_certificate"), job.model)
     needs |= {"harm_model": load_harm_model(inputs["harm_model"])} if "harm_model" in inputs else {}
     needs |= {"gate": load_gate(inputs["baselines"])} if "baselines" in inputs else {}
     runs = run_policy_shard(
@@ -60,9 +62,9 @@ def main(experiment: Config, params: Any, inputs: Any, target: Path, job: Any) -
 
 def start(job: Any) -> None:
     """Run the shard of one of Snakemake's jobs."""
-    params = dict(job.params.items())
-    experiment = config_part(params["experiment"])
-    main(experiment, params, dict(job.input.items()), Path(job.output.runs), job.wildcards)
+    params, inputs = dict(job.params.items()), dict(job.input.items())
+    part = config_part(params["experiment"])
+    main(part, params, inputs, Path(job.output.runs), job.wildcards)
 
 
 if __name__ == "__main__":
