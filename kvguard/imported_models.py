@@ -176,8 +176,21 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def manifest_digest(folder: str | Path) -> str:
-    """SHA-256 of a run's manifest: another one is another run."""
+def source_digest(config: Config) -> str:
+    """SHA-256 of the manifest of the run that trained: another one is another run.
+
+    Of a run that imported its models already and whose source is gone, that of its record: it can
+    still be planned.
+
+    Raises:
+        ConfigError: as `check_source`.
+    """
+    folder = str(config.predictor.trained_by)
+    if not Path(folder).exists():
+        origin = read_origin(Path(config.results_dir) / "models")
+        if origin is not None and origin.results_dir == folder:
+            return origin.manifest_sha256
+    check_source(config)
     return file_sha256(Path(folder) / MANIFEST)
 
 
@@ -237,7 +250,7 @@ def import_models(
     origin = Origin(
         run=source.config.name,
         results_dir=str(config.predictor.trained_by),
-        manifest_sha256=manifest_digest(folder),
+        manifest_sha256=file_sha256(folder / MANIFEST),
         kvguard=begun.get("kvguard"),
         commit=begun.get("commit"),
         seed=source.config.seed,

@@ -18,7 +18,7 @@ from kvguard.code_digest import (
 )
 from kvguard.config import BASELINE, BASELINE_RATIO, POLICIES, ConfigError, digest, parse_config
 from kvguard.figures import FIGURES
-from kvguard.imported_models import check_source, manifest_digest, needed_files
+from kvguard.imported_models import needed_files, source_digest
 from kvguard.progress import PlannedJob, plan_digest, run_summary, write_plan
 from kvguard.provenance import made_otherwise
 from kvguard.splits import check_split_sizes
@@ -43,7 +43,7 @@ def read_config(values):
         for task in checked.tasks:
             check_split_sizes(task.name, task.num_prompts, checked.splits)
         if checked.imports_models:
-            check_source(checked)
+            source_digest(checked)
     except (ConfigError, ValueError) as error:
         raise WorkflowError(str(error)) from None
     return checked
@@ -439,9 +439,10 @@ def imported_files():
     return list(needed_files(experiment))
 
 
+@cache
 def source_manifest():
     """Digest of the manifest of the run whose models are used: another one is imported anew."""
-    return manifest_digest(experiment.predictor.trained_by)
+    return source_digest(experiment)
 
 
 def trained(files):

@@ -19,6 +19,7 @@ from kvguard.imported_models import (
     import_models,
     origin_table,
     read_origin,
+    source_digest,
 )
 from kvguard.prompts import load_tasks, prompts_frame
 from kvguard.rival_settings import load_rivals
@@ -91,6 +92,16 @@ def test_a_run_that_imported_its_models_itself_is_refused(source: Path) -> None:
     make_source(source, predictor={"trained_by": "results/first"})
     with pytest.raises(ConfigError, match="uses the models of results/first: name that"):
         check_source(own_config())
+
+
+def test_a_run_outlives_the_one_that_trained_its_models(source: Path) -> None:
+    recorded = take(own_config()).manifest_sha256
+    assert source_digest(own_config()) == recorded
+    source.rename("results/elsewhere")
+    assert source_digest(own_config()) == recorded
+    Path("results/own/models/origin.json").unlink()
+    with pytest.raises(ConfigError, match="finished run"):
+        source_digest(own_config())
 
 
 def test_its_own_folder_is_no_other_run() -> None:
