@@ -442,7 +442,7 @@ def imported_files():
 @cache
 def source_manifest():
     """Digest of the manifest of the run whose models are used: another one is imported anew."""
-    return source_digest(experiment)
+    return source_digest(experiment) if experiment.imports_models else None
 
 
 def trained(files):

@@ -31,14 +31,11 @@ def main(
     uses another one's models has no simulation.
     """
     live = pl.read_parquet(live_paths, hive_partitioning=False)
-    simulated = pl.DataFrame(schema=RUNS)
-    if "simulation" in tables:
-        simulated = read_table(tables["simulation"], RUNS)
+    simulated = read_table(tables["simulation"], RUNS) if "simulation" in tables else live.clear()
     outcomes = read_table(tables["outcomes"], OUTCOMES)
     policies, pairs = [], []
-    for source, runs in (("live", live), ("simulation", simulated)):
-        if runs.is_empty():
-            continue
+    sources = {"live": live} | ({} if simulated.is_empty() else {"simulation": simulated})
+    for source, runs in sources.items():
         table = summarize_runs(runs, outcomes, bootstrap_samples=bootstrap_samples, seed=seed)
         policies.append(table.with_columns(source=pl.lit(source)))
         pairs.append(compare_pairs(runs, samples=bootstrap_samples, seed=seed))
