@@ -401,6 +401,15 @@ def read_origin(models: str | Path) -> Origin | None:
         raise ImportedModelsError(f"{path} is not a record of imported models: {error}") from None
 
 
+def trained_by(models: str | Path) -> str | None:
+    """The run that trained imported models, in a few words; None: none were imported."""
+    origin = read_origin(models)
+    if origin is None:
+        return None
+    told = f"the run {origin.run} (manifest {origin.manifest_sha256[:16]})"
+    return f"{told}, on something else than this use" if origin.transfer else told
+
+
 def origin_table(origin: Origin) -> pl.DataFrame:
     """One row a model: its file, the run that trained it, digests, prompts, and any transfer."""
     return pl.DataFrame(

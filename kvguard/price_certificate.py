@@ -137,6 +137,7 @@ class PriceCertificate(_Part):
         uses: one for each model, press and ratio.
         statements: for each model and level, of all uses mixed and of each use.
         prompts_certifying, prompts_digest: the prompts that certify; they fitted nothing.
+        trained_by: the run that trained the model of harm, in words; None: the same run.
     """
 
     format: int = FORMAT
@@ -150,6 +151,7 @@ class PriceCertificate(_Part):
     statements: list[PriceStatement]
     prompts_certifying: int
     prompts_digest: str
+    trained_by: str | None = None
 
     def mixed(self, model: str, level: float | None = None) -> PriceStatement:
         """The statement of a model over all its uses; None: at the primary level."""
@@ -207,6 +209,8 @@ class PriceCertificate(_Part):
             f"back). All of them together hold with probability at least {every:.0%}. {reuse} "
             f"{frozen}"
         )
+        if self.trained_by is not None:
+            summary += f" The model of harm was trained by {self.trained_by}."
         return "\n".join([summary, *(one.text for one in self.statements)])
 
 

@@ -160,6 +160,7 @@ rule certify_price:
         harm_model="<results>/models/harm_model.json",
         plan="<results>/models/plan.txt",
         earlier=earlier_certificate(),
+        origin=imported("<results>/models/origin.json"),
     output:
         certificate="<results>/models/price_certificate.json",
         summary="<results>/tables/price_certificate.parquet",

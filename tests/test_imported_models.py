@@ -20,6 +20,7 @@ from kvguard.imported_models import (
     origin_table,
     read_origin,
     source_digest,
+    trained_by,
 )
 from kvguard.prompts import load_tasks, prompts_frame
 from kvguard.rival_settings import load_rivals
@@ -71,6 +72,9 @@ def test_models_are_copied_with_a_record_of_where_they_come_from(source: Path) -
     assert copied.read_bytes() == (source / "models/harm_model.json").read_bytes()
     assert not Path("results/own/models/certificate.json").exists(), "no policy reads it"
     assert origin == read_origin("results/own/models")
+    digest = origin.manifest_sha256[:16]
+    assert trained_by("results/own/models") == f"the run source (manifest {digest})"
+    assert trained_by("results/source/models") is None
     assert origin.run == "source"
     assert origin.manifest_sha256 == file_sha256(source / "manifest.json")
     assert origin.files["harm_model.json"].code == CODE

@@ -9,6 +9,7 @@ import polars as pl
 from kvguard import joblog
 from kvguard.calibration_ledger import LEDGER, record_certificate
 from kvguard.harm_model import load_harm_model
+from kvguard.imported_models import trained_by
 from kvguard.price_calibration import certify_prices, rows_together
 from kvguard.price_certificate import PriceUse, harm_model_digest, save_price_certificate
 from kvguard.schema import CERTIFYING_RUNS, read_table, write_table
@@ -42,7 +43,8 @@ def main(
     )
     for name, table in made.tables.items():
         write_table(table, results / "tables" / f"{name}.parquet")
-    save_price_certificate(made.certificate, target)
+    origin = {"trained_by": trained_by(target.parent)}
+    save_price_certificate(made.certificate.model_copy(update=origin), target)
 
 
 if __name__ == "__main__":
