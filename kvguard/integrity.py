@@ -26,6 +26,7 @@ from kvguard.files import (
     origin_of,
 )
 from kvguard.imported_models import check_imported
+from kvguard.splits import calibration_parts, prompts_of
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every file of a finished run."""
@@ -298,24 +299,25 @@ def _check_compression(config: Config, results: Path) -> Problems:
 
 
 def _check_live(config: Config, results: Path) -> Problems:
-    """Every policy ran on every prompt of the test split, under every live condition."""
+    """Every policy ran on every test prompt, every price on every prompt that certifies it."""
     path = results / "splits.parquet"
     if not path.is_file():
         return
-    test = set(_columns(path, *schema.SPLITS).filter(pl.col("split") == "test")["prompt_id"])
+    splits = _columns(path, *schema.SPLITS)
+    test = "test split", set(prompts_of(splits, "test"))
+    certifying = "certifying part", set(calibration_parts(splits, config.probability_share)[1])
     for model in config.models:
         for press, ratio in config.live_conditions:
-            for policy in config.live_policies(press, ratio):
-                folder = results / "live" / model.name / press / ratio / policy
-                files = sorted(folder.glob("*.parquet"))
+            place = f"{model.name}/{press}/{ratio}"
+            wanted = {f"live/{place}/{one}": test for one in config.live_policies(press, ratio)}
+            for price in config.live.prices_tested:
+                wanted[f"certifying/{place}/{price:g}"] = certifying
+            for folder, (kind, prompts) in wanted.items():
+                files = sorted((results / folder).glob("*.parquet"))
                 ran = set().union(*(_columns(file, "prompt_id")["prompt_id"] for file in files))
-                wrong = len(test ^ ran)
-                yield (
-                    f"{folder.relative_to(results)}: {wrong} prompts are missing or not of the "
-                    f"test split"
-                    if wrong
-                    else None
-                )
+                wrong = len(prompts ^ ran)
+                problem = f"{folder}: {wrong} prompts are missing or not of the {kind}"
+                yield problem if wrong else None
 
 
 def _check_hazards(config: Config, results: Path) -> Problems:

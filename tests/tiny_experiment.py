@@ -45,7 +45,12 @@ EXPERIMENT = {
     "generation": {"max_new_tokens": 32, "batch_size": 8, "shard_size": 6},
     "splits": {"train": 0.5, "calibration": 0.25, "test": 0.25},
     "predictor": {"search_trials": 0, "max_rounds": 10, "bootstrap_samples": 20},
-    "live": {"policies": ["none", "guard", "verify_all"], "shard_size": 2},
+    "guard": {"bus_ratio": 50},
+    "live": {
+        "policies": ["none", "guard", "verify_all"],
+        "shard_size": 2,
+        "certify_prices": [100],
+    },
     "jobs": {
         kind: {"threads": 1, "mem_mb": 1000, "runtime": 10} for kind in ("model", "train", "small")
     },

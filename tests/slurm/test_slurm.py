@@ -222,7 +222,7 @@ TINY_ON_SLURM = {
     "tasks": [tiny_experiment.EXPERIMENT["tasks"][0] | {"num_prompts": 8}],
     "presses": [tiny_experiment.EXPERIMENT["presses"][0] | {"ratios": [0.75]}],
     "generation": {"shard_size": 8},
-    "live": {"policies": ["none", "guard"]},
+    "live": {"policies": ["none", "guard"], "certify_prices": []},
     "jobs": {"model": {"partition": "gpu", "gpu": 1}},
 }
 """As few jobs as show the point: each starts Snakemake twice and imports the libraries."""
