@@ -23,6 +23,7 @@ from kvguard.findings_price import price_section, price_sections
 from kvguard.guard import KVGuard
 from kvguard.guard_report import GuardError
 from kvguard.harm_model import DEFAULT, HarmModel, save_harm_model
+from kvguard.integrity import CHECKS
 from kvguard.leakage import LeakageError
 from kvguard.models import RECORD
 from kvguard.policy_factory import make_policy
@@ -43,6 +44,7 @@ from kvguard.price_certificate import (
 )
 from kvguard.requests import Request
 from kvguard.sampling import Decoding
+from kvguard.splits import calibration_parts
 from kvguard.workflow import price_uses
 
 PRICES, LEVELS, DELTA = (1000.0, 300.0, 100.0), (0.1, 0.05), 0.05
@@ -509,6 +511,20 @@ def test_what_cannot_be_certified_is_refused_before_any_job() -> None:
             load_config(
                 Path(__file__).parents[1] / "config.yaml", overrides=base | over | {"live": live}
             )
+
+
+def test_a_price_that_did_not_run_on_a_prompt_is_named(tmp_path: Path) -> None:
+    asked = experiment(certify_prices=[100], conditions=[("snapkv", 0.4)], policies=[])
+    splits(4).write_parquet(tmp_path / "splits.parquet")
+    certifying = calibration_parts(splits(4), asked.probability_share)[1]
+    folder = tmp_path / "certifying" / asked.models[0].name / "snapkv" / "0.400" / "100"
+    table = runs(4, {}).filter(ratio="0.500", harm_price=100.0)
+    schema.write_table(table.filter(pl.col("prompt_id").is_in(certifying)), folder / "00.parquet")
+    assert list(CHECKS["live runs"](asked, tmp_path)) == [None]
+    schema.write_table(table, folder / "00.parquet")
+    (problem,) = CHECKS["live runs"](asked, tmp_path)
+    assert problem is not None
+    assert f"{4 - len(certifying)} prompts are missing or not of the certifying part" in problem
 
 
 def test_findings_say_what_is_certified(tmp_path: Path, made: PriceCalibration) -> None:
