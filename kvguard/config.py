@@ -272,6 +272,10 @@ class Config(Section):
                 "generation.batch_size: a price is certified for so many rows at most "
                 "(live.certify_prices); give a number, got 'auto'"
             )
+        if self.live.harm_price == "certified" and not self.live.certify_prices:
+            raise ValueError(
+                "live.certify_prices: harm_price is 'certified', which needs some, got []"
+            )
         if self.live.harm_price == "certified" and len(self.models) > 1:
             raise ValueError("live.harm_price: 'certified' is for a run of one model")
         self._check_origin()

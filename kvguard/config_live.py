@@ -76,8 +76,6 @@ class Live(Section):
         for field in ("certify_prices", "certify_levels"):
             if len(set(getattr(self, field))) != len(getattr(self, field)):
                 raise ValueError(f"{field}: each is listed once, got {getattr(self, field)}")
-        if self.harm_price == "certified" and not self.certify_prices:
-            raise ValueError("certify_prices: harm_price is 'certified', which needs some, got []")
         return self
 
     @property
