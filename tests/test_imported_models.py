@@ -268,7 +268,7 @@ def test_a_run_that_trains_is_recorded_as_before() -> None:
 
 def test_a_live_job_reads_a_certified_price_without_the_grid() -> None:
     live = {"harm_price": "certified", "policies": ["guard_price"]}
-    with pytest.raises(ConfigError, match="live.certify_prices: harm_price is 'certified'"):
+    with pytest.raises(ConfigError, match=r"live.certify_prices: harm_price is 'certified'"):
         own_config(live=live)
     config = own_config(live=live | {"certify_prices": [30.0]}, guard={"bus_ratio": 50})
     settings = config.model_dump(mode="json")["live"]
