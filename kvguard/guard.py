@@ -14,6 +14,7 @@ import torch
 
 from kvguard.config import Live, OperatingPoint, Tolerance
 from kvguard.guard_predictor import (
+    check_streaming,
     deployed,
     resolve_harm_model,
     resolve_point,
@@ -85,8 +86,7 @@ class KVGuard:
             answer; "guard_price" checks what is worth it (`harm_price`); "ladder" chooses the ratio
             of each request at its prefill, before anything is evicted, and does nothing afterwards.
         harm_price: with "guard_price": what a harmed answer costs, in drafted tokens; at 0 nothing
-            is checked, and with ``math.inf`` every answer is the uncompressed one. None: 100. A
-            price by itself certifies nothing.
+            is checked, with ``math.inf`` every answer is the uncompressed one. None: 100.
         harm_risk: instead of a price: the share of requests that may be harmed, a level of the
             price certificate beside the predictor. The guard takes the lowest price that it
             certifies for this press and ratio at that level.
@@ -390,6 +390,9 @@ class KVGuard:
         from kvguard.slots import batch_size_for
 
         self._statements(model, decoding)
+        streamer = self.streamer if streamer is None else streamer
+        if streamer is not None:
+            check_streaming(self.harm_risk, self.holdback_tokens, decoding.max_new_tokens)
         longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
         rows = self.batch_size or batch_size_for(model, longest)
         rows = min(rows, len(requests), self._most_rows)
@@ -410,7 +413,6 @@ class KVGuard:
         policy = self._policy(rows, decoding.max_new_tokens)
         press_class, ratio = press_use(self.press)["press_class"], nominal_ratio(self.press)
         harm_model = self.harm_model
-        streamer = self.streamer if streamer is None else streamer
 
         def release(_: str, tokens: list[int]) -> None:
             for token in tokens:

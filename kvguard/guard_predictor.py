@@ -152,6 +152,22 @@ def deployed(statements: "Sequence[Statement | PriceStatement]") -> "tuple[float
     return statement.certified_price, statement.use
 
 
+def check_streaming(harm_risk: float | None, holdback_tokens: int, max_new_tokens: int) -> None:
+    """Check that a certified price holds for an answer that is streamed.
+
+    Raises:
+        CertificateError: tokens would be released, and stay, before a check has seen them.
+    """
+    from kvguard.certificate import CertificateError
+
+    if harm_risk is not None and holdback_tokens < max_new_tokens:
+        raise CertificateError(
+            f"harm_risk: a price is certified for answers that are not streamed before a check; "
+            f"holdback_tokens={holdback_tokens} would release tokens of {max_new_tokens}, and they "
+            f"stay: give holdback_tokens={max_new_tokens}, or harm_price"
+        )
+
+
 def stored_marks(model: "PreTrainedModel") -> NDArray[np.bool_] | None:
     """`probes.marked_tokens` of the tokenizer in a model's folder; None: there is none.
 

@@ -205,8 +205,8 @@ class PriceCertificate(_Part):
         summary = (
             f"{made} of {count} statements certify a price, each by itself at {1 - self.delta:.0%} "
             f"over the draw of {self.prompts_certifying} prompts, for requests that resemble "
-            f"theirs and the answers that are returned (a stream may show tokens that are taken "
-            f"back). All of them together hold with probability at least {every:.0%}. {reuse} "
+            f"theirs, answered without streaming what no check has seen. All of them together hold with "
+            f"probability at least {every:.0%}. {reuse} "
             f"{frozen}"
         )
         if self.trained_by is not None:

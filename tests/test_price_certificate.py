@@ -21,6 +21,7 @@ from kvguard.certificate import CertificateError
 from kvguard.config import ConfigError, load_config
 from kvguard.findings_price import price_section, price_sections
 from kvguard.guard import KVGuard
+from kvguard.guard_predictor import check_streaming
 from kvguard.guard_report import GuardError
 from kvguard.harm_model import DEFAULT, HarmModel, save_harm_model
 from kvguard.integrity import CHECKS
@@ -438,6 +439,18 @@ def test_a_call_is_held_to_model_length_and_rows(
         guard.run(model, requests, Decoding(12, (2,), do_sample=True, temperature=0.5))
     done = guard.run(model, requests, Decoding(16, (2,)))
     assert [one.error for one in done] == [None] * 3
+
+    class Stream:
+        def put(self, tokens: object) -> None: ...
+
+    with pytest.raises(CertificateError, match=r"holdback_tokens=16 would release tokens of 40"):
+        check_streaming(0.05, 16, 40)
+    early = guarded(trained, holdback_tokens=3, streamer=Stream())
+    with pytest.raises(CertificateError, match="holdback_tokens=3"):
+        early.run(model, requests[:1], Decoding(16, (2,)))
+    late = guarded(trained, holdback_tokens=16, streamer=Stream())
+    (whole,) = late.run(model, requests[:1], Decoding(16, (2,)))
+    assert len(whole.token_ids) <= 16
 
     guard.save(tmp_path / "saved")
     again = KVGuard.load(tmp_path / "saved")
