@@ -205,9 +205,8 @@ class PriceCertificate(_Part):
         summary = (
             f"{made} of {count} statements certify a price, each by itself at {1 - self.delta:.0%} "
             f"over the draw of {self.prompts_certifying} prompts, for requests that resemble "
-            f"theirs, answered without streaming what no check has seen. All of them together hold with "
-            f"probability at least {every:.0%}. {reuse} "
-            f"{frozen}"
+            f"theirs, answered without streaming what no check has seen. All of them together hold "
+            f"with probability at least {every:.0%}. {reuse} {frozen}"
         )
         if self.trained_by is not None:
             summary += f" The model of harm was trained by {self.trained_by}."
