@@ -8,8 +8,9 @@ Writes results/bench/scale.json after every measurement, so that a run that is c
 has. Every measurement is a process of its own, whose peak memory and processor time are its own.
 
 - ``plans``: a dry run of Snakemake (``snakemake -n --quiet``) on experiments/paper.yaml and on an
-  overlay with 10,000 generation jobs, and ``kvguard status`` on a results folder that holds the
-  record of such a plan, half of its jobs done;
+  overlay with 10,000 shards of generation, 16 a job with ``jobs.list_shards`` and as jobs of their
+  own, and ``kvguard status`` on a results folder that holds the record of a plan of 10,000
+  generation jobs, half of them done;
 - ``stages``: database, labels, features, training, the rivals' settings and the simulation on the
   tables of `synthetic_sweep.make_sweep`, by the scripts that the workflow runs. ``peak_rss_bytes``
   is the process's, what is resident of memory-mapped temporary files included, which the system
@@ -56,6 +57,7 @@ from kvguard.workflow import snakemake_command, workflow_folder
 
 TARGET = measuring.FOLDER / "scale.json"
 GENERATION_JOBS = 10_000
+SHARDS_PER_JOB = 16
 ROUNDS = 50
 POINT = OperatingPoint(tau_low=0.1, tau_high=0.3, k=2, j=8)
 
@@ -259,12 +261,16 @@ def growth(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- plans ---------------------------------------------------------------------------------------
 
 
-def large_overlay(layers: Sequence[Path], jobs: int) -> dict[str, Any]:
-    """An overlay of the paper's plan with at least that many generation jobs."""
+def large_overlay(layers: Sequence[Path], jobs: int, shards_per_job: int = 1) -> dict[str, Any]:
+    """An overlay of the paper's plan with at least that many shards of generation.
+
+    With several shards a job the plan goes by lists of them.
+    """
     experiment = load_config(*layers)
     shards = -(-jobs // (len(experiment.models) * len(experiment.conditions)))
     task = experiment.tasks[0].model_dump(mode="json") | {"num_prompts": 10 * shards}
-    return {"tasks": [task], "generation": {"shard_size": 10}}
+    planned = {"shards_per_job": shards_per_job, "list_shards": shards_per_job > 1}
+    return {"tasks": [task], "generation": {"shard_size": 10}, "jobs": planned}
 
 
 def _timed(command: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -328,21 +334,25 @@ def measure_plans(add: Callable[[dict[str, Any]], None], jobs: int) -> None:
     paper = [workflow_folder() / name for name in ("config.yaml", "experiments/paper.yaml")]
     with tempfile.TemporaryDirectory(prefix="kvguard-") as name:
         folder = Path(name)
-        overlay = folder / "large.yaml"
-        overlay.write_text(json.dumps(large_overlay(paper, jobs)))  # JSON is YAML
-        for layers in (paper, [*paper, overlay]):
+        plans = [paper]
+        for size in (SHARDS_PER_JOB, 1):
+            overlay = folder / f"large_{size}.yaml"
+            overlay.write_text(json.dumps(large_overlay(paper, jobs, size)))  # JSON is YAML
+            plans.append([*paper, overlay])
+        for layers in plans:
             experiment = load_config(*layers)
-            generation = len(experiment.models) * len(experiment.conditions)
-            generation *= len(experiment.shards)
+            shards = len(experiment.models) * len(experiment.conditions) * len(experiment.shards)
             options = ("-n", "--cores", "1", "--quiet", "--nolock")
             found = _timed(snakemake_command(layers, "paper", *options), folder)
-            add({"command": "snakemake -n --quiet", "generation_jobs": generation} | found)
-        generation = record_half_done(experiment, folder)
+            size = experiment.jobs.shards_per_job
+            plan = {"generation_shards": shards, "shards_per_job": size}
+            add({"command": "snakemake -n --quiet"} | plan | found)
+        shards = record_half_done(experiment, folder)
         program = "from kvguard.cli import app; app()"
         command = [sys.executable, "-c", program, "status"]
         command += [part for layer in layers[1:] for part in ("--config", str(layer))]
         found = _timed(command, folder)
-        add({"command": "kvguard status", "generation_jobs": generation} | found)
+        add({"command": "kvguard status", "generation_shards": shards, "shards_per_job": 1} | found)
 
 
 # --- the benchmark -------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ With ``jobs.shards_per_job`` above 1 the rules that run the language model are p
 Snakemake removes every output of a job that it starts again, so a finished shard has a second name
 beside the first, ``.<name>.kept``: a hard link, which takes no room. A job that was interrupted, or
 one of whose shards was lost, links what is there and still valid and makes the rest.
+
+With ``jobs.list_shards`` a block's outputs are lists of its shards (`kvguard.shard_lists`). Then
+Snakemake removes no shard, and the job makes those that are not there or not valid.
 """
 
 import json
@@ -27,6 +30,7 @@ from kvguard.files import (
     origin_of,
     record_origin,
 )
+from kvguard.shard_lists import is_shard_list, write_shard_list
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +47,9 @@ _MADE_BY = (
 """Of a file's origin, what has to agree for it to count as finished; the device may be another."""
 
 
-def block_name(rule: str, number: int) -> str:
-    """Name of the rule that makes one block of another rule's shards."""
-    return f"{rule}{_BLOCK}{number:03d}"
+def block_name(rule: str, number: int | None = None) -> str:
+    """Name of the rule that makes one block of another rule's shards, or every block."""
+    return f"{rule}{_BLOCK}" + ("each" if number is None else f"{number:03d}")
 
 
 def rule_of_block(name: str) -> str:
@@ -54,7 +58,7 @@ def rule_of_block(name: str) -> str:
     >>> rule_of_block("generate_block_012")
     'generate'
     """
-    return re.sub(rf"{_BLOCK}\d+$", "", name)
+    return re.sub(rf"{_BLOCK}(\d+|each)$", "", name)
 
 
 def cut(shards: Iterable[T], size: int, together: Callable[[T], object]) -> Iterator[list[T]]:
@@ -113,6 +117,9 @@ class Named(list[Any]):
     def get(self, name: str, default: Any = None) -> Any:
         return self._named.get(name, default)
 
+    def __getitem__(self, key: Any) -> Any:
+        return self._named[key] if isinstance(key, str) else super().__getitem__(key)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._named:
             raise AttributeError(name)
@@ -153,6 +160,7 @@ def run_shards(run: Callable[[Any], None]) -> None:
 
     Of a block's rule, with one such job for each shard that is not finished. A shard that fails
     leaves its traceback in the log, and the others are made before the job ends with an error.
+    Lists among the outputs are written when all shards are there.
 
     Raises:
         RuntimeError: the script was not started by Snakemake, or shards of the block failed.
@@ -165,6 +173,7 @@ def run_shards(run: Callable[[Any], None]) -> None:
     from kvguard.provenance import describe_job
 
     shards = read_shards(job)
+    listed = any(map(is_shard_list, job.output))
     checked: set[str] = set()
     failed = []
     for number, shard in enumerate(shards, 1):
@@ -173,18 +182,33 @@ def run_shards(run: Callable[[Any], None]) -> None:
             check_inputs(path for path in shard.input if path not in checked)
             checked.update(shard.input)
             origin = describe_job(shard)
-            if take_back(shard.output, origin):
+            if is_finished(shard.output, origin) if listed else take_back(shard.output, origin):
                 logger.info("%s was finished before", name)
                 continue
             logger.info("%s", name)
             record_origin(origin)
             run(shard)
-            keep(shard.output)
+            if not listed:
+                keep(shard.output)
         except Exception:
             logger.exception("%s failed", name)
             failed.append(name)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(shards)} shards failed: {'; '.join(failed)}")
+    if listed:
+        record_origin(describe_job(job))
+        for name, target in job.output.items():
+            write_shard_list([shard.output[name] for shard in shards], Path(target))
+
+
+def is_finished(paths: Iterable[str | Path], origin: Mapping[str, Any]) -> bool:
+    """Whether all files of a shard are there, as they were written, by what would make them now.
+
+    Args:
+        paths: all files of the shard.
+        origin: `kvguard.provenance.describe_job` of the job that would make them.
+    """
+    return all(_is_valid(Path(path), origin) for path in paths)
 
 
 def kept_path(path: str | Path) -> Path:
@@ -210,7 +234,7 @@ def take_back(paths: Sequence[str | Path], origin: Mapping[str, Any]) -> bool:
     Returns:
         False where one is missing, damaged, or was made by something else; nothing is changed then.
     """
-    if not all(_is_valid(kept_path(path), origin) for path in paths):
+    if not is_finished(map(kept_path, paths), origin):
         return False
     for path in map(Path, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,12 +244,12 @@ def take_back(paths: Sequence[str | Path], origin: Mapping[str, Any]) -> bool:
     return True
 
 
-def _is_valid(kept: Path, origin: Mapping[str, Any]) -> bool:
-    if not kept.is_file() or not digest_path(kept).is_file():
+def _is_valid(path: Path, origin: Mapping[str, Any]) -> bool:
+    if not path.is_file() or not digest_path(path).is_file():
         return False
     try:
-        check_file(kept)
-        made = origin_of(kept)
+        check_file(path)
+        made = origin_of(path)
     except DamagedFile:
         return False
     due = json.loads(json.dumps(dict(origin)))

@@ -231,9 +231,20 @@ class Jobs(Section):
 
     shards_per_job: Count = 1
     """Shards that one job of the language model makes with the model loaded once."""
+    list_shards: bool = False
+    """Whether a plan goes by one list of each job's shards: for thousands of shards."""
     model: Job = Job()
     train: Job = Job()
     small: Job = Job(mem_mb=2000, runtime=20, threads=1)
+
+    @model_validator(mode="after")
+    def _lists(self) -> Self:
+        if self.list_shards and self.shards_per_job == 1:
+            raise ValueError(
+                "list_shards: true lists the shards of jobs that make several; set shards_per_job "
+                "above 1, got 1"
+            )
+        return self
 
 
 class Config(Section):

@@ -26,6 +26,7 @@ from kvguard.files import (
     origin_of,
 )
 from kvguard.imported_models import check_imported
+from kvguard.shard_lists import changed_lists
 from kvguard.splits import calibration_parts, prompts_of
 
 MANIFEST = "manifest.json"
@@ -392,9 +393,9 @@ def _check_origins(config: Config, results: Path) -> Problems:
         yield f"{name}: made from another {', '.join(others[:LISTED])}" if others else None
         if origin["seed"] != config.seed:
             yield f"{name}: made with seed {origin['seed']}, the configuration has {config.seed}"
-        wildcards = origin["wildcards"]
-        key = (origin["rule"], wildcards.get("model"), wildcards.get("figure"))
-        alike.setdefault(key, []).append((name, origin))
+        of = origin["wildcards"].get
+        alike.setdefault((origin["rule"], of("model"), of("figure")), []).append((name, origin))
+    yield from changed_lists(results, counted)
     for (rule, *_), files in alike.items():
         for field in ("code", "kvguard", "python", "packages", "device", "dtype"):
             yield _disagreement(f"{rule}: {field}", [(name, made[field]) for name, made in files])

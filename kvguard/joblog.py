@@ -92,17 +92,27 @@ def start_log() -> Any:
 def start_job() -> Any:
     """As `start_log`; besides, check the digests of the job's inputs.
 
-    What the job writes carries what made it (`kvguard.provenance.describe_job`).
+    Lists of shards among the inputs are replaced by the shards and go to an input of their own,
+    ``shard_lists``. What the job writes carries what made it (`kvguard.provenance.describe_job`).
 
     Raises:
         RuntimeError: the script was not started by Snakemake.
         DamagedFile: an input is not what was written; names it and how to heal it.
+        LostShard: a list names a shard that is not there.
     """
     job = start_log()
-    from kvguard.provenance import describe_job  # not at the top: the hook is set before
+    from kvguard.blocks import Named  # not at the top: the hook is set before
+    from kvguard.provenance import describe_job
+    from kvguard.shard_lists import is_shard_list, with_listed
 
-    check_inputs(map(str, job.input))
+    read = set(map(str, job.input))
+    check_inputs(read)
     record_origin(describe_job(job))
+    lists = list(filter(is_shard_list, job.input))
+    if lists:
+        shards = {name: with_listed(given) for name, given in job.input.items()}
+        job.input = Named(shards | {"shard_lists": lists})
+        check_inputs(path for path in job.input if path not in read)
     return job
 
 

@@ -29,3 +29,35 @@ for block in [
             script=block.made_by,
         script:
             "../workflow_scripts/{params.script}.py"
+
+
+# With `jobs.list_shards` a plan goes by lists of each block's shards.
+for family in [
+    *listed(rules.generate.rule),
+    *listed(rules.find_harm_onsets.rule),
+    *listed(rules.run_live.rule),
+]:
+
+    rule:
+        name:
+            family.name
+        input:
+            family.input,
+        output:
+            **family.output,
+        log:
+            f"<results>/logs/{family.made_by}/blocks/{{block}}.log",
+        benchmark:
+            f"<results>/benchmarks/{family.made_by}/blocks/{{block}}.tsv"
+        wildcard_constraints:
+            block=r"\d\d\d+",
+        conda:
+            "../envs/kvguard.yaml"
+        threads: experiment.jobs.model.threads
+        resources:
+            **job("model"),
+        params:
+            shards=family.shards,
+            script=family.made_by,
+        script:
+            "../workflow_scripts/{params.script}.py"

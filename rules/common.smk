@@ -1,10 +1,14 @@
 # Helpers of the rules: the checked configuration, wildcards, resources, digests of library code.
 import atexit
+import inspect
+import os
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 from snakemake.exceptions import WorkflowError
+from snakemake.io import is_callable, strip_wildcard_constraints
 from snakemake.iocontainers import Wildcards
 from snakemake.logging import logger
 
@@ -21,6 +25,7 @@ from kvguard.figures import FIGURES
 from kvguard.imported_models import needed_files, source_digest
 from kvguard.progress import PlannedJob, plan_digest, run_summary, write_plan
 from kvguard.provenance import made_otherwise
+from kvguard.shard_lists import list_name
 from kvguard.splits import check_split_sizes
 from kvguard.workflow import certificate_uses, price_uses, workflow_folder
 
@@ -209,8 +214,10 @@ def plain_press(name):
 def every_trace(pattern, compressed=False):
     """Paths of all (model, press, ratio, shard), in the order of the configuration.
 
-    ``compressed`` leaves out the uncompressed baseline.
+    ``compressed`` leaves out the uncompressed baseline. Where blocks are listed, their lists.
     """
+    if experiment.jobs.list_shards:
+        return lists(pattern, lambda shard: not (compressed and shard["press"] == BASELINE))
     return [
         path
         for model in experiment.models
@@ -232,7 +239,9 @@ def live_conditions():
 
 
 def every_live_run(pattern):
-    """Paths of all (model, press, ratio, policy, shard) of the live experiment."""
+    """Paths of all (model, press, ratio, policy, shard) of the live experiment, or their lists."""
+    if experiment.jobs.list_shards:
+        return lists(pattern, is_wanted)
     shards = len(experiment.live_shards)
     return [
         path
@@ -285,36 +294,123 @@ def certified_price():
     return {"price_certificate": price_certificate()} if certified else {}
 
 
+class ShardRule:
+    """What a rule of one shard reads and writes, and its parameters, as plain values.
+
+    A plan of ten thousand shards asks for all of them. Snakemake's own answer takes 1 ms a shard,
+    and is asked where a rule has more than patterns of files and functions of wildcards.
+    """
+
+    def __init__(self, rule):
+        self.rule, self.name = rule, rule.name
+        self.read, self.written = None, patterns(rule.output)
+        if not any(map(is_callable, rule.input)):
+            self.read = patterns(rule.input)
+        given = [inspect.signature(value) for value in rule.params if callable(value)]
+        self.plain_params = all(list(signature.parameters) == ["wildcards"] for signature in given)
+
+    def input(self, shard):
+        """Files that a shard reads, by name."""
+        if self.read is not None:
+            return filled(self.read, shard)
+        return named_files(self.rule.expand_input(Wildcards(fromdict=shard))[0])
+
+    def output(self, shard):
+        """Files of a shard, by name."""
+        return filled(self.written, shard)
+
+    def params(self, shard):
+        """Parameters of a shard's job, by name."""
+        if self.plain_params:
+            wildcards = SimpleNamespace(**shard)
+            given = self.rule.params.items()
+            return {name: each(wildcards) if callable(each) else each for name, each in given}
+        wildcards = Wildcards(fromdict=shard)
+        files = self.rule.expand_input(wildcards)[0], self.rule.expand_output(wildcards)[0]
+        return dict(self.rule.expand_params(wildcards, *files, None)[0].items())
+
+    def read_by_any(self, shards):
+        """What any of some shards reads, each file once."""
+        read = {}
+        for shard in shards:
+            for given in self.input(shard).values():
+                read.update(dict.fromkeys([given] if isinstance(given, str) else given))
+        return list(read)
+
+    def packed(self, shards):
+        """Wildcards, files and parameters of some shards, for `kvguard.blocks.read_shards`."""
+        parts = {
+            "wildcards": shards,
+            "input": map(self.input, shards),
+            "output": map(self.output, shards),
+            "params": map(self.params, shards),
+        }
+        return {part: pack(list(rows)) for part, rows in parts.items()}
+
+
 class Block:
     """One job that makes several shards of a rule: its name, files and parameters."""
 
     def __init__(self, single, number, shards):
-        self.template, self.made_by = single, single.name
+        self.template, self.made_by, self.wildcards = single, single.name, shards
         self.name, self.number = block_name(single.name, number), f"{number:03d}"
-        self.wildcards = [Wildcards(fromdict=shard) for shard in shards]
 
     @property
     def output(self):
         """Files of all shards."""
-        return [path for shard in self.wildcards for path in self.template.expand_output(shard)[0]]
+        return [path for shard in self.wildcards for path in self.template.output(shard).values()]
 
     def input(self, wildcards):
         """What any of the shards reads, each file once."""
-        read = (path for shard in self.wildcards for path in self.template.expand_input(shard)[0])
-        return list(dict.fromkeys(map(str, read)))
+        return in_lists(self.template.read_by_any(self.wildcards))
 
     def shards(self, wildcards):
         """Wildcards, files and parameters of each shard, for `kvguard.blocks.read_shards`."""
-        parts = {"wildcards": [], "input": [], "output": [], "params": []}
-        for shard in self.wildcards:
-            read = self.template.expand_input(shard)[0]
-            written = self.template.expand_output(shard)[0]
-            params = self.template.expand_params(shard, read, written, None)[0]
-            parts["wildcards"].append(dict(shard.items()))
-            parts["input"].append(named_files(read))
-            parts["output"].append(named_files(written))
-            parts["params"].append(dict(params.items()))
-        return {part: pack(rows) for part, rows in parts.items()}
+        return self.template.packed(self.wildcards)
+
+
+class ListedBlocks:
+    """All blocks of a rule, as one rule whose outputs are lists of each block's shards."""
+
+    def __init__(self, single):
+        self.template, self.made_by, self.name = single, single.name, block_name(single.name)
+
+    @property
+    def output(self):
+        """Pattern of the lists, by the name of the output that they list."""
+        files = self.template.written.items()
+        return {name: list_path(table_of(path), "{block}") for name, path in files}
+
+    def input(self, wildcards):
+        """What any of the shards reads, each file once; lists in place of shards.
+
+        Snakemake does not know the shards: where one is gone whose list is there, such as one that
+        was removed because it is damaged, the plan is told to make the list again.
+        """
+        shards = self.block(wildcards)
+        if workflow.is_main_process:
+            written = (path for each in shards for path in self.template.output(each).values())
+            lost = {list_of()[path] for path in written if not is_there(path)}
+            workflow.dag.forcefiles.update(filter(is_there, lost))
+        return in_lists(self.template.read_by_any(shards))
+
+    def shards(self, wildcards):
+        """As `Block.shards`."""
+        return self.template.packed(self.block(wildcards))
+
+    def block(self, wildcards):
+        """Wildcards of each shard of a block."""
+        return listed_blocks(self.made_by)[int(wildcards.block)]
+
+
+def patterns(files):
+    """Patterns of a rule's files by name, with the names of wildcards alone in braces."""
+    return {name: strip_wildcard_constraints(str(path)) for name, path in files.items()}
+
+
+def filled(files, shard):
+    """Paths by name, with a shard's wildcards."""
+    return {name: pattern.format_map(shard) for name, pattern in files.items()}
 
 
 def named_files(files):
@@ -332,20 +428,127 @@ def blocks(single, shards):
     waits for the guard's runs, and what repeats a run waits for that one, so that they are of
     different blocks.
     """
-    if experiment.jobs.shards_per_job == 1:
+    if experiment.jobs.shards_per_job == 1 or is_listed(single):
         return []
-
-    def together(shard):
-        press = None if shard["press"] == BASELINE else experiment.press(shard["press"])
-        matched = shard.get("policy") == "constant"
-        repeats = "policy" in shard and full_cache_run(**shard) is not None
-        return shard["model"], press and press.attention, matched, repeats
-
     size = experiment.jobs.shards_per_job
     ordered = sorted(shards, key=lambda shard: str(together(shard)))
     return [
-        Block(single, number, block) for number, block in enumerate(cut(ordered, size, together))
+        Block(ShardRule(single), number, block)
+        for number, block in enumerate(cut(ordered, size, together))
     ]
+
+
+def together(shard):
+    """What shards of one block have in common."""
+    press = None if shard["press"] == BASELINE else experiment.press(shard["press"])
+    matched = shard.get("policy") == "constant"
+    repeats = "policy" in shard and full_cache_run(**shard) is not None
+    return shard["model"], press and press.attention, matched, repeats
+
+
+LISTED_TABLES = {
+    "traces": "generate",
+    "tokens": "generate",
+    "harm_onsets": "find_harm_onsets",
+    "live": "run_live",
+}
+"""Tables whose shards are listed where `jobs.list_shards` is set, and the rules that make them."""
+
+
+def is_listed(single):
+    """Whether a plan goes by lists of a rule's shards."""
+    return experiment.jobs.list_shards and single.name in LISTED_TABLES.values()
+
+
+def listed(single):
+    """All blocks of a rule as one rule; none where plans go by its shards."""
+    return [ListedBlocks(ShardRule(single))] if is_listed(single) else []
+
+
+@cache
+def listed_blocks(made_by):
+    """Blocks of a rule's shards, in the order in which the tables are read.
+
+    A block never holds shards that only some of the tables' readers want, or that wait for
+    different files.
+    """
+
+    def alike(shard):
+        waits_for = policy_files(Wildcards(fromdict=shard)) if "policy" in shard else {}
+        return together(shard), shard["press"] == BASELINE, is_wanted(shard), sorted(waits_for)
+
+    if made_by == "run_live":
+        shards = every_live_shard()
+        wanted = [
+            {"model": model.name, "press": press, "ratio": ratio, "policy": policy, "shard": shard}
+            for press, ratio in live_conditions()
+            for model in experiment.models
+            for policy in experiment.live_policies(press, ratio)
+            for shard in (f"{shard:02d}" for shard in range(len(experiment.live_shards)))
+        ]
+        shards = wanted + [shard for shard in shards if not is_wanted(shard)]
+    else:
+        shards = every_shard(compressed=made_by == "find_harm_onsets")
+    return list(cut(shards, experiment.jobs.shards_per_job, alike))
+
+
+def is_wanted(shard):
+    """Whether tables read a shard: a live run may be there only for what is matched to it."""
+    if "policy" not in shard:
+        return True
+    return shard["policy"] in experiment.live_policies(shard["press"], shard["ratio"])
+
+
+def table_of(path):
+    """The folder of a table's files below the results."""
+    return Path(path).relative_to(experiment.results_dir).parts[0]
+
+
+def list_path(table, block):
+    """The list of a block's shards of one table."""
+    return f"{experiment.results_dir}/{list_name(table, block)}"
+
+
+def lists(pattern, wanted):
+    """The lists of a table's blocks, those whose shards are wanted."""
+    table = pattern.split("/")[1]
+    return [
+        list_path(table, f"{number:03d}")
+        for number, block in enumerate(listed_blocks(LISTED_TABLES[table]))
+        if wanted(block[0])
+    ]
+
+
+def in_lists(paths):
+    """Paths with shards replaced by the lists that name them, where there are lists; each once."""
+    return list(dict.fromkeys(list_of().get(path, path) for path in paths))
+
+
+@cache
+def list_of():
+    """The list of every shard's file; empty where plans go by shards."""
+    if not experiment.jobs.list_shards:
+        return {}
+    return {
+        f"{Path(experiment.results_dir, table, *shard.values())}.parquet": list_path(
+            table, f"{number:03d}"
+        )
+        for table, rule in LISTED_TABLES.items()
+        for number, block in enumerate(listed_blocks(rule))
+        for shard in block
+    }
+
+
+@cache
+def files_there(folder):
+    """Names of the files in a folder: one look at it, where a plan asks for thousands of shards."""
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+
+def is_there(path):
+    """Whether a file was there when this plan first looked at its folder."""
+    folder, name = os.path.split(path)
+    return name in files_there(folder)
 
 
 def single_shards():

@@ -147,6 +147,7 @@ def block(folder: Path, count: int) -> SimpleNamespace:
         rule="generate_block_003",
         log=[str(folder / "block.log")],
         config={"results_dir": str(folder)},
+        output=Named({}),
         params=Named(
             {
                 "shards": {

@@ -279,6 +279,44 @@ def test_prices_are_certified_on_prompts_of_their_own(tmp_path: Path) -> None:
     assert "certify_price" not in alone
 
 
+def test_a_plan_by_lists_sees_a_lost_shard_and_makes_its_block_alone(tmp_path: Path) -> None:
+    folder = copy_checkout(tmp_path)
+    live = SMALL["live"] | {"policies": ["none", "constant"]}
+    config: dict[str, object] = {"live": live, "jobs": {"shards_per_job": 2, "list_shards": True}}
+    summary = run_snakemake(folder, "--summary", "all", "figures", **config).stdout
+    outputs = [line.split("\t")[0] for line in summary.splitlines()[1:]]
+    kinds = Counter(Path(path).parts[2] for path in outputs if "/lists/" in path)
+    assert kinds == {"traces": 3, "tokens": 3, "harm_onsets": 2, "live": 5}
+    experiment = load_config(folder / "config.yaml", folder / "overlay.yaml")
+    shards = [
+        f"results/{table}/{model.name}/{press}/{ratio}/{shard:02d}.parquet"
+        for table in ("traces", "tokens", "harm_onsets")
+        for model in experiment.models
+        for press, ratio in experiment.conditions
+        for shard in range(len(experiment.shards))
+    ]
+    shards += [
+        f"results/live/{model.name}/{press}/{ratio}/{policy}/00.parquet"
+        for model in experiment.models
+        for press, ratio in experiment.live_conditions
+        for policy in ("none", "guard_promote", "constant")
+    ]
+    for path in (folder / name for name in [*outputs, *shards]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "checkpoints" in path.parts:
+            path.mkdir(exist_ok=True)
+        else:
+            path.touch()
+    run_snakemake(folder, "--touch", "--forceall", "all", "figures", **config)
+    assert planned(folder, "all", **config) == {}
+    lost = "tokens/smollm2-135m/snapkv/0.750/01.parquet"
+    (folder / "results" / lost).unlink()
+    jobs = planned(folder, "all", **config)
+    assert jobs["generate_block_each"] == 1
+    assert {"detect_outcomes", "write_manifest"} <= set(jobs)
+    assert not {"prepare_model", "prepare_prompts"} & set(jobs)
+
+
 def test_detection_parameters_rerun_no_model_for_generation(finished: Path) -> None:
     jobs = planned(finished, detection={"loop_repeats": 4})
     assert "generate" not in jobs

@@ -132,6 +132,11 @@ def test_the_large_plan_holds_as_many_jobs_as_asked_and_half_of_them_are_done(
     experiment = load_config(*paper, overlay)
     jobs = len(experiment.models) * len(experiment.conditions) * len(experiment.shards)
     assert 500 <= jobs < 500 + 32
+    assert not experiment.jobs.list_shards
+    overlay.write_text(json.dumps(scale.large_overlay(paper, 500, shards_per_job=16)))
+    listed = load_config(*paper, overlay)
+    assert listed.jobs.list_shards
+    assert len(listed.shards) == len(experiment.shards)
     assert scale.record_half_done(experiment, tmp_path) == jobs
     monkeypatch.chdir(tmp_path)
     plan = read_plan(experiment.results_dir, plan_digest(experiment))
