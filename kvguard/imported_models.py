@@ -456,9 +456,10 @@ def check_imported(config: Config, results: Path) -> Iterator[str | None]:
     Yields:
         None for a thing that is right, a sentence for one that is not.
     """
-    if config.predictor.trained_by is None:
-        return
     origin = read_origin(results / "models")
+    if config.predictor.trained_by is None:
+        yield None if origin is None else f"models/{ORIGIN}: this run trained its models itself"
+        return
     if origin is None:
         yield f"models/{ORIGIN}: no such file"
         return

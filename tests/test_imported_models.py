@@ -241,6 +241,9 @@ def test_verify_names_a_copy_that_is_another_one(source: Path) -> None:
     copied.write_text(copied.read_text().replace("0.54", "0.55"))
     (source / "manifest.json").write_text("{}")
     found = [problem for problem in check_imported(own_config(), results) if problem]
+    trains = parse_config(SOURCE, check_files=False)
+    own = "models/origin.json: this run trained its models itself"
+    assert list(check_imported(trains, results)) == [own]
     assert found == [
         "models/harm_model.json: not the file that source trained",
         "models/origin.json: results/source/manifest.json is another one now",
