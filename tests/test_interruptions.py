@@ -82,7 +82,7 @@ def test_a_second_run_takes_the_models_of_the_first(uninterrupted: Path, tmp_pat
     assert "none of them is a prompt of this run" in text
     listed = json.loads((results / "manifest.json").read_text())
     assert {"models/origin.json", "models/harm_model.json"} <= set(listed)
-    checks = verify_results(load_config(*(tmp_path / name for name in files)), results)
+    checks = verify_results(load_config(results / "config.json", check_files=False), results)
     assert [problem for check in checks for problem in check.problems] == []
 
 
