@@ -26,6 +26,36 @@ another pass by joining now, and loses what the tokens until then would have bro
 constant rate h that is (y - 1 - ln y) / h in drafted tokens, with y = S / theta. So it joins where
 y - 1 - ln y < h x share. The two thresholds are the can-order policy of joint replenishment.
 
+**A row that is checked in vain is promoted.** Where drafts are rejected every few tokens, no moment
+is a good one: every check moves the whole parked cache. After each check a row is asked whether its
+full cache should come back to the device, where it is exact and never checked again. That costs the
+transfer once and, with every further token, e drafted tokens for the memory that it takes from the
+other rows and for reading it (`checks.check_prices`). It is a ski rental with two rates: going
+on costs g a kept token, promoted the token costs 1 + e and the change the transfer. With
+
+    g = (n / theta + paid) / (n + kept),    n = `PRIOR_KEPT`,
+
+what the row's kept tokens have cost so far (checks, tokens drafted, wasted ones among them), drawn
+towards the model's expectation 1 / theta by n tokens, the row is promoted where
+
+    min(kept, left) x (g - 1 - e) > transfer,
+
+kept being the tokens that stay and left those that the limit still allows. *Looking ahead*: as many
+tokens as there have been are expected to come, what an answer of unknown scale is expected to do
+(Lindy's law), and never more than are left; so a check that pays, or a bus that is cheap, promotes
+nobody. *Looking back*: kept x (g - 1 - e) is, but for the prior, what the checks have cost beyond
+the promoted row's price for the same tokens. It is promoted as soon as that regret reaches the
+transfer: the deterministic rule of ski rental, at most twice the best choice in hindsight where
+the rate is steady (Karlin, Manasse, Rudolph and Sleator, Competitive snoopy caching, 1988, for one
+rate; Lotker, Patt-Shamir and Rawitz, Rent, lease, or buy, 2012, for two). If it would have had to
+be promoted later than half way to the limit, it never is: then the regret of the whole answer is
+below 2 transfers, too. Whatever the drafts do, a row that goes on with kept <= left has at most the
+regret
+
+    transfer x (1 + n / kept) + n x e,
+
+so one hopeless row has a bound (tests/test_promotion.py).
+
 **Prices** follow from sizes (`check_prices`): no clock is read, so a run can be repeated.
 """
 
@@ -35,6 +65,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvguard.controller import Mode
 from kvguard.policies import Action, Decision, Observation
 from kvguard.rivals import Lossless
 from kvguard.schema import SIGNALS
@@ -58,6 +89,9 @@ LONGEST_TOKENS = 64
 
 MEMORY_PASSES = 4
 """Passes over which the number of rows that share one is averaged."""
+
+PRIOR_KEPT = 4
+"""Kept tokens at the expected cost that a row's own costs are drawn towards."""
 
 SHARED_TOKENS, OWN_TOKENS = 3.0, 1.0
 """What a check costs in drafted tokens until `LosslessAuto.set_prices` says otherwise."""
@@ -91,16 +125,32 @@ def stopping_survival(rate: ArrayLike, price: ArrayLike) -> FloatArray:
     return np.asarray(1 / x)
 
 
+class Promotion(NamedTuple):
+    """What it costs to bring rows' full caches back, in drafted tokens; all (rows,).
+
+    Attributes:
+        transfer: once.
+        extra: with every further token, beyond the token itself.
+        limit: the longest answer, in tokens.
+    """
+
+    transfer: FloatArray
+    extra: FloatArray
+    limit: NDArray[np.int64]
+
+
 class Prices(NamedTuple):
     """What checks cost, in drafted tokens.
 
     Attributes:
         shared: of a pass, however many rows it is for.
         own: (rows,) of each row in it.
+        promotion: the way out; None: there is none.
     """
 
     shared: float
     own: FloatArray
+    promotion: Promotion | None = None
 
 
 class LosslessAuto(Lossless):
@@ -126,7 +176,17 @@ class LosslessAuto(Lossless):
         self.rejections = np.full(rows, PRIOR_REJECTIONS)
         self.expected = np.full(rows, PRIOR_REJECTIONS)
         self.judged = np.zeros(rows, np.int64)  # tokens that checks have looked at
+        self.transfer = np.full(rows, np.inf)  # of `Promotion`, as the next two
+        self.extra = np.zeros(rows)
+        self.limit = np.zeros(rows, np.int64)
+        self.paid = np.zeros(rows)  # for checks and for the tokens that they judged
+        self.promoted = np.zeros(rows, np.bool_)
         self.row_state += [
+            self.transfer,
+            self.extra,
+            self.limit,
+            self.paid,
+            self.promoted,
             self.own_tokens,
             self.drafted,
             self.rates,
@@ -143,6 +203,7 @@ class LosslessAuto(Lossless):
         self.asked[row] = False
         self.own_tokens[row] = OWN_TOKENS
         self.rejections[row] = self.expected[row] = PRIOR_REJECTIONS
+        self.transfer[row], self.paid[row], self.promoted[row] = np.inf, 0.0, False
 
     def set_prices(self, prices: Prices) -> None:
         """What checks of the first ``len(prices.own)`` rows cost from now on."""
@@ -151,6 +212,11 @@ class LosslessAuto(Lossless):
         self.rows_a_pass = min(self.rows_a_pass, most) if self._priced else most
         self._priced = True
         self.own_tokens[: len(prices.own)] = prices.own
+        if prices.promotion is not None:
+            for mine, new in zip(
+                (self.transfer, self.extra, self.limit), prices.promotion, strict=True
+            ):
+                mine[: len(new)] = new
 
     def due(
         self, rows: NDArray[np.intp], tokens: NDArray[np.int64], every: int
@@ -162,12 +228,34 @@ class LosslessAuto(Lossless):
         """Learn from a check: the row's first ``kept`` tokens stay, the next draft begins there."""
         start, drafted = int(self.start[row]), int(self.drafted[row])
         accepted = kept - start
+        if drafted > 0:
+            self.paid[row] += drafted + float(self._price(np.array([row]))[0])
         if drafted > 0 and accepted > 0:  # the first is never rejected: nothing was evicted there
             seen = min(accepted + 1, drafted)
             self.rejections[row] += accepted < drafted
             self.expected[row] += self.rates[row, min(seen, self.rates.shape[1]) - 1]
             self.judged[row] += seen - 1
         self._begin(np.array([row]), np.array([kept]))
+
+    def promotes(self, row: int) -> bool:
+        """Whether the full cache should come back, so that the row needs no further check."""
+        kept = int(self.start[row])
+        ahead = min(kept, int(self.limit[row]) - kept)
+        if ahead <= 0 or not np.isfinite(self.transfer[row]):
+            return False
+        spared = self._spared(row, ahead) - ahead * float(self.extra[row])
+        return bool(spared > self.transfer[row])
+
+    def _spared(self, row: int, ahead: int) -> float:
+        """What going on compressed is expected to cost beyond so many tokens themselves."""
+        theta = float(self._outlook(np.array([row]))[2][0])
+        kept = int(self.start[row])
+        each = (PRIOR_KEPT / theta + float(self.paid[row])) / (PRIOR_KEPT + kept)
+        return ahead * (each - 1)
+
+    def set_promoted(self, row: int) -> None:
+        """The row is exact from here: SAFE, and never checked again."""
+        self.promoted[row], self.modes[row] = True, Mode.SAFE
 
     def _begin(self, rows: NDArray[np.intp], tokens: NDArray[np.int64]) -> None:
         """Rows whose next draft begins behind so many tokens."""
@@ -178,6 +266,7 @@ class LosslessAuto(Lossless):
         rows = observation.rows
         self._advance(observation)
         due = self._stops(rows) | (self.drafted[rows] >= self.every_tokens)
+        due &= ~self.promoted[rows]
         self.asked[rows] = due
         return self._decide(observation, Action.CHECK, due)
 
@@ -201,7 +290,7 @@ class LosslessAuto(Lossless):
 
     def finish(self, observation: Observation) -> Decision:
         """Check what is unchecked."""
-        due = self.drafted[observation.rows] > 0
+        due = (self.drafted[observation.rows] > 0) & ~self.promoted[observation.rows]
         self.asked[observation.rows] = due
         return self._decide(observation, Action.CHECK, due)
 
@@ -213,7 +302,7 @@ class LosslessAuto(Lossless):
             others: rows that `step` has just let go on.
         """
         rows = np.array(others, np.intp)
-        joining = rows[self._joins(rows) & (self.drafted[rows] > 0)]
+        joining = rows[self._joins(rows) & (self.drafted[rows] > 0) & ~self.promoted[rows]]
         self.asked[joining] = True
         self.rows_a_pass += (due + len(joining) - self.rows_a_pass) / MEMORY_PASSES
         return [int(row) for row in joining]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kvguard.audit import Answer, Check, check_answers
-from kvguard.check_timing import Prices
+from kvguard.check_timing import Prices, Promotion
 from kvguard.engine import Session
 
 BUS = 50.0
@@ -109,7 +109,13 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
 
     A decoding step reads the weights, shared by its rows, and each row's compressed cache; a check
     reads the weights and each row's cold cache, over the bus where the device is not the host. A
-    check without a cold cache computes prompt and answer, `PREFILL_TOKEN` each.
+    check without a cold cache computes prompt and answer, `PREFILL_TOKEN` each. Compressed rows
+    alone say what a drafted token reads.
+
+    A row that is promoted moves its cold cache once. From then on it holds, and reads at every
+    token, what the press had evicted. Held bytes are priced by what they displace: the memory of a
+    compressed row drafts one token a step, and compression is worth having only where memory is
+    what the batch lacks.
 
     Args:
         session: whose rows they are.
@@ -119,18 +125,30 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
     active, slots = session.active, session.slots
     weights = sum(parameter.nbytes for parameter in session.model.parameters())
     own = slots.lengths[:, :active].sum(axis=0) * slots.bytes_per_entry
-    drafted = weights / max(1, active) + own.mean()
+    compressed = own[[not row.exact for row in session.rows]]
+    typical = float((compressed if len(compressed) else own).mean())
+    drafted = weights / max(1, active) + typical
     bus = bus_ratio
     if bus is None:
         bus = 1.0 if session.model.device.type == "cpu" else BUS
-    prices = []
+    prices, transfer = [], []
+    tokens = session.prompt_lengths[:active] + session.lengths[:active]
     for number, row in enumerate(session.rows):
-        if row.cold is None:
-            tokens = int(session.prompt_lengths[number] + session.lengths[number])
-            prices.append(PREFILL_TOKEN * tokens)
+        if row.exact:  # never checked
+            prices.append(0.0)
+            transfer.append(0.0)
+        elif row.cold is None:  # a check computes the full cache, on the device
+            prices.append(PREFILL_TOKEN * int(tokens[number]))
+            transfer.append(0.0)
         else:
             prices.append(bus * row.cold.length * row.cold.store.bytes_per_token / drafted)
-    return Prices(float(weights / drafted), np.array(prices))
+            transfer.append(prices[-1])
+    whole = tokens * slots.layers * slots.bytes_per_entry
+    beyond = np.maximum(whole - own, 0)
+    # Reading it, and the rows that would find room in it, each a drafted token a step.
+    extra = beyond / drafted + beyond / typical
+    promotion = Promotion(np.array(transfer), extra, session.limits[:active])
+    return Prices(float(weights / drafted), np.array(prices), promotion)
 
 
 def free_memory(device: torch.device, error: BaseException) -> None:

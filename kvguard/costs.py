@@ -101,6 +101,12 @@ class CostMeter:
             row.completion.host_byte_steps += row.cold.nbytes + part
         return kept, masked, padding
 
+    def note_peak(self, beyond: int) -> None:
+        """Between two passes, so many bytes were there beside the slots; all rows were waiting."""
+        peak = max(self.slots.take_peak(), self.slots.allocated_bytes + beyond)
+        for row in self.rows:
+            row.completion.device_bytes_peak = max(row.completion.device_bytes_peak, peak)
+
     def replays(self, number: int, sizes: Sequence[int]) -> None:
         """A request was admitted after passes over its compressed cache, beyond its prefill.
 

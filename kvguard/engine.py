@@ -27,7 +27,8 @@ from kvguard.models import check_architecture, position_limit
 from kvguard.prefill import Prefilled, Prefix, attention_layers, cache_bytes, is_pressed, prefill
 from kvguard.presses import Phases, PressError, fresh, phases
 from kvguard.probes import CacheProbe
-from kvguard.requests import Completion, Request, Row
+from kvguard.replays import ReplayAt, step_with_riders
+from kvguard.requests import Completion, Request, Row, check_request
 from kvguard.sampling import Decoding, token_scores
 from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, peaks
 from kvguard.slots import ATTENTION_NAME, Slots
@@ -75,6 +76,8 @@ class Session:
         rows: decoded together.
         prefix: what the prompts share, prefilled.
         probes: whether every prefill measures what its press removes.
+        replay: where the replay among the probes is run (`replays.ReplayAt`); one that rides in a
+            step completes the completion's probes there.
         marked: tokens that carry facts, see `probes.marked_tokens`.
         cold: where the entries go that the press evicts, so that a check can read them: "host"
             memory, "disk", or "none": then a check recomputes them.
@@ -93,6 +96,7 @@ class Session:
         rows: int,
         prefix: Prefix | None = None,
         probes: bool = False,
+        replay: ReplayAt = "prefill",
         marked: NDArray[np.bool_] | None = None,
         cold: ColdKind | Literal["none"] = "none",
         cold_folder: Path | None = None,
@@ -109,7 +113,7 @@ class Session:
             )
         self.model, self.decoding, self.press, self.prefix = model, decoding, press, prefix
         self.admission_press = press
-        self.probes, self.marked = probes, marked
+        self.probes, self.replay, self.marked = probes, replay, marked
         self.phases: Phases = phases(press)
         if self.phases.decode is not None and model.config._attn_implementation == "eager":
             raise PressError("compression while decoding needs sdpa attention, got 'eager'")
@@ -158,29 +162,16 @@ class Session:
         """
         completion = Completion(request)
         started = time.perf_counter()
-        limit = request.max_new_tokens
-        if limit is None:
-            limit = self.decoding.max_new_tokens
-        longest = position_limit(self.model.config)
-        total = len(request.prompt_ids) + limit
+        most = self.decoding.max_new_tokens
+        limit = most if request.max_new_tokens is None else request.max_new_tokens
         try:
-            if not request.prompt_ids:
-                raise ValueError("the prompt is empty; at least one token is needed")
-            if not 1 <= limit <= self.decoding.max_new_tokens:
-                raise ValueError(
-                    f"max_new_tokens of a request lies in 1..{self.decoding.max_new_tokens}, the "
-                    f"session's limit, got {limit}"
-                )
-            if max(request.prompt_ids) >= self.model.config.vocab_size:
-                raise ValueError(
-                    f"token {max(request.prompt_ids)} of the prompt is not in the model's "
-                    f"vocabulary of {self.model.config.vocab_size}"
-                )
-            if total > longest:
-                raise ValueError(
-                    f"prompt of {len(request.prompt_ids)} and {limit} new tokens exceed the "
-                    f"model's {longest} positions"
-                )
+            check_request(
+                request.prompt_ids,
+                limit,
+                most=most,
+                vocabulary=self.model.config.vocab_size,
+                positions=position_limit(self.model.config),
+            )
             split, ready = self._prefill(request, completion)
         except (AssertionError, IndexError, ValueError, RuntimeError) as error:
             completion.error = f"{type(error).__name__}: {error}"
@@ -210,6 +201,7 @@ class Session:
                 self._decode_state(split, request.seed),
                 exact=split == Phases(None, None),
                 cold=ready.cold,
+                replay=ready.replay,
             )
         )
         self.lengths[row] = 0
@@ -226,7 +218,9 @@ class Session:
         """Prefill a request; under the press, or without where the press refuses its prompt."""
         split = phases(self.admission_press)
         compresses = split != Phases(None, None)
-        probe = CacheProbe(self.model, request.prompt_ids, self.marked) if self.probes else None
+        probe = None
+        if self.probes:
+            probe = CacheProbe(self.model, request.prompt_ids, self.marked, self.replay)
         try:
             if self.ladder is not None:
                 return self.ladder.start(self, request, completion)
@@ -320,6 +314,8 @@ class Session:
         fed = self.history[np.arange(active), last].astype(np.int64)
         tokens = self._on_device(np.maximum(fed, 0))
         positions = self._on_device(self.prompt_lengths[:active] + last)
+        riders = {i: row.replay for i, row in enumerate(self.rows) if row.replay is not None}
+        transient: dict[int, int] = {}
         self.slots.begin_step()
         for number, row in enumerate(self.rows):
             if row.decode is not None and not row.sits_out:
@@ -328,17 +324,19 @@ class Session:
             stack.enter_context(attention_of(self.model, ATTENTION_NAME))
             if any(row.decode is not None for row in self.rows):
                 stack.enter_context(self._decode_compression())
-            output = self.model(
-                input_ids=tokens[:, None],
-                position_ids=positions[:, None],
-                cache_position=positions[:1],
-                past_key_values=self.slots,
-                use_cache=True,
-                kvguard_slots=self.slots,
-            )
-        self.logits[:active] = output.logits[:, -1]
+            shared = {"past_key_values": self.slots, "use_cache": True, "kvguard_slots": self.slots}
+            if riders:
+                transient = step_with_riders(self, tokens, positions, riders, shared)
+            else:
+                output = self.model(
+                    input_ids=tokens[:, None],
+                    position_ids=positions[:, None],
+                    cache_position=positions[:1],
+                    **shared,
+                )
+                self.logits[:active] = output.logits[:, -1]
         self.slots.end_step()
-        step_bytes = zip(*self.meter.step(), strict=True)
+        step_bytes = zip(*self.meter.extra_pass(transient), strict=True)
         for number, (row, taken) in enumerate(zip(self.rows, step_bytes, strict=True)):
             if row.sits_out:
                 self.slots.drop_tail(number, 1)
@@ -367,6 +365,7 @@ class Session:
         self.compute_pending_signals()
         self.slots.insert(row, ready.cache, ready.masked)
         self._cut(row, kept)
+        self.rows[row].replay = None  # of a cache that is gone
         self.rows[row].pending = ready.logits[0]
 
     def _cut(self, row: int, kept: int) -> None:
@@ -473,6 +472,7 @@ class Session:
         logits = self.model.lm_head(check.hidden[count : count + 1])
         size = cache_bytes(cache)
         self.replace_cache(row, kept, Prefilled(cache, None, logits, size, size, 0))
+        self.meter.note_peak(size)  # it was there twice
         state.decode, state.exact, state.cold, state.checked = None, True, None, kept
 
     def compress_while_decoding(self, row: int, press: BasePress | None) -> None:

@@ -387,6 +387,7 @@ class KVGuard:
         from kvguard.guard_observer import GuardObserver, guarded
         from kvguard.predictor import for_press
         from kvguard.presses import nominal_ratio
+        from kvguard.replays import replay_for
         from kvguard.slots import batch_size_for
 
         self._statements(model, decoding)
@@ -404,6 +405,7 @@ class KVGuard:
             rows=rows,
             prefix=prefix,
             probes=probes,
+            replay=replay_for(self.harm_model or self.predictor, waits=self.harm_model is not None),
             marked=stored_marks(model) if probes else None,
             cold="none" if self.policy_name in UNCHECKED else self.cold,
             cold_folder=self.cold_folder,

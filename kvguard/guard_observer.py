@@ -19,7 +19,7 @@ from kvguard.checks import RECOVERABLE, check_prices, free_memory, run_checks
 from kvguard.config import BASELINE_RATIO, Tolerance
 from kvguard.controller import Mode
 from kvguard.engine import Session, Step, generate, synchronize
-from kvguard.guard_report import GuardError, RowReport
+from kvguard.guard_report import GuardError, RowReport, complete_report
 from kvguard.hazards import HazardModel as HazardModel
 from kvguard.hazards import HazardState
 from kvguard.ladder import charge_replays, relaxed
@@ -118,6 +118,7 @@ class GuardObserver:
         self.streamed: NDArray[np.int64] = np.zeros(rows, np.int64)
         self.probe_score, self.bus_ratio = probe_score, bus_ratio
         self.probe: NDArray[np.float32] = np.full(rows, np.nan, np.float32)
+        self.unscored: set[str] = set()  # requests whose probes are not complete or not looked at
         self.due_at: NDArray[np.int64] = np.zeros(rows, np.int64)  # length at the next decision
         self._idle_steps = 0  # steps in which no row is due unless it ends
 
@@ -138,13 +139,22 @@ class GuardObserver:
         self.seen[row] = self.streamed[row] = 0
         self.probe[row] = np.nan
         if self.probe_score is not None and completion.probes is not None:
-            self.probe[row] = self.probe_score(np.asarray(completion.probes)[None])[0]
+            self.unscored.add(request.key)
+            self._score_probes(session)
         report = RowReport(key=request.key, modes=[(0, Mode(self.modes[row]).name)])
         report.start_ratio, report.notes = completion.start_ratio, list(completion.notes)
         report.alarm_steps += [0] if relaxed(session, completion) else []
         self.reports[request.key] = report
         self._schedule(session, [row])
         self._idle_steps = 0
+
+    def _score_probes(self, session: Session) -> None:
+        """Score the prefills whose probes have become complete."""
+        for number, row in enumerate(session.rows if self.unscored else []):
+            key, probes = row.completion.request.key, row.completion.probes
+            if key in self.unscored and row.replay is None and self.probe_score is not None:
+                self.unscored.discard(key)
+                self.probe[number] = self.probe_score(np.asarray(probes)[None])[0]
 
     def moved(self, session: Session, source: int, target: int) -> None:
         """Follow the engine: the request in ``source`` is now in ``target``."""
@@ -169,6 +179,7 @@ class GuardObserver:
     @torch.inference_mode()
     def _observe(self, session: Session, step: Step) -> None:
         started = time.perf_counter()
+        self._score_probes(session)
         broken = [i for i, row in enumerate(session.rows) if row.completion.error is not None]
         if self.stopping is not None:
             for row in range(session.active):
@@ -398,8 +409,13 @@ class GuardObserver:
         kept = self._kept(session, row, check, count)
         cut = kept < count
         new = slice(max(state.checked - check.start, 0), max(kept - check.start, 0))
+        self.policy.checked(row, kept)
         if not cut and state.ended:
             state.checked = kept
+        elif action == Action.CHECK and self.safe_press is None and self.policy.promotes(row):
+            session.promote(row, kept, check)
+            self.policy.set_promoted(row)
+            self._set_mode(session, row, self.policy.modes[row], max(kept - 1, 0))
         elif action == Action.CHECK:
             if not session.accept(row, kept, check):
                 session.park(row, kept, check)
@@ -419,7 +435,6 @@ class GuardObserver:
         if self.hazards is not None:
             llr = self._llr(session, row, check)[new]
             self.hazards.checked(row, kept, llr, rejected=cut)
-        self.policy.checked(row, kept)
         self._record(row, kept, cut, report)
 
     def _kept(self, session: Session, row: int, check: Check, count: int) -> int:
@@ -573,19 +588,7 @@ class GuardObserver:
         """Complete and return the report of a finished request."""
         key = completion.request.key
         report = self.reports.setdefault(key, RowReport(key=key))
-        report.tokens_wasted = completion.tokens_wasted
-        report.tokens_prefilled = completion.tokens_prefilled
-        report.decode_steps, report.checks = completion.decode_steps, completion.checks
-        report.seconds = completion.prefill_seconds + completion.decode_seconds
-        report.stop_reason, report.error = completion.stop_reason, completion.error
-        report.notes += [note for note in completion.notes if note not in report.notes]
-        allocated = completion.kv_bytes[:, :2].sum(
-            axis=1
-        )  # kept and masked; padding is the batch's
-        if len(allocated):
-            report.kv_bytes_mean = float(allocated.mean())
-            report.kv_padding_bytes_mean = float(completion.kv_bytes[:, 2].mean())
-            report.kv_bytes_peak = max(report.kv_bytes_peak or 0, int(allocated.max()))
+        complete_report(report, completion)
         return report
 
 

@@ -7,6 +7,8 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     import polars as pl
 
+    from kvguard.requests import Completion
+
 
 class GuardError(ValueError):
     """The guard cannot do what was asked; the message says what it can."""
@@ -97,3 +99,18 @@ class GuardReport(list[RowReport]):
             for row in self
         ]
         return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def complete_report(report: RowReport, completion: "Completion") -> None:
+    """Add what a finished request's completion says."""
+    report.tokens_wasted = completion.tokens_wasted
+    report.tokens_prefilled = completion.tokens_prefilled
+    report.decode_steps, report.checks = completion.decode_steps, completion.checks
+    report.seconds = completion.prefill_seconds + completion.decode_seconds
+    report.stop_reason, report.error = completion.stop_reason, completion.error
+    report.notes += [note for note in completion.notes if note not in report.notes]
+    allocated = completion.kv_bytes[:, :2].sum(axis=1)  # kept and masked; padding is the batch's
+    if len(allocated):
+        report.kv_bytes_mean = float(allocated.mean())
+        report.kv_padding_bytes_mean = float(completion.kv_bytes[:, 2].mean())
+        report.kv_bytes_peak = max(report.kv_bytes_peak or 0, int(allocated.max()))

@@ -24,10 +24,14 @@ and goes on is one whose survival is high: it is checked at its end, or later fo
 **Sharing**: a row joins a pass that happens anyway where the check is worth it without its share of
 the pass, and the row has ended or would join under `lossless_auto`.
 
+**Promotion**: as in `check_timing`, but going on compressed costs what checks cost or what the harm
+of as many unchecked tokens is expected to, whichever is less: a row whose tokens need no check is
+not promoted for what its earlier checks have cost.
+
 **Modes**: ALERT while a check is worth it (the stream is held back), SAFE while that is so and the
-row's checks have found more rejections than expected, NORMAL otherwise. A rejection raises the
-row's factor, so P and 1 - S grow faster and checks come sooner by themselves, until clean checks
-bring the factor down again.
+row's checks have found more rejections than expected, and once it is promoted, NORMAL otherwise. A
+rejection raises the row's factor, so P and 1 - S grow faster and checks come sooner by themselves,
+until clean checks bring the factor down again.
 
 The rule looks no further than the draft. It is compared with the best rule, found by dynamic
 programming, in tests/test_harm_price.py.
@@ -106,18 +110,18 @@ class GuardPrice(LosslessAuto):
         self.behind[rows] += 1 - self._survival(rows)
         if observation.probe is not None:
             self.score[rows] = observation.probe
-        worth = self.worth(rows)
+        worth = self.worth(rows) & ~self.promoted[rows]
         due = worth & self._stops(rows)
         self.asked[rows] = due
-        self.modes[rows] = np.where(
-            worth, np.where(self.rejected[rows], Mode.SAFE, Mode.ALERT), Mode.NORMAL
-        )
+        checked = np.where(self.rejected[rows], Mode.SAFE, Mode.ALERT)
+        calm = np.where(self.promoted[rows], Mode.SAFE, Mode.NORMAL)
+        self.modes[rows] = np.where(worth, checked, calm)
         return self._decide(observation, Action.CHECK, due)
 
     def finish(self, observation: Observation) -> Decision:
         """Check what is unchecked where that is worth it."""
         rows = observation.rows
-        due = (self.drafted[rows] > 0) & self.worth(rows)
+        due = (self.drafted[rows] > 0) & self.worth(rows) & ~self.promoted[rows]
         self.asked[rows], self.ended[rows] = due, True
         return self._decide(observation, Action.CHECK, due)
 
@@ -125,6 +129,14 @@ class GuardPrice(LosslessAuto):
         """(n,) probability that the draft holds harm."""
         factor = self.rejections[rows] / self.expected[rows]
         return self.model.predict(self._rejections(rows) * factor, self.score[rows])
+
+    def _spared(self, row: int, ahead: int) -> float:
+        """As there, or the harm that is expected of as many tokens if nobody checks them."""
+        index = np.array([row])
+        _, rate, _ = self._outlook(index)
+        harm = float(self.model.predict(rate * ahead, self.score[index])[0])
+        unchecked = self.harm_price * harm if harm > 0 else 0.0
+        return min(super()._spared(row, ahead), unchecked)
 
     def redone(self, rows: NDArray[np.intp]) -> FloatArray:
         """(n,) tokens of the draft that a check now is expected to have drafted again."""

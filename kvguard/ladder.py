@@ -32,7 +32,8 @@ from kvguard.guard_report import GuardError
 from kvguard.predictor import Predictor
 from kvguard.prefill import Prefilled, cache_bytes, prefill
 from kvguard.presses import Phases, PressError, fresh, phases, with_ratio
-from kvguard.probes import CacheProbe, Removal, replay_length, replay_ran
+from kvguard.probes import CacheProbe, Removal
+from kvguard.replays import replay_length, replay_ran
 from kvguard.requests import Completion, Request
 from kvguard.rival_settings import gate_risk
 from kvguard.schema import GATE_FEATURES

@@ -31,6 +31,7 @@ from kvguard.predictor import Predictor, for_press
 from kvguard.presses import build_press
 from kvguard.probes import marked_tokens, reads_probes
 from kvguard.prompts import Example, Prompt, load_task, prompts_frame
+from kvguard.replays import replay_for
 from kvguard.requests import Completion
 from kvguard.rival_settings import NO_GATE, NO_LADDER, gate_risk, gate_scores
 from kvguard.rivals import Ladder, Offload
@@ -111,6 +112,7 @@ def run_policy_shard(
         scores = partial(gate_scores, gate, press=press.name, ratio=float(ratio))
     if isinstance(rule, Ladder):
         ladder = make_ladder(press, ratio, gate, float(rule.threshold[0]))
+    reader = {"guard_price": harm_model, "gate": gate}.get(policy, predictor)
     probes = (rule.needs_hazard and reads_probes(predictor)) or scores is not None
     probes |= ladder is not None and gate is not None
     session = Session(
@@ -123,6 +125,7 @@ def run_policy_shard(
         if (rule.checks and not rule.fresh_checks) or rule.chooses_ratio
         else "none",
         probes=probes,
+        replay=replay_for(reader, waits=policy == "guard_price"),
         marked=marked_tokens(model.tokenizer, model.model.config.vocab_size) if probes else None,
         ladder=ladder,
     )

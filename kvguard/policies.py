@@ -175,6 +175,13 @@ class Policy:
     def checked(self, row: int, kept: int) -> None:
         """A check of ``row`` has been carried out; its first ``kept`` tokens stay."""
 
+    def promotes(self, row: int) -> bool:
+        """Whether a row that has just been checked should go on with its full cache."""
+        return False
+
+    def set_promoted(self, row: int) -> None:
+        """The request in ``row`` has got its full cache back, as `promotes` asked."""
+
     def due(
         self, rows: NDArray[np.intp], tokens: NDArray[np.int64], every: int
     ) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvguard.presses import reads_attention_weights
 from kvguard.probes import CacheProbe
+from kvguard.replays import Replay
 
 if TYPE_CHECKING:
     from kvguard.cold_cache import ColdRow, ColdStore
@@ -36,6 +37,7 @@ class Prefilled(NamedTuple):
         probes: (24,) float32 in the order of `schema.PROBE_NAMES`, where a probe was given.
         cold: the uncompressed entries outside device memory, where a store was given and had room.
         refusal: why the store had no room; None where it had.
+        replay: what the probe left to be run in a decoding step.
     """
 
     cache: DynamicCache
@@ -47,6 +49,7 @@ class Prefilled(NamedTuple):
     probes: NDArray[np.float32] | None = None
     cold: "ColdRow | None" = None
     refusal: str | None = None
+    replay: Replay | None = None
 
 
 def cache_bytes(cache: DynamicCache) -> int:
@@ -185,6 +188,8 @@ def prefill(
 
     def keep_hidden(_: Any, args: tuple[torch.Tensor]) -> None:
         last_hidden.append(args[0][0, -1])
+        if probe is not None and probe.replay == "step":
+            probe.hidden = args[0][0].clone()
 
     ids = torch.tensor([list(token_ids[reused:])], device=model.device)
     positions = torch.arange(reused, len(token_ids), device=model.device)
@@ -192,7 +197,7 @@ def prefill(
         for layer in layers:
             handle = layer.register_forward_hook(measure, with_kwargs=True)
             stack.callback(handle.remove)
-        if cold is not None:
+        if cold is not None or (probe is not None and probe.replay == "step"):
             stack.callback(model.lm_head.register_forward_pre_hook(keep_hidden).remove)
         if probe is not None:
             stack.enter_context(probe.before_press(layers))
@@ -237,6 +242,7 @@ def prefill(
         probes,
         cold,
         refusal,
+        None if probe is None else probe.waiting,
     )
 
 

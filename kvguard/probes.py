@@ -24,10 +24,11 @@ import torch
 from kvpress import ScorerPress
 from kvpress.utils import get_prerope_query_states
 from numpy.typing import NDArray
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from kvguard.schema import PROBE_NAMES, REPLAY_TOKENS
+from kvguard.replays import Replay, ReplayAt, compare, entropy, replay_length
+from kvguard.schema import PROBE_NAMES
 
 WINDOW_TOKENS = 16
 """Last prompt tokens whose queries measure attention."""
@@ -37,8 +38,6 @@ SINK_TOKENS = 4
 
 LARGEST_HEADS = 20
 """Heads over which `evicted_mass_top20` is a mean."""
-
-ATTENTION_NAME = "kvguard_replay"
 
 _HASH_DIMENSIONS = 8  # of a vector; equal bits in these are taken for the same entry
 
@@ -123,6 +122,8 @@ class CacheProbe:
         model: in eval mode.
         token_ids: the whole prompt.
         marked: (vocabulary,) bool, tokens that carry facts (digits, names), or None.
+        replay: "prefill" runs the replay at once, "step" leaves it to who decodes (`waiting`),
+            "none" does without.
     """
 
     def __init__(
@@ -130,7 +131,11 @@ class CacheProbe:
         model: PreTrainedModel,
         token_ids: Sequence[int],
         marked: NDArray[np.bool_] | None = None,
+        replay: ReplayAt = "prefill",
     ) -> None:
+        self.replay = replay
+        self.hidden: torch.Tensor | None = None  # of the replayed tokens, where they are to wait
+        self.waiting: Replay | None = None
         self.model, self.token_ids = model, list(token_ids)
         ids = np.asarray(self.token_ids)
         self.marked = None if marked is None else torch.from_numpy(marked[ids]).to(model.device)
@@ -236,7 +241,14 @@ class CacheProbe:
         own = logits[-max(self.replay_tokens, 1) :].float().log_softmax(-1)
         values = self._removal(removal) | self._prompt(own)
         if removal.replayable and self.replay_tokens and all(removal.layers):
-            values |= self._replay(cache, own, removal)
+            start = len(self.token_ids) - self.replay_tokens
+            places = [layer.places for layer in removal.layers if layer is not None]
+            usable = [(place >= 0) & (place < start) for place in places]
+            replay = Replay(self.token_ids[start:], start, usable, self.hidden)
+            if self.replay == "prefill":
+                values |= compare(own, replay.run(self.model, cache))
+            elif self.replay == "step":
+                self.waiting = replay
         numbers = torch.stack(list(values.values())).tolist()  # one transfer
         found = dict(zip(values, numbers, strict=True))
         return np.array([found.get(name, np.nan) for name in PROBE_NAMES], dtype=np.float32)
@@ -244,7 +256,7 @@ class CacheProbe:
     def _prompt(self, own: torch.Tensor) -> dict[str, torch.Tensor]:
         values = {
             "attention_entropy": torch.stack(self.entropies).mean(),
-            "first_entropy": _entropy(own[-1]),
+            "first_entropy": entropy(own[-1]),
         }
         if len(own) > 1:
             following = torch.tensor(self.token_ids[-(len(own) - 1) :], device=own.device)
@@ -284,47 +296,6 @@ class CacheProbe:
             values["evicted_marked"] = 1 - shares.mean()
             values["evicted_marked_everywhere"] = 1 - marked.any(0).float().mean()
         return values
-
-    def _replay(
-        self, cache: DynamicCache, own: torch.Tensor, removal: Removal
-    ) -> dict[str, torch.Tensor]:
-        count, length = self.replay_tokens, len(self.token_ids)
-        device = self.model.device
-        places = [layer.places for layer in removal.layers if layer is not None]
-        usable = [(place >= 0) & (place < length - count) for place in places]
-        positions = torch.arange(length - count, length, device=device)
-        before = self.model.config._attn_implementation
-        self.model.config._attn_implementation = ATTENTION_NAME
-        try:
-            replayed = self.model(
-                input_ids=torch.tensor([self.token_ids[-count:]], device=device),
-                position_ids=positions[None],
-                cache_position=positions,
-                use_cache=False,
-                kvguard_replay=(cache, usable),
-            ).logits[0]
-        finally:
-            self.model.config._attn_implementation = before
-        other = replayed.float().log_softmax(-1)
-        divergence = (own.exp() * (own - other)).sum(-1)
-        agree = (own.argmax(-1) == other.argmax(-1)).float()
-        return {
-            "replay_kl_last": divergence[-1],
-            "replay_kl_mean": divergence.mean(),
-            "replay_kl_max": divergence.max(),
-            "replay_agreement": agree.mean(),
-            "replay_entropy_shift": _entropy(other[-1]) - _entropy(own[-1]),
-        }
-
-
-def replay_length(prompt_tokens: int) -> int:
-    """How many tokens of a prompt a replay runs."""
-    return min(REPLAY_TOKENS, prompt_tokens - 1)
-
-
-def replay_ran(probes: NDArray[np.floating]) -> bool:
-    """Whether the probes of a request, in the order of `PROBE_NAMES`, took a replay."""
-    return bool(np.isfinite(probes[PROBE_NAMES.index("replay_kl_last")]))
 
 
 def reads_probes(predictor: object) -> bool:
@@ -528,54 +499,3 @@ def _measure(before: _Window, places: torch.Tensor, hides: bool) -> _Removed:
         error=error.mean(-1),
         norm_loss=1 - norms.sum() / before.norms.sum(),
     )
-
-
-def _entropy(scores: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of log-probabilities (vocabulary,)."""
-    return -(scores.exp() * scores).sum()
-
-
-def replay_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of the replayed tokens over a compressed cache and each other, causal.
-
-    Args:
-        module: the attention layer; names its number.
-        query: (1, query heads, replayed, head_dim).
-        key: (1, heads, replayed, head_dim), the replayed tokens' own.
-        value: like key.
-        attention_mask: unused.
-        dropout: unused.
-        scaling: factor on the scores.
-        kwargs: ``kvguard_replay`` is the compressed cache and, per layer, (heads, kept) bool of
-            the entries that the replayed tokens may see.
-
-    Returns:
-        (1, replayed, query heads, head_dim), None.
-    """
-    cache, usable = kwargs["kvguard_replay"]
-    entry, visible = cache.layers[module.layer_idx], usable[module.layer_idx]
-    heads, count, size = key.shape[1:]
-    grouped = query.reshape(heads, -1, size)  # (heads, query heads per head x replayed, head_dim)
-    if scaling is not None:
-        grouped = grouped * scaling
-    old = grouped @ entry.keys[0].transpose(1, 2)
-    old.masked_fill_(~visible[:, None], -torch.inf)
-    new = (grouped @ key[0].transpose(1, 2)).view(heads, -1, count, count)
-    new.masked_fill_(torch.ones_like(new[0, 0], dtype=torch.bool).triu(1), -torch.inf)
-    scores = torch.cat([old, new.view(heads, -1, count)], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    kept = old.shape[2]
-    mixed = weights[..., :kept] @ entry.values[0] + weights[..., kept:] @ value[0]
-    return mixed.reshape(1, heads * (grouped.shape[1] // count), count, size).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION_NAME, replay_attention)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kvguard.cold_cache import ColdRow
 from kvguard.decode_compression import DecodeState
+from kvguard.replays import Replay
 from kvguard.signals import SIGNAL_NAMES
 
 
@@ -100,6 +101,7 @@ class Row:
         pending: logits of a row that has been cut, which sits out the next pass.
         pending_hidden: the same before ``lm_head``, (hidden size,): rows cut together share a call.
         cold: its uncompressed entries outside device memory.
+        replay: of its probes, which rides in the next decoding step.
     """
 
     completion: Completion
@@ -110,6 +112,7 @@ class Row:
     pending: torch.Tensor | None = None
     pending_hidden: torch.Tensor | None = None
     cold: ColdRow | None = None
+    replay: Replay | None = None
     kv_bytes: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
@@ -121,3 +124,36 @@ class Row:
     def ended(self) -> bool:
         """Whether the row leaves the batch after this step."""
         return self.stop_reason is not None or self.completion.error is not None
+
+
+def check_request(
+    prompt_ids: Sequence[int], limit: int, *, most: int, vocabulary: int, positions: int
+) -> None:
+    """Refuse a request that a session cannot decode.
+
+    Args:
+        prompt_ids: its prompt.
+        limit: its new tokens.
+        most: new tokens in the session.
+        vocabulary: of the model.
+        positions: of the model.
+
+    Raises:
+        ValueError: says what is wrong and what is accepted.
+    """
+    if not prompt_ids:
+        raise ValueError("the prompt is empty; at least one token is needed")
+    if not 1 <= limit <= most:
+        raise ValueError(
+            f"max_new_tokens of a request lies in 1..{most}, the session's limit, got {limit}"
+        )
+    if max(prompt_ids) >= vocabulary:
+        raise ValueError(
+            f"token {max(prompt_ids)} of the prompt is not in the model's vocabulary of "
+            f"{vocabulary}"
+        )
+    if len(prompt_ids) + limit > positions:
+        raise ValueError(
+            f"prompt of {len(prompt_ids)} and {limit} new tokens exceed the model's {positions} "
+            "positions"
+        )

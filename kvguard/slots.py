@@ -25,6 +25,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
 from kvguard.pages import PAGE_ENTRIES, SLACK, Pool
+from kvguard.replays import Replay, attend_replay
 
 ATTENTION_NAME = "kvguard_slots"
 
@@ -87,6 +88,7 @@ class Slots:
         ]
         self.tables: list[list[list[int]]] = [[[] for _ in range(rows)] for _ in range(self.layers)]
         self._plans: list[Plan] = []
+        self.riders: dict[int, Replay] = {}  # by row, in the step at work
         self._peak_bytes = 0
 
     @property
@@ -374,7 +376,8 @@ class Slots:
         """Write one new entry per active row.
 
         Args:
-            keys: (active, heads, 1, head_dim), rotary positions applied.
+            keys: (active, heads, 1, head_dim), rotary positions applied; those of riders may
+                follow, which are not kept.
             values: like keys.
             layer: layer number.
 
@@ -383,7 +386,7 @@ class Slots:
         """
         pool, size = self.pools[layer], self.head_dim
         for blocks, new in ((pool.keys, keys), (pool.values, values)):
-            entries = new[:, :, 0].transpose(0, 1)  # (heads, active, head_dim)
+            entries = new[: self.active, :, 0].transpose(0, 1)  # (heads, active, head_dim)
             for block, (rows, places) in zip(blocks, self._plans[layer].writes, strict=True):
                 own = entries if rows is None else entries[:, rows]
                 block.view(-1, size).index_copy_(0, places, own.reshape(-1, size))
@@ -435,6 +438,35 @@ class Slots:
         mixed = mixed[:pages] if plan.table is None else mixed.index_select(0, plan.sums)
         return mixed.view(active, most, -1).sum(dim=1).reshape(active, 1, heads * groups, size)
 
+    def attend_riders(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention of the tokens that `riders` replay over their rows' prompt entries.
+
+        Args:
+            layer: layer number.
+            query: (tokens of all riders, query heads, 1, head_dim).
+            key: (tokens, heads, 1, head_dim) their own.
+            value: like key.
+            scale: factor on the scores.
+
+        Returns:
+            (tokens, 1, query heads, head_dim).
+        """
+        parts, first = [], 0
+        for row, replay in self.riders.items():
+            end, visible = first + len(replay.token_ids), replay.usable[layer]
+            held = self.pools[layer].read(self.tables[layer][row], visible.shape[1])
+            q, k, v = (each[first:end, :, 0].transpose(0, 1) for each in (query, key, value))
+            parts.append(attend_replay(q, k, v, held, visible, scale))
+            first = end
+        return torch.cat(parts, dim=1).transpose(0, 1)[:, None]
+
     def get_seq_length(self, layer: int = 0) -> int:
         """Longest row; part of the interface that models expect of a cache."""
         return int(self.lengths[layer, : self.active].max(initial=0))
@@ -450,13 +482,13 @@ def slot_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one query per row over its slot; see `Slots.attend`.
+    """Attention of one query per row over its slot, and of riders; see `Slots.attend`.
 
     Args:
         module: the attention layer; names its number.
         query: (rows, query heads, 1, head_dim).
-        key: unused; the slots have it.
-        value: unused; the slots have it.
+        key: (rows, heads, 1, head_dim); the slots have the rows' own.
+        value: like key.
         attention_mask: unused; the slots know what is a row's own.
         dropout: unused; decoding has none.
         scaling: factor on the scores.
@@ -467,7 +499,12 @@ def slot_attention(
     """
     slots: Slots = kwargs["kvguard_slots"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return slots.attend(module.layer_idx, query, scale), None
+    active = slots.active
+    mixed = slots.attend(module.layer_idx, query[:active], scale)
+    if slots.riders:
+        q, k, v = (each[active:] for each in (query, key, value))
+        mixed = torch.cat([mixed, slots.attend_riders(module.layer_idx, q, k, v, scale)])
+    return mixed, None
 
 
 AttentionInterface.register(ATTENTION_NAME, slot_attention)

@@ -30,7 +30,7 @@ from kvguard.policies import Policy
 from kvguard.predictor import Predictor
 from kvguard.prefill import layer_tensors, prefill, prefill_prefix
 from kvguard.presses import with_ratio
-from kvguard.probes import REPLAY_TOKENS, CacheProbe
+from kvguard.probes import CacheProbe
 from kvguard.requests import Completion, Request
 from kvguard.rival_settings import (
     NEVER_RELAX,
@@ -41,6 +41,7 @@ from kvguard.rival_settings import (
 )
 from kvguard.rivals import choose_rung
 from kvguard.sampling import Decoding
+from kvguard.schema import REPLAY_TOKENS
 
 RATIOS = {"0.750": 0.75, "0.500": 0.5, "0.250": 0.25}
 DECODING = Decoding(max_new_tokens=8, end_token_ids=())

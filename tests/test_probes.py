@@ -21,10 +21,10 @@ from transformers import DynamicCache
 
 from kvguard.engine import Session, generate
 from kvguard.prefill import prefill, prefill_prefix
-from kvguard.probes import REPLAY_TOKENS, WINDOW_TOKENS, CacheProbe, marked_tokens
+from kvguard.probes import WINDOW_TOKENS, CacheProbe, marked_tokens
 from kvguard.requests import Request
 from kvguard.sampling import Decoding
-from kvguard.schema import PROBE_NAMES
+from kvguard.schema import PROBE_NAMES, REPLAY_TOKENS
 
 
 def probe(model, token_ids, press, marked=None):
