@@ -87,9 +87,8 @@ class KVGuard:
             of each request at its prefill, before anything is evicted, and does nothing afterwards.
         harm_price: with "guard_price": what a harmed answer costs, in drafted tokens; at 0 nothing
             is checked, with ``math.inf`` every answer is the uncompressed one. None: 100.
-        harm_risk: instead of a price: the share of requests that may be harmed, a level of the
-            price certificate beside the predictor. The guard takes the lowest price that it
-            certifies for this press and ratio at that level.
+        harm_risk: instead of a price: the share of requests that may be harmed. Takes the lowest
+            price that the certificate beside the predictor certifies for this press and ratio.
         bus_ratio: bytes read from device memory in the time that the bus brings one, for policies
             that weigh what a check costs; None: 1 on a CPU, 50 elsewhere, or what was certified.
         ratios: with "ladder": the ratios of the press to choose among; the full cache is the last
@@ -392,8 +391,7 @@ class KVGuard:
 
         self._statements(model, decoding)
         streamer = self.streamer if streamer is None else streamer
-        if streamer is not None:
-            check_streaming(self.harm_risk, self.holdback_tokens, decoding.max_new_tokens)
+        check_streaming(streamer, self.harm_risk, self.holdback_tokens, decoding.max_new_tokens)
         longest = max(len(request.prompt_ids) for request in requests) + decoding.max_new_tokens
         rows = self.batch_size or batch_size_for(model, longest)
         rows = min(rows, len(requests), self._most_rows)

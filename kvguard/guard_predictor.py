@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,15 +152,18 @@ def deployed(statements: "Sequence[Statement | PriceStatement]") -> "tuple[float
     return statement.certified_price, statement.use
 
 
-def check_streaming(harm_risk: float | None, holdback_tokens: int, max_new_tokens: int) -> None:
-    """Check that a certified price holds for an answer that is streamed.
+def check_streaming(
+    streamer: Any, harm_risk: float | None, holdback_tokens: int, max_new_tokens: int
+) -> None:
+    """Check that a certified price holds for an answer that is streamed, if it is.
 
     Raises:
         CertificateError: tokens would be released, and stay, before a check has seen them.
     """
     from kvguard.certificate import CertificateError
 
-    if harm_risk is not None and holdback_tokens < max_new_tokens:
+    certified = streamer is not None and harm_risk is not None
+    if certified and holdback_tokens < max_new_tokens:
         raise CertificateError(
             f"harm_risk: a price is certified for answers that are not streamed before a check; "
             f"holdback_tokens={holdback_tokens} would release tokens of {max_new_tokens}, and they "

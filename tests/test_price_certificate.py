@@ -444,7 +444,7 @@ def test_a_call_is_held_to_model_length_and_rows(
         def put(self, tokens: object) -> None: ...
 
     with pytest.raises(CertificateError, match=r"holdback_tokens=16 would release tokens of 40"):
-        check_streaming(0.05, 16, 40)
+        check_streaming(Stream(), 0.05, 16, 40)
     early = guarded(trained, holdback_tokens=3, streamer=Stream())
     with pytest.raises(CertificateError, match="holdback_tokens=3"):
         early.run(model, requests[:1], Decoding(16, (2,)))
