@@ -42,19 +42,20 @@ towards the model's expectation 1 / theta by n tokens, the row is promoted where
 
 kept being the tokens that stay and left those that the limit still allows. *Looking ahead*: as many
 tokens as there have been are expected to come, what an answer of unknown scale is expected to do
-(Lindy's law), and never more than are left; so a check that pays, or a bus that is cheap, promotes
+(Lindy's law), and never more than are left; so checks that cost less than the memory promote
 nobody. *Looking back*: kept x (g - 1 - e) is, but for the prior, what the checks have cost beyond
 the promoted row's price for the same tokens. It is promoted as soon as that regret reaches the
-transfer: the deterministic rule of ski rental, at most twice the best choice in hindsight where
-the rate is steady (Karlin, Manasse, Rudolph and Sleator, Competitive snoopy caching, 1988, for one
-rate; Lotker, Patt-Shamir and Rawitz, Rent, lease, or buy, 2012, for two). If it would have had to
-be promoted later than half way to the limit, it never is: then the regret of the whole answer is
-below 2 transfers, too. Whatever the drafts do, a row that goes on with kept <= left has at most the
-regret
+transfer: the deterministic rule of ski rental, at most twice the best choice in hindsight, and a
+check, where the rate is steady and but for the prior (Karlin, Manasse, Rudolph and Sleator,
+Competitive snoopy caching, 1988, for one rate; Lotker, Patt-Shamir and Rawitz, Rent, lease, or buy,
+2012, for two). If it would have had to be promoted later than half way to the limit, it never is:
+then the regret of the whole answer is below 2 transfers, too. Whatever the drafts do, a row that
+goes on with kept <= left has at most the regret
 
     transfer x (1 + n / kept) + n x e,
 
-so one hopeless row has a bound (tests/test_promotion.py).
+so one hopeless row has a bound where everything is checked (tests/test_promotion.py). There is no
+way back: a row whose drafts would have become clean pays e for each token that is left.
 
 **Prices** follow from sizes (`check_prices`): no clock is read, so a run can be repeated.
 """
