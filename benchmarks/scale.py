@@ -10,7 +10,8 @@ has. Every measurement is a process of its own, whose peak memory and processor 
 - ``plans``: a dry run of Snakemake (``snakemake -n --quiet``) on experiments/paper.yaml and on an
   overlay with 10,000 shards of generation, 16 a job with ``jobs.list_shards`` and as jobs of their
   own, and ``kvguard status`` on a results folder that holds the record of a plan of 10,000
-  generation jobs, half of them done;
+  generation jobs, half of them done; beside them ``floor``, as many jobs of one rule in a Snakefile
+  of their own: what Snakemake needs before anything of this workflow;
 - ``stages``: database, labels, features, training, the rivals' settings and the simulation on the
   tables of `synthetic_sweep.make_sweep`, by the scripts that the workflow runs. ``peak_rss_bytes``
   is the process's, what is resident of memory-mapped temporary files included, which the system
@@ -56,6 +57,33 @@ from kvguard.trainer import make_trainer
 from kvguard.workflow import snakemake_command, workflow_folder
 
 TARGET = measuring.FOLDER / "scale.json"
+FLOOR = """
+names = [f"{number:05d}" for number in range(JOBS)]
+
+rule all:
+    input: "table.parquet"
+
+rule read:
+    input: expand("{table}/{name}.parquet", table=["traces", "tokens"], name=names)
+    output: "table.parquet"
+    shell: "true"
+
+rule prompts:
+    output: "prompts.parquet"
+    shell: "true"
+
+rule generate:
+    input: "prompts.parquet"
+    output: "traces/{name}.parquet", "tokens/{name}.parquet"
+    log: "logs/{name}.log"
+    benchmark: "benchmarks/{name}.tsv"
+    threads: 1
+    resources: mem_mb=lambda wildcards, attempt: 1000 * attempt, runtime=60, gpu=1
+    params: settings=lambda wildcards: {"seed": 0}, place=lambda wildcards: int(wildcards.name)
+    script: "generate.py"
+"""
+"""Jobs with two files, a log, a record, parameters and resources, and one that reads all files."""
+
 GENERATION_JOBS = 10_000
 SHARDS_PER_JOB = 16
 ROUNDS = 50
@@ -347,6 +375,13 @@ def measure_plans(add: Callable[[dict[str, Any]], None], jobs: int) -> None:
             size = experiment.jobs.shards_per_job
             plan = {"generation_shards": shards, "shards_per_job": size}
             add({"command": "snakemake -n --quiet"} | plan | found)
+        bare = folder / "floor"
+        bare.mkdir()
+        (bare / "Snakefile").write_text(f"JOBS = {shards}\n{FLOOR}")
+        (bare / "generate.py").write_text("")
+        command = [sys.executable, "-m", "snakemake", *options]
+        plan = {"generation_shards": shards, "shards_per_job": 1}
+        add({"command": "floor"} | plan | _timed(command, bare))
         shards = record_half_done(experiment, folder)
         program = "from kvguard.cli import app; app()"
         command = [sys.executable, "-c", program, "status"]
