@@ -30,7 +30,7 @@ from kvguard.files import (
     origin_of,
     record_origin,
 )
-from kvguard.shard_lists import is_shard_list, write_shard_list
+from kvguard.shard_lists import forget_manifest, is_shard_list, write_shard_list
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,8 @@ def run_shards(run: Callable[[Any], None]) -> None:
                 logger.info("%s was finished before", name)
                 continue
             logger.info("%s", name)
+            if listed:
+                forget_manifest(Path(job.output[0]))
             record_origin(origin)
             run(shard)
             if not listed:

@@ -19,6 +19,9 @@ from typing import Any
 RECORD = "kvguard_model.json"
 """File in a prepared model's folder that lists the SHA-256 of the others under ``files``."""
 
+MANIFEST = "manifest.json"
+"""Size and SHA-256 of every file of a finished run, in its results folder."""
+
 PARTIAL = ".part"
 """Ending of a file that is being written; one that no process writes was left by a kill."""
 

@@ -15,6 +15,7 @@ from kvguard import schema
 from kvguard.config import BASELINE, Config
 from kvguard.database import DatabaseLocked, check_database
 from kvguard.files import (
+    MANIFEST,
     PARTIAL,
     RECORD,
     DamagedFile,
@@ -28,9 +29,6 @@ from kvguard.files import (
 from kvguard.imported_models import check_imported
 from kvguard.shard_lists import changed_lists
 from kvguard.splits import calibration_parts, prompts_of
-
-MANIFEST = "manifest.json"
-"""Size and SHA-256 of every file of a finished run."""
 
 NOMINAL_RATIO = frozenset({"SimLayerKVPress", "ThinKPress"})
 """Presses whose ratio is not the share of entries that leave the cache."""

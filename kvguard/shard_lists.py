@@ -9,7 +9,7 @@ import json
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kvguard.files import DamagedFile, atomic_path, content_digest
+from kvguard.files import MANIFEST, DamagedFile, atomic_path, content_digest, digest_path
 
 LISTS = "lists"
 """Folder of the lists below the results folder, ``lists/<table>/<block>.shards.json``."""
@@ -82,6 +82,20 @@ def with_listed(given: str | Sequence[str]) -> str | list[str]:
         for path in paths
         for each in (listed_shards(path) if is_shard_list(path) else [path])
     ]
+
+
+def forget_manifest(path: Path) -> None:
+    """Remove the manifest of a finished run whose shards are about to be made anew.
+
+    A list whose shards have the values that they had is the same list, so that the manifest, which
+    counts bytes, would not be out of date by it.
+
+    Args:
+        path: a list of the run.
+    """
+    manifest = _root(path) / MANIFEST
+    manifest.unlink(missing_ok=True)
+    digest_path(manifest).unlink(missing_ok=True)
 
 
 def changed_shards(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ from test_blocks import block
 from kvguard import joblog, schema
 from kvguard.blocks import Named, run_shards
 from kvguard.config import ConfigError, parse_config
-from kvguard.files import atomic_path, digest_path, origin_of, record_origin
+from kvguard.files import MANIFEST, atomic_path, digest_path, origin_of, record_origin
 from kvguard.shard_lists import (
     LostShard,
     changed_lists,
@@ -148,10 +148,15 @@ def test_a_listed_block_makes_what_is_lost_or_damaged_and_lists_all(
     assert listed_shards(target) == [tmp_path / f"{number:02d}" for number in range(4)]
     assert origin_of(target)["rule"] == "generate_block_each"
     assert not list(tmp_path.rglob("*.kept")), "Snakemake removes no shard, so no second names"
+    manifest = tmp_path / MANIFEST
+    manifest.write_text("{}")
+    run_shards(run)
+    assert manifest.exists(), "nothing was made"
     (tmp_path / "02").unlink()
     (tmp_path / "03").write_text("noise")
     run_shards(run)
     assert made[4:] == ["02", "03"]
+    assert not manifest.exists(), "its digests are of other bytes"
     job.params.shards["params"] = {"model": {"which": [0, 0, 0, 1], "values": [{}, {"dtype": "x"}]}}
     made.clear()
     run_shards(run)
