@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from kvguard.blocks import rule_of_block
 from kvguard.config import (
     BASELINE_RATIO,
     Config,
@@ -401,7 +402,10 @@ def run_status(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> 
 def _planned_jobs(
     configs: Sequence[str | Path], overrides: Sequence[str], *arguments: str
 ) -> dict[str, int]:
-    """Number of jobs per rule that Snakemake would run, by first appearance in its plan."""
+    """Number of jobs per rule that Snakemake would run, by first appearance in its plan.
+
+    A block is one job of the rule whose shards it makes.
+    """
     command = snakemake_command(
         configs, "--dry-run", "--nolock", "--cores", "1", *arguments, overrides=overrides
     )
@@ -412,6 +416,9 @@ def _planned_jobs(
     table = re.search(r"^Job stats:\njob .*\n-+ .*\n((?:\S+ +\d+\n)+)", output, re.MULTILINE)
     if table is None:
         return {}
-    counts = {name: int(count) for name, count in map(str.split, table[1].splitlines())}
-    order = dict.fromkeys(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE))
-    return {rule: counts[rule] for rule in order if rule in counts}
+    jobs = {name: int(count) for name, count in map(str.split, table[1].splitlines())}
+    counts: dict[str, int] = {}
+    for name in dict.fromkeys(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE)):
+        rule = rule_of_block(name)
+        counts[rule] = counts.get(rule, 0) + jobs.get(name, 0)
+    return {rule: count for rule, count in counts.items() if count}

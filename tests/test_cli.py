@@ -493,7 +493,9 @@ def test_status_counts_jobs_per_stage(tmp_path: Path) -> None:
     rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     table = {row[1].strip(): (row[2].strip(), row[3].strip()) for row in rows}
     config = load_config(CHECKOUT / "config.yaml")
-    assert table["generate"] == ("0", str(len(config.conditions) * len(config.shards)))
+    jobs = -(-len(config.conditions) * len(config.shards) // config.jobs.shards_per_job)
+    assert table["generate"] == ("0", str(jobs))
+    assert not any("block" in stage for stage in table)
     assert table["prepare_model"] == ("0", "1")
 
 
