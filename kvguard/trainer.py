@@ -47,7 +47,7 @@ MIN_HARMED_PROMPTS = 4
 """Train prompts with a token before an onset that a target needs; with fewer it is refused."""
 
 LEAD_BINS = 4
-BASELINE_ROWS = 2_000_000
+BASELINE_ROWS = 500_000
 """Rows that a score beside the booster is fitted on; of more, every second, third and so on."""
 MAX_CLASS_WEIGHT = 50.0
 _ROWS_PER_THREAD = 100_000
@@ -285,7 +285,9 @@ class Trainer:
         means[known] = np.nanmean(data[:, known], axis=0)
         scales[known] = np.nanstd(data[:, known], axis=0)
         scales = np.where(scales > 0, scales, 1.0)
-        standardised = np.nan_to_num((data - means) / scales)
+        data -= means
+        data /= scales
+        standardised = np.nan_to_num(data, copy=False)
         if kind == "logistic":
             fit = LogisticRegression(class_weight="balanced", max_iter=1000, C=1.0)
             fit.fit(standardised, labels)
