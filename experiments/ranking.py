@@ -68,7 +68,8 @@ def run(
     description: str | None,
     results: str,
     name: str,
-    study: Callable[[Path, int], dict[str, object]],
+    study: Callable[..., dict[str, object]],
+    **others: str,
 ) -> None:
     """The command line of a study: measure, print, write ``results/bench/<name>.json``.
 
@@ -77,16 +78,21 @@ def run(
         results: its results folder, unless told otherwise.
         name: of the file.
         study: from results folder and bootstrap samples to what was found.
+        others: further results folders, which it gets by name; each is an option, ``--NAME-dir``.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--results-dir", type=Path, default=Path(results))
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path(f"results/bench/{name}.json"))
+    for other, path in others.items():
+        parser.add_argument(f"--{other}-dir", type=Path, default=Path(path))
     given = parser.parse_args()
-    if not (given.results_dir / "outcomes.parquet").is_file():
-        print(f"{given.results_dir} holds no run: nothing is measured")
-        return
-    found = json.dumps(study(given.results_dir, given.draws), indent=1)
+    folders = {other: getattr(given, f"{other}_dir") for other in others}
+    for folder in (given.results_dir, *folders.values()):
+        if not (folder / "outcomes.parquet").is_file():
+            print(f"{folder} holds no run: nothing is measured")
+            return
+    found = json.dumps(study(given.results_dir, given.draws, **folders), indent=1)
     with atomic_path(given.out) as temporary:
         temporary.write_text(found)
     print(found)
