@@ -11,7 +11,8 @@ from kvguard import config, schema
 from kvguard.config import BASELINE
 from kvguard.gru import answer_lengths
 from kvguard.predictor import Features
-from kvguard.row_batches import read_matrix, taken
+from kvguard.probe_scale import ProbeScale
+from kvguard.row_batches import BLOCK_ROWS, new_matrix, read_matrix, taken
 from kvguard.splits import Table, prompts_of, scan_table
 
 Bools = NDArray[np.bool_]
@@ -40,6 +41,15 @@ class Rows(NamedTuple):
         others = set(schema.TARGETS) - {target}
         names = [f"{kind}_{other}" for kind in LABEL_KINDS for other in others]
         return self._replace(keys=self.keys.drop(names, strict=False))
+
+    def scaled(self, scale: ProbeScale) -> "Rows":
+        """The same rows, probes as ranks under their press; on disk as `taken` does."""
+        matrix = new_matrix(*self.features.shape)
+        for start in range(0, len(matrix), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            features = self.features[block]
+            matrix[block] = scale.scale(features, Rows(self.keys[block], features).press)
+        return self._replace(features=matrix)
 
     @property
     def press(self) -> NDArray[np.str_]:

@@ -10,7 +10,7 @@ censored).
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
@@ -54,14 +54,12 @@ _ROWS_PER_THREAD = 100_000
 BaselineKind = Literal[
     "logistic", "entropy", "mean_entropy", "position", "clock_repetition", "gate"
 ]
-BASELINE_KINDS: tuple[BaselineKind, ...] = (
-    "logistic",
-    "entropy",
-    "mean_entropy",
-    "position",
-    "clock_repetition",
-    "gate",
-)
+BASELINE_KINDS: tuple[BaselineKind, ...] = get_args(BaselineKind)
+_SINGLE_FEATURES = {
+    "entropy": "entropy",
+    "mean_entropy": "entropy_mean",
+    "position": "relative_position",
+}
 
 
 class Refusal(ValueError):
@@ -269,25 +267,17 @@ class Trainer:
         _enough(rows, target)
         self.leakage.check("fit", rows.keys["prompt_id"], f"{kind} {target}")
         labels = outcome(rows, target)
-        single = {
-            "entropy": "entropy",
-            "mean_entropy": "entropy_mean",
-            "position": "relative_position",
-        }
-        names = tuple(feature_names) if kind == "logistic" else (single[kind],)
+        single = _SINGLE_FEATURES.get(kind)
+        names = (single,) if single else tuple(feature_names)
         rows, scale = self._scaled(rows, names, None)
         columns = [schema.FEATURE_NAMES.index(name) for name in names]
         every = -(-len(labels) // BASELINE_ROWS)  # of more rows an even share says the same
         labels = labels[::every]
-        data = rows.features[::every][:, columns].astype(np.float64)
-        known = ~np.isnan(data).all(axis=0)  # a probe that no request has says nothing
-        means, scales = np.zeros(len(names)), np.ones(len(names))
-        means[known] = np.nanmean(data[:, known], axis=0)
-        scales[known] = np.nanstd(data[:, known], axis=0)
-        scales = np.where(scales > 0, scales, 1.0)
-        data -= means
-        data /= scales
-        standardised = np.nan_to_num(data, copy=False)
+        standardised = rows.features[::every][:, columns].astype(np.float64)
+        means, scales = _level_and_spread(standardised)
+        standardised -= means
+        standardised /= scales
+        np.nan_to_num(standardised, copy=False)
         if kind == "logistic":
             fit = LogisticRegression(class_weight="balanced", max_iter=1000, C=1.0)
             fit.fit(standardised, labels)
@@ -323,9 +313,11 @@ class Trainer:
         be asked about each ratio of a request (`kvguard.ladder`).
         """
         names = schema.GATE_FEATURES
-        train, scale = self._scaled(train, names, True)  # docs/experiments/003-signals.md
-        rows = train.take(train.first_tokens(target))
-        data = rows.features[:, [schema.FEATURE_NAMES.index(name) for name in names]]
+        first = train.take(train.compressed() & as_bools(train.keys["position"] == 0))
+        first, scale = self._scaled(first, names, True)  # docs/experiments/003-signals.md
+        rows = first.take(first.first_tokens(target))
+        columns = [schema.FEATURE_NAMES.index(name) for name in names]
+        data = rows.features[:, columns].astype(np.float64)
         if not len(data) or np.isnan(data[:, : len(schema.PROBE_NAMES)]).all():
             raise Refusal("no compressed train request has probes of its cache")
         harmed = as_bools(rows.keys[f"steps_to_{target}"].is_not_null())
@@ -335,12 +327,7 @@ class Trainer:
                 f"{prompts} train prompts are harmed; at least {MIN_HARMED_PROMPTS} needed"
             )
         self.leakage.check("fit", rows.keys["prompt_id"], f"gate {target}")
-        data = data.astype(np.float64)
-        known = ~np.isnan(data).all(axis=0)
-        means, scales = np.zeros(len(names)), np.ones(len(names))
-        means[known] = np.nanmean(data[:, known], axis=0)
-        scales[known] = np.nanstd(data[:, known], axis=0)
-        scales = np.where(scales > 0, scales, 1.0)
+        means, scales = _level_and_spread(data)
         fit = LogisticRegression(max_iter=1000, C=0.1)  # few requests, 25 inputs
         fit.fit(np.nan_to_num((data - means) / scales), harmed)
         return Predictor(
@@ -473,7 +460,7 @@ class Trainer:
             return train, None
         first = train.take(train.compressed() & as_bools(train.keys["position"] == 0))
         scale = fit_probe_scale(first.features[:, PROBE_COLUMNS], first.press)
-        return train._replace(features=scale.scale(train.features, train.press)), scale
+        return train.scaled(scale), scale
 
     def _stopped_fit(
         self, rows: Rows, layout: "_Layout", options: Mapping[str, Any]
@@ -533,6 +520,15 @@ def make_trainer(
     """
     known = read_splits(splits)
     return Trainer(known, settings, horizon_tokens, seed, threads, LeakageCheck(known), evidence)
+
+
+def _level_and_spread(data: Floats) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of each column; 0 and 1 of a probe that no request has."""
+    known = ~np.isnan(data).all(axis=0)
+    means, scales = np.zeros(data.shape[1]), np.ones(data.shape[1])
+    means[known] = np.nanmean(data[:, known], axis=0)
+    scales[known] = np.nanstd(data[:, known], axis=0)
+    return means, np.where(scales > 0, scales, 1.0)
 
 
 def _enough(rows: Rows, target: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import xgboost
 
 from kvguard import config, row_batches, schema
+from kvguard.probe_scale import PROBE_COLUMNS, fit_probe_scale
 from kvguard.row_batches import new_matrix, quantile_matrix, read_matrix, taken
 from kvguard.rows import load_rows
 from kvguard.splits import split_prompts
@@ -82,6 +83,25 @@ def test_rows_of_a_file_are_those_of_the_table(
     assert isinstance(blocks.features, np.memmap)
     np.testing.assert_array_equal(blocks.features, whole.features)
     assert blocks.keys.equals(whole.keys)
+
+
+@pytest.mark.usefixtures("tight")
+def test_probes_are_scaled_in_blocks_as_at_once(
+    run: planted.Planted, splits: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = load_rows(run.features, run.labels, splits, "train")
+    features = rows.features.copy()
+    features[:, PROBE_COLUMNS] = np.random.default_rng(2).normal(
+        size=(len(features), len(schema.PROBE_NAMES))
+    )
+    rows = rows._replace(features=features)
+    scale = fit_probe_scale(features[::7, PROBE_COLUMNS], rows.press[::7])
+    whole = scale.scale(features, rows.press)
+    monkeypatch.setattr("kvguard.rows.BLOCK_ROWS", 700)
+    scaled = rows.scaled(scale)
+    assert isinstance(scaled.features, np.memmap)
+    np.testing.assert_array_equal(scaled.features, whole)
+    np.testing.assert_array_equal(rows.features, features)
 
 
 @pytest.mark.parametrize("formulation", ["windowed", "discrete_time"])
