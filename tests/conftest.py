@@ -11,6 +11,8 @@ import inspect
 import os
 import shutil
 import string
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -151,6 +153,37 @@ def smollm2(smollm2_folder: Path) -> "LoadedModel":
     from kvguard.models import load_model
 
     return load_model(smollm2_folder, dtype="float32", device="cpu", attention="sdpa")
+
+
+CODE_DIGESTS = ".snakemake/kvguard_code.json"
+"""Where a plan keeps the digests of its rules' code, below the folder that it runs in."""
+
+
+def share_code_digests(folder: Path) -> None:
+    """Give a folder the digests of this checkout's code; its first plan takes seconds for them.
+
+    They are computed once, by a plan in the checkout. A plan takes them only where its sources are,
+    byte for byte, those that they were computed from.
+    """
+    from kvguard.code_digest import PACKAGE, KnownDigests
+
+    kept = CHECKOUT / CODE_DIGESTS
+    (CHECKOUT / ".cache").mkdir(exist_ok=True)
+    with FileLock(CHECKOUT / ".cache/code_digests.lock"):
+        if not KnownDigests(kept, [CHECKOUT / "workflow_scripts", PACKAGE]).known:
+            command = [
+                sys.executable,
+                "-m",
+                "snakemake",
+                "--dry-run",
+                "--cores",
+                "1",
+                "all",
+                "figures",
+            ]
+            subprocess.run(command, cwd=CHECKOUT, capture_output=True, check=True)
+        (folder / CODE_DIGESTS).parent.mkdir(exist_ok=True)
+        shutil.copy2(kept, folder / CODE_DIGESTS)
 
 
 WORKFLOW_TESTS = (

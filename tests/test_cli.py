@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 import pytest
-from conftest import make_tiny_model, make_tiny_tokenizer
+from conftest import CHECKOUT, make_tiny_model, make_tiny_tokenizer, share_code_digests
 from rich.console import Console
 from synthetic import make_run, write_run
 
@@ -34,8 +34,6 @@ from kvguard.workflow import (
     snake_name,
     stale_lock,
 )
-
-CHECKOUT = Path(__file__).parent.parent
 
 
 def kvguard(line: str, cwd: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
@@ -543,6 +541,7 @@ def test_commands_work_in_any_folder(tmp_path: Path, command: Callable[..., Ende
 
 
 def test_sweep_plans_in_any_folder(tmp_path: Path) -> None:
+    share_code_digests(tmp_path)
     done = kvguard("kvguard sweep --dry-run --profile slurm --num-prompts 12", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "results/sweeps/smollm2-135m-12/manifest.json" in done.stdout
@@ -626,6 +625,7 @@ def test_sweep_writes_its_overlay_into_its_own_folder(tmp_path: Path) -> None:
         source = CHECKOUT / part
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / part)
     shutil.copy2(CHECKOUT / "config.yaml", tmp_path / "config.yaml")
+    share_code_digests(tmp_path)
     done = kvguard(
         "kvguard sweep --num-prompts 5 --target results/sweeps/smollm2-135m-5/splits.parquet "
         "--model smollm2-135m",

@@ -358,18 +358,21 @@ def real_requests(smollm2: LoadedModel) -> list[Request]:
 
 
 def assert_exact_alone_and_together(loaded: LoadedModel, name: str, phase: str) -> None:
-    """Batch 1 and 7, and 3 with refill, against one reference."""
+    """Batch 7, and three of the requests alone, against one reference.
+
+    One press of each kind also runs in 3 rows with refill; the tiny model refills under every one.
+    """
     model, requests = loaded.model, real_requests(loaded)
     press = spec(name, model.config.num_hidden_layers, phase)
     expected = {
         request.key: reference(model, request, build_press(press, "0.500"), [2])
         for request in requests
     }
-    for rows in (1, 7, 3):
+    for rows in (7, 1, 3) if name in QUICK else (7, 1):
         # Rounding of 30 layers: 2.6e-4 at an entropy of 4.2 nats was the largest difference seen.
         assert_exact(
             model,
-            requests,
+            requests[::3] if rows == 1 else requests,
             lambda: build_press(press, "0.500"),
             rows,
             expected=expected,
@@ -399,10 +402,10 @@ def test_every_supported_press_is_in_the_matrix() -> None:
 
 
 @examples(25)
-@given(order=st.permutations(range(9)), rows=st.integers(1, 9))
+@given(order=st.permutations(range(6)), rows=st.integers(1, 6))
 def test_a_row_does_not_depend_on_its_neighbours(order: list[int], rows: int) -> None:
     """The same tokens: no choice of these requests is as close as rounding (docs/failures.md)."""
-    requests = ragged_requests(TINY_VOCABULARY)
+    requests = ragged_requests(TINY_VOCABULARY, count=6)
     together = sampled_under_snapkv([requests[i] for i in order], rows)
     alone = alone_under_snapkv()
     assert {key: done.token_ids for key, done in together.items()} == alone
@@ -417,7 +420,7 @@ def sampled_under_snapkv(requests: Sequence[Request], rows: int) -> dict[str, Co
 @cache
 def alone_under_snapkv() -> dict[str, list[int]]:
     """Each request's answer in a batch of its own."""
-    requests = ragged_requests(TINY_VOCABULARY)
+    requests = ragged_requests(TINY_VOCABULARY, count=6)
     return {each.key: sampled_under_snapkv([each], 1)[each.key].token_ids for each in requests}
 
 

@@ -162,8 +162,9 @@ def test_automatic_batch_size_runs(tiny: LoadedModel) -> None:
 
 
 def test_the_default_experiment_equals_generate(smollm2: LoadedModel) -> None:
-    """Every (press, ratio) of config.yaml, on its own prompts, alone and in a batch."""
-    experiment = configured(max_new_tokens=10, batch_size=24)
+    """Every (press, ratio) of config.yaml, on prompts of its own, alone and in a batch."""
+    copy = load_config("config.yaml").tasks[1].model_dump(mode="json") | {"max_new_tokens": 10}
+    experiment = load_config("config.yaml", overrides={"tasks": [copy]})
     prompts, examples = load_task(experiment.tasks[0], experiment.seed)
     for name, ratio in experiment.conditions:
         press_ = None if name == BASELINE else experiment.press(name)

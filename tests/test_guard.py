@@ -158,9 +158,9 @@ def test_the_theorem_holds_for_compression_while_decoding(
 @examples(40)
 @given(
     alarms=st.lists(
-        st.lists(st.integers(0, NEW_TOKENS - 1), max_size=3, unique=True), min_size=9, max_size=9
+        st.lists(st.integers(0, NEW_TOKENS - 1), max_size=3, unique=True), min_size=6, max_size=6
     ),
-    rows=st.integers(1, 9),
+    rows=st.integers(1, 6),
     sample=st.booleans(),
     phase=st.sampled_from(["prefill", "both"]),
     every=st.sampled_from([1, 3, 8]),
@@ -170,7 +170,7 @@ def test_the_theorem_at_any_step_any_number_of_times(
 ) -> None:
     model = make_tiny_model("llama")
     decoding = SAMPLING if sample else GREEDY
-    requests = ragged_requests(model.config.vocab_size)
+    requests = ragged_requests(model.config.vocab_size, count=6)
     script = {
         request.seed: dict.fromkeys(steps, Action.REWIND)
         for request, steps in zip(requests, alarms, strict=True)
@@ -207,7 +207,7 @@ class Dear(LosslessAuto):
     name=st.sampled_from([name for name in PREFILL if name != "ObservedAttentionPress"]),
     phase=st.sampled_from(["prefill", "decode", "both"]),
     every=st.one_of(st.integers(1, 23), st.floats(0, 60)),
-    rows=st.integers(1, 9),
+    rows=st.integers(1, 5),
     sample=st.booleans(),
     share=st.booleans(),
     cold=st.sampled_from(["host", "disk", "none"]),
@@ -220,7 +220,7 @@ def test_lossless_is_the_uncompressed_model(
     if name not in DECODE:
         phase = "prefill"
     decoding = SAMPLING if sample else GREEDY
-    requests = ragged_requests(model.config.vocab_size)
+    requests = ragged_requests(model.config.vocab_size, count=5)
     prefix = prefill_prefix(model, requests[0].prompt_ids[:11]) if share else None
     press = build_press(spec(name, 3, phase), "0.500")
     session = Session(model, decoding, press=press, rows=rows, prefix=prefix, cold=cold)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from conftest import CHECKOUT
+from conftest import CHECKOUT, share_code_digests
 from tiny_experiment import EXPERIMENT
 
 from kvguard.config import load_config
@@ -35,6 +35,7 @@ rule conclude:
 
 def test_another_project_plans_the_workflow_in_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
+    share_code_digests(tmp_path)
     experiment = EXPERIMENT | {"results_dir": "results/kvguard"}
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump({"kvguard": experiment}))
     (tmp_path / "tiny_model").mkdir()
