@@ -172,7 +172,8 @@ def simulability(runs: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
         ``policy``, ``simulability``, ``requests`` (that ran), ``alarmed``, ``known`` (whose outcome
-        is) and ``known_among_alarmed``; ``constant`` has no requests.
+        is) and ``known_among_alarmed``; ``constant`` has no requests, nor has ``guard_price`` at a
+        price that waits for its certificate.
     """
     ran = runs.filter((pl.col("status") == "ok") & (pl.col("press") != config.BASELINE))
     known = pl.col("token_ids").is_not_null()

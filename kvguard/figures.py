@@ -163,12 +163,28 @@ FIGURES = {
         "KV cache moves, two layers of it on the device at a time (plus sign; counted). Live runs "
         "on test prompts; bars are 95 % intervals over prompts. The star is the full KV cache; in "
         "the shaded parts a policy costs more than never compressing, or moves more than "
-        "offloading, and its mark is open. The dashed line is the "
-        "press without a policy at its measured ratios and between them, from the stored answers "
-        "to the same prompts: a policy above it leaves more harm than a constant ratio of the same "
-        "cost. Oracles know what no policy can know, and bound what any policy of their kind could "
-        "reach. Down and left is better.",
+        "offloading, and its mark is open. The dashed line, in a run that simulates policies, is "
+        "the press without a policy at its measured ratios and between them, from the stored "
+        "answers to the same prompts: a policy above it leaves more harm than a constant ratio of "
+        "the same cost. Oracles know what no policy can know, and bound what any policy of their "
+        "kind could reach. Down and left is better.",
         arguments=(),
+    ),
+    "harm_against_price": FigureEntry(
+        "plot_harm",
+        "plot_harm_against_price",
+        ("price_certificate",),
+        "Guard",
+        "harm against the price",
+        "What each price of harm leaves and costs, live on the calibration prompts that fitted "
+        "nothing; requests that failed or could not be judged count as harmed. First row: all "
+        "conditions mixed in equal shares, then each condition. Left: device memory over time, "
+        "right: bytes of entries that cross between the device and where they are parked, means "
+        "over calibration requests. Numbers name the price, in drafted tokens, and the pale line "
+        "joins prices in the order of the tests. Lines upwards reach to the one-sided upper bound "
+        "of each price alone. The horizontal lines are the levels that prices are tested against, "
+        "from the highest price down until one is refused: a lower price is not certified then, "
+        "even where its own bound lies below the line. Down and left is better.",
     ),
     "certificate": FigureEntry(
         "plot_harm",

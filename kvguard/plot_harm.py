@@ -1,6 +1,7 @@
 """Figures of harm: where compression causes it, what undoing it costs, what predicts it, and what
 is certified about it."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from kvguard.certificate import upper_bound
 from kvguard.config import BASELINE
 from kvguard.plot_style import (
+    DASHES,
     FAINT,
     GREY,
     INK,
+    LineEnd,
     PressStyle,
     condition_label,
     conditions_in_order,
@@ -24,6 +27,7 @@ from kvguard.plot_style import (
     horizontal_interval,
     in_order,
     interval_reach,
+    label_points,
     need,
     policy_order,
     policy_style,
@@ -230,11 +234,15 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
     grid = figure.subplots(rows, 2, squeeze=False, sharey="row")
     several = len({model for model, _, _ in conditions}) > 1
     styles = press_styles(shown["press"])
+    constant: dict[str, Any] = {"color": GREY, "lw": 1, "ls": "--", "marker": "."}
+    constant["label"] = "constant ratio"
+    lined = False
     for (left, right), (model, press, ratio) in zip(grid, conditions, strict=True):
         here = shown.filter(model=model, press=press, ratio=ratio)
         line = _constant_line(policies, model, press, steps)
         if line.height > 1:
-            left.plot(line[steps], line["harmed"], color=GREY, lw=1, ls="--", marker=".", zorder=1)
+            left.plot(line[steps], line["harmed"], **constant, zorder=1)
+            lined = True
         for axes, cost in ((left, steps), (right, traffic)):
             _draw_costs(axes, here.drop_nulls(cost), cost)
         title = condition_label((press, ratio), styles)
@@ -259,8 +267,9 @@ def plot_harm_against_cost(policies: pl.DataFrame) -> Figure:
                 label=style.label,
             )
         )
-    dashed = Line2D([], [], color=GREY, lw=1, ls="--", marker=".", label="constant ratio")
-    figure.legend(handles=[*handles, dashed], loc="outside right center")
+    if lined:
+        handles.append(Line2D([], [], **constant))
+    figure.legend(handles=handles, loc="outside right center")
     return figure
 
 
@@ -335,6 +344,131 @@ def _benefit(axes: Axes, entry: dict[str, Any], cost: str) -> None:
         ls="none",
         label=entry["policy"],
     )
+
+
+# --- harm against the price ----------------------------------------------------------------------
+
+_PRICE_COSTS = {
+    "device_byte_steps": "device byte-steps a request,\nin millions",
+    "bytes_moved": "bytes over the bus a request,\nin millions",
+}
+
+
+@styled
+def plot_harm_against_price(certificate: pl.DataFrame, *, presses: Sequence[str] = ()) -> Figure:
+    """Harm that each price leaves on the certifying prompts, against what it costs.
+
+    One row for all conditions mixed and one a condition; down and left is better in both panels. A
+    mark is filled where the price is certified at every level, half filled at some, open at none.
+
+    Args:
+        certificate: ``tables/price_certificate``: one row per (model, press, ratio, ``level``,
+            ``harm_price``), press and ratio null where conditions are mixed: ``observed`` (mean
+            over units of the share of their requests that went wrong) of ``units`` units and
+            ``requests`` requests, ``delta``, ``certified``, and ``device_byte_steps`` and
+            ``bytes_moved``, means per request.
+        presses: all presses of the experiment, for stable colours.
+
+    Raises:
+        MissingData: a column is absent, or there are no rows.
+    """
+    keys = ["model", "press", "ratio"]
+    numbers = ["observed", "units", "requests", "delta", "certified", *_PRICE_COSTS]
+    need(certificate, [*keys, "level", "harm_price", *numbers], "harm_against_price")
+    styles = press_styles([*presses, *certificate["press"].drop_nulls()])
+    scopes = list(certificate.select(keys).unique(maintain_order=True).iter_rows())
+    levels = sorted(set(certificate["level"]))
+    several = len({model for model, _, _ in scopes}) > 1
+    figure = Figure(figsize=(7.2, 1.6 * len(scopes) + 0.7), layout="constrained")
+    grid = figure.subplots(len(scopes), 2, squeeze=False, sharey=True)
+    named = []
+    for pair, (model, press, ratio) in zip(grid, scopes, strict=True):
+        here = certificate.filter(
+            pl.col("model") == model,
+            pl.col("press").eq_missing(pl.lit(press, pl.String)),
+            pl.col("ratio").eq_missing(pl.lit(ratio, pl.String)),
+        )
+        prices = [_price_entry(part) for _, part in here.group_by("harm_price")]
+        prices.sort(key=lambda entry: -entry["harm_price"])
+        mixed = press is None
+        colour = INK if mixed else styles[press].colour
+        for axes, cost in zip(pair, _PRICE_COSTS, strict=True):
+            named.append((axes, _draw_prices(axes, prices, cost, colour)))
+            for level, dashes in zip(levels, itertools.cycle(DASHES[:0:-1])):
+                axes.axhline(level, color=INK, lw=0.9, ls=dashes, zorder=1)
+        title = "all conditions mixed" if mixed else condition_label((press, ratio), styles)
+        pair[0].set_title(f"{model}\n{title}" if several else title)
+    grid[0][0].set_ylim(bottom=-0.06 * grid[0][0].get_ylim()[1])
+    grid[0][0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    grid[0][0].yaxis.set_major_locator(MaxNLocator(4))
+    for axes, text in zip(grid[-1], _PRICE_COSTS.values(), strict=True):
+        axes.set_xlabel(text)
+    sure = f"{1 - float(certificate['delta'][0]):.0%}"
+    figure.supylabel(f"harmed requests (one-sided bounds, {sure})", fontsize=8)
+    mark: dict[str, Any] = {"color": GREY, "marker": "o", "ls": "none", "mfcalt": "white"}
+    fillings = {"full": "certified at every level", "bottom": "at some", "none": "at none"}
+    handles = [
+        Line2D([], [], **mark | {"fillstyle": filling, "label": text})
+        for filling, text in fillings.items()
+    ]
+    handles += [
+        Line2D([], [], color=INK, lw=0.9, ls=dashes, label=f"at most {100 * level:g} %")
+        for level, dashes in zip(levels, itertools.cycle(DASHES[:0:-1]))
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+    for axes, points in named:
+        label_points(axes, points)
+    return figure
+
+
+def _price_entry(rows: pl.DataFrame) -> dict[str, Any]:
+    """One price: what was seen of it, its bound, and the share of levels that certify it."""
+    from kvguard.learn_then_test import rate_bounds  # no other figure needs the tests' library
+
+    entry = rows.row(0, named=True)
+    single = entry["units"] == entry["requests"]
+    bound = rate_bounds(entry["observed"], entry["units"], entry["delta"], single=single)[1]
+    return entry | {"bound": bound, "certified": rows["certified"].sum() / rows.height}
+
+
+def _draw_prices(
+    axes: Axes, prices: Sequence[Mapping[str, Any]], cost: str, colour: str
+) -> list[LineEnd]:
+    """Prices at (cost, harm) with their upper bounds; returns what names them."""
+    axes.grid(axis="y")
+    known = [entry for entry in prices if entry[cost] is not None]
+    if not known:
+        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=GREY)
+        return []
+    places = [entry[cost] / 1e6 for entry in known]
+    shares = [entry["observed"] for entry in known]
+    axes.plot(places, shares, color=FAINT, lw=1, zorder=1)
+    for entry, place in zip(known, places, strict=True):
+        filling = {0.0: "none", 1.0: "full"}.get(entry["certified"], "bottom")
+        axes.errorbar(
+            [place],
+            [entry["observed"]],
+            yerr=[[0], [entry["bound"] - entry["observed"]]],
+            color=colour,
+            marker="o",
+            fillstyle=filling,
+            mfcalt="white",
+            mec=colour,
+            ms=5,
+            elinewidth=0.6,
+            ls="none",
+            clip_on=False,
+            label=f"{entry['harm_price']:g}",
+        )
+    # Costs of prices may differ by less than a hundredth: such a difference must not look large.
+    middle = (min(places) + max(places)) / 2
+    reach = max(0.7 * (max(places) - min(places)), 0.1 * middle)
+    axes.set_xlim(middle - reach, middle + reach)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    return [
+        (place, share, f"{entry['harm_price']:g}", colour)
+        for entry, place, share in zip(known, places, shares, strict=True)
+    ]
 
 
 # --- certificate ---------------------------------------------------------------------------------

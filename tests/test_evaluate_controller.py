@@ -207,12 +207,11 @@ def requests_of(run, **options):
 
 
 def simulate(run, policies, **options):
-    options = {"controller": POINT, "decode": decode, "guard": GUARD} | options
+    options = {"controller": POINT, "decode": decode, "guard": GUARD, "live": LIVE} | options
     return simulate_policies(
         requests_of(run, guard=options["guard"]),
         policies,
         prompts=run.prompts,
-        live=LIVE,
         detection=DETECTION,
         **options,
     )
@@ -941,6 +940,18 @@ def test_simulability_says_what_is_known_of_every_policy():
     quiet = resume["requests"] - resume["alarmed"]
     assert resume["known"] == quiet + resume["known_among_alarmed"] < resume["requests"]
     assert counts["constant"]["requests"] == 0
+
+
+def test_a_price_that_waits_for_its_certificate_is_not_simulated():
+    """No price is known offline then: live runs on other prompts make the certificate."""
+    run, waits = make_run(17), LIVE.model_copy(update={"harm_price": "certified"})
+    names = ["none", "guard_price", "always_safe"]
+    known = simulate(run, names)
+    waiting = simulate(run, names, live=waits)
+    assert set(known["policy"]) == set(names)
+    assert_frame_equal(waiting, known.filter(pl.col("policy") != "guard_price"))
+    counts = {row["policy"]: row["requests"] for row in simulability(waiting).to_dicts()}
+    assert counts["guard_price"] == 0 < counts["none"]
 
 
 def test_live_runs_that_differ_from_the_simulation_are_told_apart():

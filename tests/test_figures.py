@@ -246,6 +246,18 @@ def draw_trace(tokens):
     )
 
 
+def prices(levels=(0.1, 0.05)):
+    """Two prices of 100 prompts: mixed conditions, and one alone; the lower one saves traffic."""
+    rows = []
+    for press, level in itertools.product((None, "snapkv"), levels):
+        for price, observed, moved in ((300.0, 0.0, 9e6), (100.0, 0.02, 6e6)):
+            row = {"model": "tiny", "press": press, "ratio": press and "0.500", "level": level}
+            row |= {"harm_price": price, "observed": observed, "units": 100, "delta": 0.05}
+            row |= {"requests": 100 if press else 300, "certified": level == 0.1 or price == 300}
+            rows.append(row | {"device_byte_steps": 2.5e7, "bytes_moved": moved})
+    return pl.DataFrame(rows, schema_overrides={"press": pl.String, "ratio": pl.String})
+
+
 DRAWN = {
     "rates": (plot_failures.plot_rates, lambda: only("requests", "accuracy", "agreement", "cfr")),
     "failure_kinds": (plot_failures.plot_failure_kinds, lambda: only("requests", *KINDS)),
@@ -259,6 +271,7 @@ DRAWN = {
     "harm": (plot_harm.plot_harm, harm),
     "harm_metrics": (plot_harm.plot_harm_metrics, harm_metrics),
     "harm_against_cost": (plot_harm.plot_harm_against_cost, costs),
+    "harm_against_price": (plot_harm.plot_harm_against_price, prices),
     "simulation_gap": (plot_policies.plot_simulation_gap, both_sources),
     "certificate": (plot_harm.plot_certificate, certificate),
 }
@@ -482,6 +495,40 @@ def test_constant_ratios_are_a_line_from_the_measured_ones_to_the_full_cache():
     (line,) = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert line.get_xdata() == pytest.approx([0.25, 0.5, 1.0])
     assert line.get_ydata() == pytest.approx([0.3, 0.2, 0.0])
+
+
+@pytest.mark.parametrize("line", [True, False])
+def test_the_legend_names_constant_ratios_where_they_are_drawn(line):
+    """A run that simulates nothing has no stored answers of constant ratios."""
+    frame = costs() if line else costs().filter(source="live")
+    figure = plot_harm.plot_harm_against_cost(frame)
+    assert any(drawn.get_linestyle() == "--" for drawn in figure.axes[0].lines) == line
+    named = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert ("constant ratio" in named) == line
+
+
+def test_a_price_is_filled_where_it_is_certified_and_named_with_its_bound():
+    figure = plot_harm.plot_harm_against_price(prices(), presses=PRESSES)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["all conditions mixed", "", "SnapKV  0.5", ""]
+    for axes, cost in zip(figure.axes, [(25, 25), (9, 6)] * 2, strict=True):
+        drawn = {bar.get_label(): bar.lines[0] for bar in axes.containers}
+        assert [line.get_xdata()[0] for line in drawn.values()] == pytest.approx(cost)
+        assert {name: line.get_fillstyle() for name, line in drawn.items()} == {
+            "300": "full",
+            "100": "bottom",
+        }
+        assert {text.get_text() for text in axes.texts} == {"300", "100"}
+        assert {line.get_ydata()[0] for line in axes.lines if line.get_linestyle() != "-"} >= {
+            0.05,
+            0.1,
+        }
+    mixed, alone = (figure.axes[at].containers[0].lines[2][0].get_segments()[0] for at in (0, 2))
+    clopper_pearson = 1 - 0.05 ** (1 / 100)  # nothing of 100
+    assert alone[:, 1] == pytest.approx([0, clopper_pearson], abs=1e-9)
+    assert mixed[1, 1] >= clopper_pearson, "several requests a prompt: no exact tail"
+    unknown = prices().with_columns(bytes_moved=pl.lit(None, pl.Float64))
+    assert not plot_harm.plot_harm_against_price(unknown).axes[1].containers
 
 
 def test_what_is_certified_is_filled_and_has_its_bound():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import CHECKOUT, CODE_DIGESTS, share_code_digests
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from source_run import make_source
@@ -26,7 +27,6 @@ from kvguard.config import load_config, overlay
 from kvguard.figures import FIGURES
 from kvguard.files import origin_of
 
-CHECKOUT = Path(__file__).parent.parent
 PARTS = ("Snakefile", "rules", "workflow_scripts", "profiles", "envs", "reports", "kvguard")
 
 PRESS = {
@@ -91,6 +91,7 @@ def copy_checkout(target: Path) -> Path:
             shutil.copy2(source, target / part)
     base = yaml.safe_load((CHECKOUT / "config.yaml").read_text())
     (target / "config.yaml").write_text(yaml.safe_dump(overlay(base, SMALL), sort_keys=False))
+    share_code_digests(target)
     return target
 
 
@@ -113,7 +114,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def edited(finished: Path) -> Callable[..., Path]:
     """Replace a text in a file of the finished copy, as an editor does; taken back afterwards."""
-    originals: dict[Path, str] = {}
+    digests = finished / CODE_DIGESTS  # of the edited code, after a plan
+    originals = {digests: digests.read_text()}
 
     def edit(name: str, old: str, new: str) -> Path:
         path = finished / name
@@ -146,7 +148,8 @@ def test_a_new_look_redraws_every_figure_and_nothing_upstream(
 ) -> None:
     folder = edited("kvguard/data/kvguard.mplstyle", "font.size: 8", "font.size: 9")
     jobs = planned(folder, "all", "figures")
-    assert jobs == {"draw_figure": len(FIGURES), "render_report": 1, "write_manifest": 1}
+    figures = len(FIGURES) - 1  # without harm against the price, which this run has not certified
+    assert jobs == {"draw_figure": figures, "render_report": 1, "write_manifest": 1}
 
 
 PUBLISHED = {"export_tables", "write_findings", "write_manifest", "render_report", "draw_figure"}
@@ -272,6 +275,7 @@ def test_prices_are_certified_on_prompts_of_their_own(tmp_path: Path) -> None:
     jobs = planned(folder, "all", live=live, guard=guard)
     assert jobs["run_certifying"] == 4, "two ratios, two prices, one shard"
     assert jobs["certify_price"] == 1
+    assert jobs["draw_figure"] == len(FIGURES), "harm against the price, too"
     where = "results/live/smollm2-135m/snapkv/0.500"
     needed = planned(folder, f"{where}/guard_price/00.parquet", live=live, guard=guard)
     assert needed["certify_price"] == needed["run_live"] == 1
