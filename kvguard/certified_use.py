@@ -98,22 +98,37 @@ def certified_price(
             `PriceUse`; None takes what was certified.
 
     Raises:
-        CertificateError: it was made on something else, or certifies no price; names what differs.
+        CertificateError: it was made on something else, or certifies no price; names what differs
+            from the nearest certified use, and all of them.
     """
-    known = certificate.at_level(level)
-    faults = [
-        _price_faults(one.use, press, task, model, decoding, settings) for one in known if one.use
+    known = [(one, one.use) for one in certificate.at_level(level) if one.use is not None]
+    own = press_use(press)
+
+    def distance(use: PriceUse, faults: list[str]) -> tuple[bool, int, float]:
+        """A user who changes a setting keeps the press."""
+        other_press = use.press_class != own["press_class"]
+        return other_press, len(faults), abs(float(use.ratio) - float(own["ratio"]))
+
+    found = [
+        (one, use, _price_faults(use, press, task, model, decoding, settings)) for one, use in known
     ]
-    least = min(range(len(known)), key=lambda at: len(faults[at]))
-    if faults[least]:
+    statement, nearest, faults = min(found, key=lambda entry: distance(*entry[1:]))
+    if faults:
+        uses = ", ".join(f"{use.press_class} {use.ratio}" for _, use in known)
         raise CertificateError(
-            f"the price certificate does not speak of {', '.join(faults[least])}: harm_risk is for "
-            "certified uses alone; certify again (live.certify_prices), or give harm_price, which "
-            "needs no certificate"
+            f"the price certificate does not speak of {', '.join(faults)}: harm_risk is for "
+            f"certified uses alone ({uses}); certify again (live.certify_prices), or give "
+            "harm_price, which needs no certificate"
         )
-    if known[least].certified_price is None:
-        raise CertificateError(f"harm_risk={level:g}: {known[least].text}")
-    return known[least]
+    if statement.certified_price is None:
+        others = [
+            f"{one.level:g}"
+            for one in certificate.statements
+            if one.use == nearest and one.certified_price is not None
+        ]
+        advice = f" This use has a price at harm_risk={' or '.join(others)}." if others else ""
+        raise CertificateError(f"harm_risk={level:g}: {statement.text}{advice}")
+    return statement
 
 
 def _price_faults(

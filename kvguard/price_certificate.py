@@ -172,7 +172,7 @@ class PriceCertificate(_Part):
         if not found:
             known = ", ".join(f"{one:g}" for one in sorted(self.levels))
             raise CertificateError(
-                f"the price certificate has no level of {level:g}; its levels: {known}"
+                f"harm_risk: the price certificate has no level of {level:g}; its levels: {known}"
             )
         return found
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kvguard import schema
 from kvguard.calibration import PriorUse
 from kvguard.certificate import CertificateError
+from kvguard.certified_use import certified_price
 from kvguard.config import ConfigError, load_config
 from kvguard.findings_price import price_section, price_sections
 from kvguard.guard import KVGuard
@@ -371,7 +372,8 @@ def test_a_guard_takes_the_price_that_is_certified_for_its_press(trained: Path) 
         ({"batch_size": 3}, r"batch_size=3 \(certified up to 2\)"),
         ({"task": "recall"}, r"task='recall' \(certified on recall, copy, mixed\)"),
         ({"harm_risk": 0.07}, r"no level of 0.07; its levels: 0.05, 0.1"),
-        ({"ratio": 0.6}, r"ratio='0.600' \(certified on '0.\d+'\)"),
+        ({"ratio": 0.7}, r"ratio='0.700' \(certified on '0.750'\)"),
+        ({"ratio": 0.6}, r"ratio='0.600' \(certified on '0.500'\)"),
     ],
 )
 def test_another_use_is_refused_by_name(trained: Path, options: dict[str, Any], named: str) -> None:
@@ -385,14 +387,32 @@ def test_another_press_is_refused_by_name(trained: Path) -> None:
         KVGuard(kvpress.KnormPress(0.5), **settings)
     with pytest.raises(CertificateError, match="window_size=8"):
         KVGuard(kvpress.SnapKVPress(0.5, window_size=8), **settings)
+    with pytest.raises(CertificateError, match=r"alone \(SnapKVPress 0.500, SnapKVPress 0.750\)"):
+        KVGuard(kvpress.KnormPress(0.5), **settings)
+
+
+def test_the_press_that_was_certified_is_the_nearest_use(made: PriceCalibration) -> None:
+    """Its ratio and batch differ; the other press's class alone does."""
+    other = {"press": "knorm", "press_class": "KnormPress", "press_settings": {"kwargs": {}}}
+    statements = [
+        one
+        if one.use is None or one.use.ratio != "0.750"
+        else one.model_copy(update={"use": one.use.model_copy(update=other)})
+        for one in made.certificate.statements
+    ]
+    certificate = made.certificate.model_copy(update={"statements": statements})
+    press = kvpress.SnapKVPress(0.75, window_size=4)
+    with pytest.raises(CertificateError, match=r"of ratio='0.750' \(certified on '0.500'\)"):
+        certified_price(certificate, 0.05, press=press)
 
 
 def test_a_level_without_a_price_is_refused_with_its_reason(tmp_path: Path) -> None:
     made = certified(runs(40, {}), splits(40))  # 59 prompts without harm would do
     save_harm_model(DEFAULT, tmp_path / "harm_model.json")
     save_price_certificate(made.certificate, tmp_path / "price_certificate.json")
-    with pytest.raises(CertificateError, match="it takes at least 59 such prompts, 19 more"):
+    with pytest.raises(CertificateError, match="it takes at least 59 such prompts, 19 more") as no:
         guarded(tmp_path / "harm_model.json")
+    assert str(no.value).endswith("This use has a price at harm_risk=0.1.")
     assert guarded(tmp_path / "harm_model.json", harm_risk=0.1).harm_price == 100
 
 
