@@ -9,7 +9,8 @@ GSM8K ?= ../shared/data/gsm8k
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PARALLEL := --numprocesses $(CORES) --dist loadfile
+# Files in the order of tests/conftest.py, the longest first.
+PARALLEL := --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 SNAKEMAKE := $(BIN)/snakemake --resources gpu=1 --cores
 
 .DEFAULT_GOAL := help

@@ -198,8 +198,19 @@ WORKFLOW_TESTS = (
 """Modules whose tests start Snakemake, the command line or another process or environment."""
 
 
+LONGEST_FIRST = (
+    *("test_engine", "test_guard", "test_pipeline", "test_cli", "test_integrity"),
+    *("test_evaluate_controller", "test_figures", "test_evaluate_predictor", "test_train"),
+    *("test_findings", "test_calibration", "test_experiment", "test_harm_onsets", "test_install"),
+    *("test_security", "test_models", "test_live", "test_repetition"),
+)
+"""Files of more than about 15 seconds: one that begins last keeps the other workers waiting."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test as workflow, real_model or unit, so that each kind runs alone."""
+    """Mark every test as workflow, real_model or unit, to run each kind alone; order the files."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
     for item in items:
         if item.path.stem in WORKFLOW_TESTS:
             item.add_marker(pytest.mark.workflow)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,19 +164,31 @@ def block(folder: Path, count: int) -> SimpleNamespace:
     )
 
 
+def writing(made: list[str], broken: set[str]) -> Callable[[Any], None]:
+    """What a rule's script does with a shard: writes it and notes it in ``made``, or fails."""
+
+    def run(shard: Any) -> None:
+        assert shard.rule == "generate"
+        if shard.wildcards.shard in broken:
+            raise ValueError("no such luck")
+        made.append(shard.wildcards.shard)
+        with atomic_path(shard.output.runs) as temporary:
+            temporary.write_text(shard.wildcards.shard)
+
+    return run
+
+
 def test_a_block_makes_what_is_not_finished_and_a_failed_shard_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, made, broken = block(tmp_path, 4), [], {"01"}
     monkeypatch.setattr(joblog, "start_log", lambda: job)
 
+    write = writing(made, broken)
+
     def run(shard: Any) -> None:
-        assert (shard.rule, shard.params.press) == ("generate", None)
-        if shard.wildcards.shard in broken:
-            raise ValueError("no such luck")
-        made.append(shard.wildcards.shard)
-        with atomic_path(shard.output.runs) as temporary:
-            temporary.write_text(shard.wildcards.shard)
+        assert shard.params.press is None
+        write(shard)
 
     with pytest.raises(RuntimeError, match=r"1 of 4 shards failed: 01 \(2 of 4\)"):
         run_shards(run)

@@ -71,6 +71,12 @@ PREFILL: dict[str, dict[str, Any]] = {
 }
 DECODE = [name for name in PREFILL if name not in press_catalogue.PREFILL_ONLY]
 
+SCORED = {name for name in PREFILL if getattr(kvpress, name).compress is ScorerPress.compress} - {
+    "KnormPress",
+    "SnapKVPress",
+}
+"""Presses that evict as these two do, by a score of each entry: which ones differs, not how."""
+
 QUICK = ("AdaKVPress", "KnormPress", "SnapKVPress", "ThinKPress")
 """One of each kind: hides entries, scores, has a window, zeroes channels. `make test-quick` runs
 these; `make test` runs every press."""
@@ -265,8 +271,9 @@ def references(
     return _references[known]
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("share", [False, True], ids=["undivided", "shared-prefix"])
+@pytest.mark.parametrize(
+    ("share", "rows"), [(False, 1), (False, 7), (True, 7)], ids=["alone", "batch", "shared-prefix"]
+)
 @pytest.mark.parametrize("name", every_press(PREFILL))
 def test_prefill_compression_equals_generate(
     tiny_model: Callable[..., PreTrainedModel], name: str, share: bool, rows: int

@@ -13,7 +13,7 @@ from conftest import examples, make_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_engine import DECODE, PREFILL, every_press, ragged_requests, run, spec
+from test_engine import DECODE, PREFILL, SCORED, every_press, ragged_requests, run, spec
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -260,7 +260,7 @@ def test_lossless_in_other_families(
 @pytest.mark.parametrize(
     ("name", "phase"),
     [
-        *((name, "prefill") for name in PREFILL if name != "ObservedAttentionPress"),
+        *((name, "prefill") for name in PREFILL if name not in SCORED),
         ("KeyDiffPress", "decode"),
         ("SnapKVPress", "both"),
     ],

@@ -3,12 +3,11 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
 from synthetic import make_run
-from test_blocks import block
+from test_blocks import block, writing
 
 from kvguard import joblog, schema
 from kvguard.blocks import Named, run_shards
@@ -130,14 +129,7 @@ def test_a_listed_block_makes_what_is_lost_or_damaged_and_lists_all(
     job.output = Named({"runs": str(target)})
     monkeypatch.setattr(joblog, "start_log", lambda: job)
 
-    def run(shard: Any) -> None:
-        assert shard.rule == "generate"
-        if shard.wildcards.shard in broken:
-            raise ValueError("no such luck")
-        made.append(shard.wildcards.shard)
-        with atomic_path(shard.output.runs) as temporary:
-            temporary.write_text(shard.wildcards.shard)
-
+    run = writing(made, broken)
     with pytest.raises(RuntimeError, match=r"1 of 4 shards failed: 01 \(2 of 4\)"):
         run_shards(run)
     assert made == ["00", "02", "03"]
