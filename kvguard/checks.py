@@ -109,13 +109,14 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
 
     A decoding step reads the weights, shared by its rows, and each row's compressed cache; a check
     reads the weights and each row's cold cache, over the bus where the device is not the host. A
+    prefix that the prompts share crosses once for all rows of the pass, as the weights are read. A
     check without a cold cache computes prompt and answer, `PREFILL_TOKEN` each. Compressed rows
     alone say what a drafted token reads.
 
-    A row that is promoted moves its cold cache once. From then on it holds, and reads at every
-    token, what the press had evicted. Held bytes are priced by what they displace: the memory of a
-    compressed row drafts one token a step, and compression is worth having only where memory is
-    what the batch lacks.
+    A row that is promoted moves its cold cache once, its own copy of a shared prefix too. From then
+    on it holds, and reads at every token, what the press had evicted. Held bytes are priced by what
+    they displace: the memory of a compressed row drafts one token a step, and compression is worth
+    having only where memory is what the batch lacks.
 
     Args:
         session: whose rows they are.
@@ -131,7 +132,7 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
     bus = bus_ratio
     if bus is None:
         bus = 1.0 if session.model.device.type == "cpu" else BUS
-    prices, transfer = [], []
+    shared, prices, transfer = 0.0, [], []
     tokens = session.prompt_lengths[:active] + session.lengths[:active]
     for number, row in enumerate(session.rows):
         if row.exact:  # never checked
@@ -141,14 +142,17 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
             prices.append(PREFILL_TOKEN * int(tokens[number]))
             transfer.append(0.0)
         else:
-            prices.append(bus * row.cold.length * row.cold.store.bytes_per_token / drafted)
-            transfer.append(prices[-1])
+            token = bus * row.cold.store.bytes_per_token / drafted
+            prefix = 0 if row.cold.prefix is None else row.cold.prefix.tokens
+            shared = max(shared, token * prefix)
+            prices.append(token * (row.cold.length - prefix))
+            transfer.append(token * row.cold.length)
     whole = tokens * slots.layers * slots.bytes_per_entry
     beyond = np.maximum(whole - own, 0)
     # Reading it, and the rows that would find room in it, each a drafted token a step.
     extra = beyond / drafted + beyond / typical
     promotion = Promotion(np.array(transfer), extra, session.limits[:active])
-    return Prices(float(weights / drafted), np.array(prices), promotion)
+    return Prices(float(weights / drafted) + shared, np.array(prices), promotion)
 
 
 def free_memory(device: torch.device, error: BaseException) -> None:

@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Callable
 
 import kvpress
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from kvguard import audit, cold_cache
+from kvguard.checks import check_prices
 from kvguard.cold_cache import ColdRow, ColdStore, Draft, Part, run_drafts
 from kvguard.cold_layers import ColdLayers, layer_bytes
-from kvguard.engine import Session
+from kvguard.engine import Session, Step
 from kvguard.guard_observer import GuardObserver, guarded
 from kvguard.policies import Policy
 from kvguard.prefill import prefill, prefill_prefix
@@ -197,3 +199,41 @@ def test_bytes_moved_on_the_host_are_what_would_cross_a_bus(
     once = len(SHARED) * ENTRY  # the shared prefix was parked for all of them
     shares = sum(completion.bytes_moved for completion in done)
     assert 0 <= sum(copied.values()) - once - shares < sum(each.checks for each in done)
+
+
+def test_a_shared_prefix_is_priced_once_a_pass(tiny_llama: PreTrainedModel) -> None:
+    """With weights and rows as they are, what a pass for all rows costs is what crosses the bus."""
+    session = Session(
+        tiny_llama,
+        Decoding(6, (2,)),
+        press=kvpress.KnormPress(0.6),
+        rows=3,
+        prefix=prefill_prefix(tiny_llama, SHARED),
+        cold="host",
+    )
+    requests = [Request(str(i), [*SHARED, *random_ids(6 + 5 * i, i)]) for i in range(3)]
+    seen = 0
+
+    class Watch(GuardObserver):
+        def observe(self, session: Session, step: Step) -> None:
+            nonlocal seen
+            near, far = check_prices(session, 1.0), check_prices(session, 51.0)
+            rows = session.rows
+            if len(rows) == 3 and all(row.cold is not None for row in rows):
+                lengths = [row.cold.length for row in rows if row.cold is not None]
+                crossing = (far.own - near.own) / 50
+                # Entries of one token, in drafted tokens.
+                token = crossing[0] / (lengths[0] - len(SHARED))
+                expected = [token * (length - len(SHARED)) for length in lengths]
+                np.testing.assert_allclose(crossing, expected)
+                assert far.shared - near.shared == pytest.approx(50 * token * len(SHARED))
+                assert far.promotion is not None
+                np.testing.assert_allclose(
+                    far.promotion.transfer, [51 * token * length for length in lengths]
+                )
+                seen += 1
+            super().observe(session, step)
+
+    policy = Lossless("lossless", 3, 2)
+    assert all(not report.notes for _, report in guarded(session, requests, Watch(session, policy)))
+    assert seen > 2
