@@ -116,7 +116,8 @@ def policy_style(policy: str) -> PolicyStyle:
         case "oracle":
             return PolicyStyle(label, ORACLE, marker, False)
         case _:
-            return PolicyStyle(label, _RIVALS[place % len(_RIVALS)], marker, True)
+            other = MARKERS[(place + 5) % len(MARKERS)]  # not the guard's, which lies near it
+            return PolicyStyle(label, _RIVALS[place % len(_RIVALS)], other, True)
 
 
 _RIVALS = ("#D55E00", "#E69F00", "#009E73", "#707070", "#999933", "#882255", "#A0522D")
