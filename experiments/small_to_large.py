@@ -7,15 +7,15 @@ For both directions:
 - AUROC of silent harm against no harm (visibly harmed answers left out), within condition and
   within task and condition: means over groups that hold both kinds, 95 % intervals from a bootstrap
   over prompts. On all prompts for what the other run trained, on test prompts beside the run's own.
-- the planned contrasts, Holm-adjusted;
+- the planned contrasts, Holm-adjusted, and unplanned ones;
 - where each score works: its interval on a task lies above 0.5;
-- the probabilities: log loss against the base rate's, calibration slope and intercept, and what
-  Platt's map, fitted on a few prompts, makes of them on the test prompts.
+- the probabilities: log loss against the base rate's, calibration slope and intercept;
+- what a few prompts with known outcomes make of them: Platt's map, or models of their own.
 
 The plan: docs/experiments/007-small-to-large.md. Writes results/bench/small_to_large.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from ranking import Codes, Ranking, codes, rounded, run
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from kvguard.config import BASELINE
 from kvguard.harm_model import LEAST_REJECTIONS, expected_rejections, load_harm_model, log_odds
@@ -47,6 +50,7 @@ from kvguard.train import load_models
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Maker = Callable[[Bools], Floats]
 
 UNTRAINED = ("mean_entropy", "rejections", "evicted_mass", "length")
 TRAINED = ("p", "hazard", "boosted", "clock", "gate")
@@ -70,6 +74,18 @@ CONTRASTS = (
 """Name, score, other, within, prompts; on the large model's answers. The first stands alone, the
 others are one family."""
 
+UNPLANNED = (
+    ("p, small", "rejections", "condition", "all"),
+    ("p, small", "rejections", "task and condition", "all"),
+    ("p, small rescaled", "rejections", "condition", "all"),
+    ("p, small rescaled", "rejections", "task and condition", "all"),
+    ("p, small rescaled", "p, small", "condition", "all"),
+    ("gate, small rescaled", "evicted_mass", "condition", "all"),
+    ("p, small rescaled", "p, large", "condition", "test"),
+    ("gate, small rescaled", "gate, large", "condition", "test"),
+)
+"""As the last four of `CONTRASTS`; chosen after the results were seen, without p-values."""
+
 
 class Answers(NamedTuple):
     """Compressed answers at risk of one run.
@@ -88,7 +104,8 @@ class Answers(NamedTuple):
     @property
     def probes(self) -> NDArray[np.float32]:
         """(answers, probes) of each prefill."""
-        return self.features[np.cumsum(self.lengths) - self.lengths][:, PROBE_COLUMNS]
+        first = np.cumsum(self.lengths) - self.lengths
+        return np.asarray(self.features[first][:, PROBE_COLUMNS], dtype=np.float32)
 
     @property
     def presses(self) -> NDArray[np.str_]:
@@ -186,22 +203,31 @@ def rank(table: pl.DataFrame, own: str, other: str, draws: int) -> list[dict[str
     return entries
 
 
-def contrast(table: pl.DataFrame, draws: int) -> list[dict[str, object]]:
-    """The planned differences on the large model's answers."""
-    entries: list[dict[str, object]] = []
-    values: list[float | None] = []
-    for name, score, other, within, prompts in CONTRASTS:
-        ranking = Ranking(chosen(table, prompts), WITHIN[within], (), draws)
-        one, two = (ranking.auroc(each, "silent_harm") for each in (score, other))
-        difference = one.minus(two)
-        named = {"contrast": name, "score": score, "minus": other, "within": within}
-        entries.append(named | {"prompts": prompts} | rounded(difference, 3))
+def contrast(table: pl.DataFrame, draws: int) -> dict[str, list[dict[str, object]]]:
+    """The planned differences on the large model's answers, and `UNPLANNED` ones."""
+    planned, values = [], []
+    for name, *what in CONTRASTS:
+        difference, entry = _difference(table, *what, draws)
+        planned.append({"contrast": name} | entry)
         values.append(p_value(difference))
     adjusted = [*values[:1], *holm(values[1:])]
-    return [
-        entry | {"p": _short(raw), "p_adjusted": _short(value)}
-        for entry, raw, value in zip(entries, values, adjusted, strict=True)
-    ]
+    return {
+        "planned": [
+            entry | {"p": _short(raw), "p_adjusted": _short(value)}
+            for entry, raw, value in zip(planned, values, adjusted, strict=True)
+        ],
+        "unplanned": [_difference(table, *what, draws)[1] for what in UNPLANNED],
+    }
+
+
+def _difference(
+    table: pl.DataFrame, score: str, other: str, within: str, prompts: str, draws: int
+) -> tuple[Measured, dict[str, object]]:
+    ranking = Ranking(chosen(table, prompts), WITHIN[within], (), draws)
+    one, two = (ranking.auroc(each, "silent_harm") for each in (score, other))
+    difference = one.minus(two)
+    named = {"score": score, "minus": other, "within": within, "prompts": prompts}
+    return difference, named | rounded(difference, 3)
 
 
 def _short(value: float | None) -> float | None:
@@ -313,44 +339,86 @@ def calibration(
     return found
 
 
-def recalibrated(table: pl.DataFrame, scores: Sequence[str]) -> list[dict[str, object]]:
-    """Log loss on test prompts after Platt's map, fitted on a few of the other prompts.
+def from_few(table: pl.DataFrame, makers: Mapping[str, Maker]) -> list[dict[str, object]]:
+    """Log loss on test prompts of probabilities that are made from a few of the other prompts.
 
-    Each line: mean, 10th and 90th percentile over draws of prompts. "base rate" stands for the
-    share harmed among the prompts drawn, one more of either kind added; "untrained" scores get the
-    same map. Draws without both kinds use the base rate.
+    Args:
+        table: answers.
+        makers: by name: from the answers to the prompts drawn, as a mask, to the probabilities of
+            all answers.
+
+    Returns:
+        By number of prompts and maker: mean, 10th and 90th percentile over draws of prompts. "base
+        rate" stands for the share harmed among the prompts drawn, one more of either kind added;
+        it takes the place of every maker where a draw lacks one of the kinds.
     """
-    test = table.filter(pl.col("split") == "test")
-    others = table.filter(pl.col("split") != "test")
-    known = others["prompt_id"].unique().sort().to_list()
+    held_out = (table["split"] == "test").to_numpy()
+    known = table.filter(~held_out)["prompt_id"].unique().sort().to_list()
+    number = {prompt: place for place, prompt in enumerate(known)}
+    place = np.array([number.get(prompt, len(known)) for prompt in table["prompt_id"]])
+    labels = table["harmed"].to_numpy().astype(np.bool_)
+    truth = labels[held_out]
     rng = np.random.default_rng(0)
     drawn = [rng.permutation(len(known)) for _ in range(PLATT_DRAWS)]
-    truth = test["harmed"].to_numpy().astype(np.bool_)
-    inputs = {score: (_odds(others, score), _odds(test, score)) for score in scores}
-    place = np.array([known.index(prompt) for prompt in others["prompt_id"]])
-    labels = others["harmed"].to_numpy().astype(np.bool_)
     entries: list[dict[str, object]] = []
     for count in (*PLATT_PROMPTS, len(known)):
-        loss: dict[str, list[float]] = {score: [] for score in ("base rate", *scores)}
+        loss: dict[str, list[float]] = {name: [] for name in ("base rate", *makers)}
         for order in drawn if count < len(known) else drawn[:1]:
             mine = np.isin(place, order[:count])
             rate = (labels[mine].sum() + 1) / (mine.sum() + 2)
             constant = float(losses(np.full(len(truth), rate), truth).mean())
             loss["base rate"].append(constant)
             both = bool(labels[mine].any() and not labels[mine].all())
-            for score, (fit, read) in inputs.items():
-                if not both:
-                    loss[score].append(constant)
-                    continue
-                platt = fit_calibration_map(fit[mine], labels[mine], "platt")
-                loss[score].append(float(losses(platt.apply(read), truth).mean()))
-        for score, values in loss.items():
+            for name, maker in makers.items():
+                made = float(losses(maker(mine)[held_out], truth).mean()) if both else constant
+                loss[name].append(made)
+        for name, values in loss.items():
             low, high = np.quantile(values, [0.1, 0.9])
             entries.append(
-                {"prompts": count, "score": score, "log_loss": round(float(np.mean(values)), 4)}
+                {"prompts": count, "score": name, "log_loss": round(float(np.mean(values)), 4)}
                 | {"percentiles": [round(float(low), 4), round(float(high), 4)]}
             )
     return entries
+
+
+def platt(odds: Floats, labels: Bools) -> Maker:
+    """Platt's map of a score."""
+    return lambda mask: fit_calibration_map(odds[mask], labels[mask], "platt").apply(odds)
+
+
+def few_makers(answers: Answers, folder: Path, scores: Sequence[str]) -> dict[str, Maker]:
+    """What `from_few` compares, with the model of harm of another run.
+
+    Platt's map of the scores; of its P with the probes on the scale of the prompts drawn ("p
+    rescaled by them"); and a logistic model of the same inputs, probes on that scale, the ratio and
+    the expected rejections, fitted on the prompts drawn alone ("trained on them"; standardised, L2
+    with C = 0.1, as the logistic models of 003).
+    """
+    labels = answers.table["harmed"].to_numpy().astype(np.bool_)
+    harm = load_harm_model(folder / "models/harm_model.json")
+    gate = parse_predictor(harm.gate, "the harm model's gate")
+    rejections = answers.table["rejections"].to_numpy()
+    ratios = answers.table["ratio"].cast(pl.Float64).to_numpy()
+    probes, presses = answers.probes, answers.presses
+
+    def rescaled(mask: Bools) -> Floats:
+        scale = fit_probe_scale(probes[mask], presses[mask])
+        own = gate.model_copy(update={"probe_scale": scale})
+        scores = gate_scores(own, probes, presses, ratios).astype(np.float64)
+        return platt(log_odds(harm.predict(rejections, scores)), labels)(mask)
+
+    def trained(mask: Bools) -> Floats:
+        ranks = fit_probe_scale(probes[mask], presses[mask]).ranks(probes, presses)
+        known = np.where(np.isnan(ranks), 0.5, ranks).astype(np.float64)
+        inputs = np.column_stack([known, ratios, np.log(rejections + LEAST_REJECTIONS)])
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        model.fit(inputs[mask], labels[mask])
+        return np.asarray(model.predict_proba(inputs)[:, 1], dtype=np.float64)
+
+    makers: dict[str, Maker] = {
+        score: platt(_odds(answers.table, score), labels) for score in scores
+    }
+    return makers | {"p rescaled by them": rescaled, "trained on them": trained}
 
 
 def _odds(table: pl.DataFrame, score: str) -> Floats:
@@ -384,7 +452,7 @@ def study(folder: Path, draws: int, large: Path) -> dict[str, object]:
             **{label: int(table[label].sum()) for label in ("harmed", "silent_harm")},
             "prompts": table["prompt_id"].n_unique(),
             "test_prompts": held_out["prompt_id"].n_unique(),
-            **({"contrasts": contrast(table, draws)} if own == "large" else {}),
+            **(contrast(table, draws) if own == "large" else {}),
             "ranking": rank(table, own, other, draws),
             "by_task": by_part(table, scores, "task", draws),
             "by_press": by_part(table, scores, "press", draws),
@@ -392,8 +460,13 @@ def study(folder: Path, draws: int, large: Path) -> dict[str, object]:
                 "all": calibration(table, transferred, draws),
                 "test": calibration(held_out, [*transferred, *at_home], draws),
             },
-            "recalibrated": recalibrated(
-                table, [*(f"{score}, {other}" for score in PROBABILITIES), *UNTRAINED[:2]]
+            "from_few": from_few(
+                table,
+                few_makers(
+                    answers,
+                    folders[other],
+                    [*(f"{score}, {other}" for score in PROBABILITIES), *UNTRAINED[:2]],
+                ),
             ),
         }
     return found
