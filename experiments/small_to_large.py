@@ -205,9 +205,10 @@ def rank(table: pl.DataFrame, own: str, other: str, draws: int) -> list[dict[str
 
 def contrast(table: pl.DataFrame, draws: int) -> dict[str, list[dict[str, object]]]:
     """The planned differences on the large model's answers, and `UNPLANNED` ones."""
-    planned, values = [], []
-    for name, *what in CONTRASTS:
-        difference, entry = _difference(table, *what, draws)
+    planned: list[dict[str, object]] = []
+    values: list[float | None] = []
+    for name, score, other, within, prompts in CONTRASTS:
+        difference, entry = _difference(table, score, other, within, prompts, draws)
         planned.append({"contrast": name} | entry)
         values.append(p_value(difference))
     adjusted = [*values[:1], *holm(values[1:])]
@@ -216,7 +217,10 @@ def contrast(table: pl.DataFrame, draws: int) -> dict[str, list[dict[str, object
             entry | {"p": _short(raw), "p_adjusted": _short(value)}
             for entry, raw, value in zip(planned, values, adjusted, strict=True)
         ],
-        "unplanned": [_difference(table, *what, draws)[1] for what in UNPLANNED],
+        "unplanned": [
+            _difference(table, score, other, within, prompts, draws)[1]
+            for score, other, within, prompts in UNPLANNED
+        ],
     }
 
 
