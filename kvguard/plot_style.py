@@ -116,10 +116,12 @@ def policy_style(policy: str) -> PolicyStyle:
         case "oracle":
             return PolicyStyle(label, ORACLE, marker, False)
         case _:
-            other = MARKERS[(place + 5) % len(MARKERS)]  # not the guard's, which lies near it
+            other = _RIVAL_MARKERS[place % len(_RIVAL_MARKERS)]
             return PolicyStyle(label, _RIVALS[place % len(_RIVALS)], other, True)
 
 
+_RIVAL_MARKERS = ("D", "X", "v", "p", "<", ">", "^", "h", "d", "8")
+"""Other places than in `MARKERS`: a rival may lie where a policy of the guard does."""
 _RIVALS = ("#D55E00", "#E69F00", "#009E73", "#707070", "#999933", "#882255", "#A0522D")
 
 
