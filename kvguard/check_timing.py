@@ -20,11 +20,12 @@ the theta at which it is best to stop fulfils, with x = 1 / theta,
 
     h (k - x) = x - 1 - ln x.
 
-**Join when a check happens anyway.** A pass over several rows costs a shared part (the weights are
-read once) and each row's own (its cold cache). A row that would be due later spares its share of
-another pass by joining now, and loses what the tokens until then would have brought: at the
-constant rate h that is (y - 1 - ln y) / h in drafted tokens, with y = S / theta. So it joins where
-y - 1 - ln y < h x share. The two thresholds are the can-order policy of joint replenishment.
+**Join when a check happens anyway.** A pass over several rows costs a shared part (the weights and
+a prefix that the prompts share are read once) and each row's own (the rest of its cold cache). A
+row that would be due later spares its share of another pass by joining now, and loses what the
+tokens until then would have brought: at the constant rate h that is (y - 1 - ln y) / h in drafted
+tokens, with y = S / theta. So it joins where y - 1 - ln y < h x share. The two thresholds are the
+can-order policy of joint replenishment.
 
 **A row that is checked in vain is promoted.** Where drafts are rejected every few tokens, no moment
 is a good one: every check moves the whole parked cache. After each check a row is asked whether its
