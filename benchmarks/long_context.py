@@ -1,13 +1,14 @@
 """Long prompts: lossless decoding and the guard beside never compressing, same engine, same batch.
 
     python benchmarks/long_context.py [--tokens 4096] [--requests 8] [--max-new-tokens 128]
-        [--rounds 3] [--minutes 20]
+        [--rounds 3] [--minutes 20] [--alone] [--policies always_safe lossless_auto_bus]
 
 SmolLM2 in float32, snapkv at 0.750, 2 threads. The requests are word problems behind one long
 context of worked examples, which is prefilled once for all of them; every row has a cache of its
-own. End tokens are off, so that every policy makes as many tokens. All policies run in turn in one
-process, round by round; seconds are medians over the rounds. Writes
-results/bench/long_context.json after every policy:
+own. With ``--alone`` each request's context is prefilled, parked and read as its own. End tokens
+are off, so that every policy makes as many tokens. All policies run in turn in one process, round
+by round; seconds are medians over the rounds. Writes results/bench/long_context.json after every
+policy:
 
 - ``policies``: per policy device byte-steps of all requests, the batch's peak, host byte-steps and
   bytes moved, decoding seconds (checks included, prefill not) and tokens per second, checks,
@@ -216,6 +217,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help="the context is each request's own")
+    parser.add_argument("--policies", nargs="+", help="of those below, always_safe among them")
     parser.add_argument("--output", type=Path, default=TARGET)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -223,6 +226,8 @@ def main() -> None:
     model = load_embedded(experiment)
     size = (arguments.requests, arguments.max_new_tokens)
     ready = prepare(model, experiment, arguments.tokens, *size)
+    if arguments.alone:
+        ready = ready._replace(prefix=None)
     result: dict[str, Any] = {
         "prompt_tokens": [len(request.prompt_ids) for request in ready.requests],
         "max_new_tokens": arguments.max_new_tokens,
@@ -238,6 +243,7 @@ def main() -> None:
         (f"{policy}_bus", policy, 0, arguments.bus_ratio)
         for policy in ("lossless_auto", "guard_price")
     ]
+    plans = [plan for plan in plans if plan[0] in (arguments.policies or [plan[0]])]
     truth: list[Completion] = []
     rounds: dict[str, list[dict[str, float]]] = {}
     for number in Rounds(arguments.rounds, arguments.minutes):
