@@ -143,6 +143,18 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
+def behind_a_prefix(model: PreTrainedModel, max_new_tokens: int) -> Session:
+    """Three rows whose prompts begin with `SHARED`."""
+    return Session(
+        model,
+        Decoding(max_new_tokens, (2,)),
+        press=kvpress.KnormPress(0.6),
+        rows=3,
+        prefix=prefill_prefix(model, SHARED),
+        cold="host",
+    )
+
+
 @pytest.mark.parametrize("kind", ["host", "disk"])
 def test_a_part_that_rows_share_is_read_once_and_counted_in_equal_parts(
     tiny_llama: PreTrainedModel, copied: Counter[str], kind: str
@@ -178,14 +190,7 @@ def test_bytes_moved_on_the_host_are_what_would_cross_a_bus(
         return checked(model, drafts, **options)
 
     monkeypatch.setattr(audit, "run_drafts", leaving)
-    session = Session(
-        tiny_llama,
-        Decoding(14, (2,)),
-        press=kvpress.KnormPress(0.6),
-        rows=3,
-        prefix=prefill_prefix(tiny_llama, SHARED),
-        cold="host",
-    )
+    session = behind_a_prefix(tiny_llama, max_new_tokens=14)
     requests = [
         Request(str(i), [*SHARED, *random_ids(6 + 5 * i, i)], max_new_tokens=8 + i)
         for i in range(5)
@@ -201,16 +206,11 @@ def test_bytes_moved_on_the_host_are_what_would_cross_a_bus(
     assert 0 <= sum(copied.values()) - once - shares < sum(each.checks for each in done)
 
 
-def test_a_shared_prefix_is_priced_once_a_pass(tiny_llama: PreTrainedModel) -> None:
-    """With weights and rows as they are, what a pass for all rows costs is what crosses the bus."""
-    session = Session(
-        tiny_llama,
-        Decoding(6, (2,)),
-        press=kvpress.KnormPress(0.6),
-        rows=3,
-        prefix=prefill_prefix(tiny_llama, SHARED),
-        cold="host",
-    )
+def test_a_shared_prefix_is_priced_once_a_pass(
+    tiny_llama: PreTrainedModel, copied: Counter[str]
+) -> None:
+    """What a bus adds to the price of a pass for all rows is the way of the bytes that it reads."""
+    session = behind_a_prefix(tiny_llama, max_new_tokens=6)
     requests = [Request(str(i), [*SHARED, *random_ids(6 + 5 * i, i)]) for i in range(3)]
     seen = 0
 
@@ -218,20 +218,23 @@ def test_a_shared_prefix_is_priced_once_a_pass(tiny_llama: PreTrainedModel) -> N
         def observe(self, session: Session, step: Step) -> None:
             nonlocal seen
             near, far = check_prices(session, 1.0), check_prices(session, 51.0)
-            rows = session.rows
+            rows, slots = session.rows, session.slots
             if len(rows) == 3 and all(row.cold is not None for row in rows):
-                lengths = [row.cold.length for row in rows if row.cold is not None]
-                crossing = (far.own - near.own) / 50
-                # Entries of one token, in drafted tokens.
-                token = crossing[0] / (lengths[0] - len(SHARED))
-                expected = [token * (length - len(SHARED)) for length in lengths]
-                np.testing.assert_allclose(crossing, expected)
+                kept = slots.lengths[:, :3].sum() * slots.bytes_per_entry
+                weights = sum(parameter.nbytes for parameter in session.model.parameters())
+                token = ENTRY / ((weights + kept) / 3)  # of what a drafted token reads
+                lengths = np.array([row.cold.length for row in rows if row.cold is not None])
+                alone = lengths - len(SHARED)
+                np.testing.assert_allclose(far.own, 51 * token * alone)
                 assert far.shared - near.shared == pytest.approx(50 * token * len(SHARED))
                 assert far.promotion is not None
-                np.testing.assert_allclose(
-                    far.promotion.transfer, [51 * token * length for length in lengths]
-                )
+                np.testing.assert_allclose(far.promotion.transfer, 51 * token * lengths)
                 seen += 1
+                if seen == 3:
+                    copied.clear()
+                    run_drafts(session.model, [Draft(row.cold, [7]) for row in rows if row.cold])
+                    read = far.own.sum() - near.own.sum() + far.shared - near.shared
+                    assert copied["read"] == pytest.approx(read / 50 / token * ENTRY)
             super().observe(session, step)
 
     policy = Lossless("lossless", 3, 2)
