@@ -1,27 +1,29 @@
 """Long prompts: lossless decoding and the guard beside never compressing, same engine, same batch.
 
     python benchmarks/long_context.py [--tokens 4096] [--requests 8] [--max-new-tokens 128]
-        [--rounds 3] [--minutes 20] [--alone] [--policies always_safe lossless_auto_bus]
+        [--rounds 3] [--minutes 20] [--shared] [--policies always_safe lossless_auto_bus]
 
 SmolLM2 in float32, snapkv at 0.750, 2 threads. The requests are word problems behind one long
-context of worked examples, which is prefilled once for all of them; every row has a cache of its
-own. With ``--alone`` each request's context is prefilled, parked and read as its own. End tokens
-are off, so that every policy makes as many tokens. All policies run in turn in one process, round
-by round; seconds are medians over the rounds. Writes results/bench/long_context.json after every
-policy:
+context of worked examples. It is prefilled once; then every row holds, parks and reads it as a
+context of its own. With ``--shared`` it stays one context: rows with the full cache refer to one
+copy of it (`kvguard.shared_prefix`), it is parked once, and a check reads it once for all its rows.
+End tokens are off, so that every policy makes as many tokens. All policies run in turn in one
+process, round by round; seconds are medians over the rounds. Writes
+results/bench/long_context.json, or long_context_shared.json, after every policy:
 
 - ``policies``: per policy device byte-steps of all requests, the batch's peak, host byte-steps and
   bytes moved, decoding seconds (checks included, prefill not) and tokens per second, checks,
   tokens wasted, and the share of requests with the uncompressed tokens; ``lossless_16`` checks
   every 16 tokens, ``lossless_auto`` when the draft is no longer worth going on with, at the prices
   of this machine or (``_bus``) as if device memory were ``--bus-ratio`` times as fast as the bus;
-  ``guard_price_bus`` checks what is worth it at the default price of harm and without probes;
+  ``guard_price`` checks what is worth it at the default price of harm, ``guard_price_30`` and so on
+  at another, without probes; ``always_safe_copies``, with ``--shared``, never compresses and holds
+  a copy of the context in every row;
 - ``ratios``: per policy ``device_byte_steps`` (goals: lossless 0.5, guard 0.4) and
   ``tokens_per_second`` (goals: 1.0, 1.3) over those of ``always_safe``, never compressing; of the
   latter also each round's own, slowest first (``tokens_per_second_rounds``). ``bus_traffic_ratio``:
-  bytes moved over those of offloading (`costs.offload_traffic`), where every row reads its own
-  whole cache; ``bus_traffic_shared_ratio``: over those of an offloading that reads the shared
-  context once a step for all rows, as checks do.
+  bytes moved over those of offloading (`costs.offload_traffic`), which with ``--shared`` reads the
+  shared context once a step for all rows, as checks do.
 
 How far drafts get is another script's: acceptance.py.
 """
@@ -38,6 +40,7 @@ import torch
 from generation import load_embedded, load_experiment
 from measuring import FOLDER, Rounds, machine, say, write
 
+from kvguard.cold_cache import ColdRow, ColdStore
 from kvguard.config import Config, Live, Press
 from kvguard.costs import offload_traffic
 from kvguard.engine import Session
@@ -48,12 +51,15 @@ from kvguard.guard_report import RowReport
 from kvguard.models import LoadedModel
 from kvguard.policy_factory import make_policy
 from kvguard.predictor import rules_predictor
+from kvguard.prefill import Prefix, layer_tensors
 from kvguard.presses import build_press
 from kvguard.prompts import format_prompt, load_task
 from kvguard.requests import Completion
 from kvguard.sampling import Decoding
 
-TARGET = FOLDER / "long_context.json"
+TARGETS = {False: FOLDER / "long_context.json", True: FOLDER / "long_context_shared.json"}
+PRICES = (10.0, 30.0)
+"""Of harm, beside the default of `guard_price`."""
 PRESSES = {
     "snapkv": {"class": "SnapKVPress", "kwargs": {"window_size": 16}},
     "knorm": {"class": "KnormPress", "kwargs": {}},
@@ -94,6 +100,30 @@ def press_of(name: str) -> Press:
     return Press.model_validate({"name": name, "ratios": ["0.500"], **PRESSES[name]})
 
 
+class OwnContexts(ColdStore):
+    """Parks a reused prefix again in every row, as if it were the row's own."""
+
+    def row(self, prefix: Prefix | None, tokens: int) -> ColdRow:
+        """Room for a prompt, the prefix in it."""
+        count = 0 if prefix is None else len(prefix.token_ids)
+        prompt = self.allocate(count + tokens)
+        prompt.tokens = count + tokens
+        for layer, pair in enumerate([] if prefix is None else layer_tensors(prefix.cache)):
+            for kind, entries in enumerate(pair):
+                self.copy_out(prompt.entries[layer, kind, :count], entries[0].transpose(0, 1))
+        return OwnContext(self, None, prompt)
+
+
+class OwnContext(ColdRow):
+    """A row of `OwnContexts`."""
+
+    def park(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy out what follows the prefix, which is there."""
+        start = self.prompt.tokens - keys.shape[1]
+        for kind, entries in enumerate((keys, values)):
+            self.store.copy_out(self.prompt.entries[layer, kind, start:], entries.transpose(0, 1))
+
+
 def run(
     model: LoadedModel,
     ready: Prepared,
@@ -102,8 +132,25 @@ def run(
     ratio: str,
     every: int,
     bus_ratio: float | None = None,
+    *,
+    shared: bool = True,
+    once: bool = False,
+    harm_price: float | None = None,
 ) -> Run:
-    """All requests in one batch under a policy, in the requests' order."""
+    """All requests in one batch under a policy, in the requests' order.
+
+    Args:
+        model: a loaded model.
+        ready: the requests.
+        policy: see `config.POLICY_NAMES`.
+        press: one of `PRESSES`.
+        ratio: its ratio.
+        every: tokens between checks of ``lossless``.
+        bus_ratio: see `checks.check_prices`.
+        shared: the parked context is one; otherwise every row parks and reads its own.
+        once: rows with the full cache refer to one copy of it.
+        harm_price: of ``guard_price``; None: its default.
+    """
     decoding = ready.decoding
     checks = policy not in ("none", "always_safe")
     session = Session(
@@ -113,12 +160,19 @@ def run(
         rows=ready.rows,
         prefix=ready.prefix,
         cold="host" if checks else "none",
+        prefix_once=once,
     )
+    if session.store is not None and not shared:
+        loaded = model.model
+        session.store = OwnContexts(loaded.config, device=loaded.device, dtype=loaded.dtype)
+    live = Live(lossless_tokens=every)
+    if harm_price is not None:
+        live = live.model_copy(update={"harm_price": harm_price})
     decider = make_policy(
         policy,
         ready.rows,
         max_new_tokens=decoding.max_new_tokens,
-        live=Live(lossless_tokens=every),
+        live=live,
         controller=RULES_POINTS["balanced"],
         check_every_tokens=8,
     )
@@ -152,7 +206,6 @@ def costs(completions: Sequence[Completion], truth: Sequence[Completion]) -> dic
         "device_bytes_peak": max(completion.device_bytes_peak for completion in completions),
         "host_byte_steps": sum(completion.host_byte_steps for completion in completions),
         "bytes_moved": sum(completion.bytes_moved for completion in completions),
-        "prefill_seconds": sum(completion.prefill_seconds for completion in completions),
         "decode_seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "checks": sum(completion.checks for completion in completions),
@@ -161,10 +214,14 @@ def costs(completions: Sequence[Completion], truth: Sequence[Completion]) -> dic
     }
 
 
-def offloading(
-    model: LoadedModel, ready: Prepared, truth: Sequence[Completion]
-) -> dict[str, float]:
-    """Bytes that offloading the uncompressed cache would move for the same answers."""
+def offloading(model: LoadedModel, prefix_tokens: int, truth: Sequence[Completion]) -> float:
+    """Bytes that offloading the uncompressed cache would move for the same answers.
+
+    Args:
+        model: a loaded model.
+        prefix_tokens: what the prompts share, read once a step; 0: each has its own.
+        truth: the uncompressed answers.
+    """
     settings = model.model.config
     heads = settings.num_key_value_heads * settings.hidden_size // settings.num_attention_heads
     entry = 2 * settings.num_hidden_layers * heads * model.model.dtype.itemsize
@@ -174,9 +231,7 @@ def offloading(
         offload_traffic(float(prompt), float(count), float(prompt * entry))
         for prompt, count in zip(prompts, steps, strict=True)
     )
-    shared = 0 if ready.prefix is None else len(ready.prefix.token_ids)
-    spared = shared * entry * (sum(steps) - max(steps))
-    return {"bytes_moved": alone, "bytes_moved_shared": alone - spared}
+    return float(alone - prefix_tokens * entry * (sum(steps) - max(steps)))
 
 
 def middle(runs: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -185,7 +240,7 @@ def middle(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def ratios(
-    rounds: dict[str, list[dict[str, float]]], offloaded: dict[str, float]
+    rounds: dict[str, list[dict[str, float]]], offloaded: float
 ) -> dict[str, dict[str, Any]]:
     """Every policy's costs over those of never compressing, its bytes over offloading's."""
     medians = {name: middle(runs) for name, runs in rounds.items()}
@@ -200,8 +255,7 @@ def ratios(
         found[name] = {
             **{f"{column}_ratio": values[column] / full[column] for column in columns},
             "tokens_per_second_ratio_rounds": sorted(each),
-            "bus_traffic_ratio": values["bytes_moved"] / offloaded["bytes_moved"],
-            "bus_traffic_shared_ratio": values["bytes_moved"] / offloaded["bytes_moved_shared"],
+            "bus_traffic_ratio": values["bytes_moved"] / offloaded,
         }
     return found
 
@@ -217,38 +271,53 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--alone", action="store_true", help="the context is each request's own")
-    parser.add_argument("--policies", nargs="+", help="of those below, always_safe among them")
-    parser.add_argument("--output", type=Path, default=TARGET)
+    parser.add_argument("--shared", action="store_true", help="the context stays one for all")
+    parser.add_argument("--policies", nargs="+", help="of those above, always_safe among them")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    shared, bus = arguments.shared, arguments.bus_ratio
+    output = arguments.output or TARGETS[shared]
     experiment = load_experiment(arguments.requests, arguments.max_new_tokens)
     model = load_embedded(experiment)
     size = (arguments.requests, arguments.max_new_tokens)
     ready = prepare(model, experiment, arguments.tokens, *size)
-    if arguments.alone:
-        ready = ready._replace(prefix=None)
+    assert ready.prefix is not None
     result: dict[str, Any] = {
         "prompt_tokens": [len(request.prompt_ids) for request in ready.requests],
+        "shared_tokens": len(ready.prefix.token_ids) if shared else 0,
         "max_new_tokens": arguments.max_new_tokens,
         "press": "snapkv",
         "ratio": arguments.ratio,
-        "bus_ratio": arguments.bus_ratio,
+        "bus_ratio": bus,
         "machine": machine(),
     }
-    plans = [("always_safe", "always_safe", 0, None), ("guard", "guard", 0, None)]
-    plans += [(f"lossless_{every}", "lossless", every, None) for every in arguments.every]
-    plans += [("lossless_auto", "lossless_auto", 0, None), ("none", "none", 0, None)]
-    plans += [
-        (f"{policy}_bus", policy, 0, arguments.bus_ratio)
+    plans: dict[str, dict[str, Any]] = {"always_safe": {"policy": "always_safe"}}
+    if shared:
+        plans["always_safe_copies"] = {"policy": "always_safe", "once": False}
+    plans["guard"] = {"policy": "guard"}
+    plans |= {
+        f"lossless_{every}": {"policy": "lossless", "every": every} for every in arguments.every
+    }
+    plans |= {"lossless_auto": {"policy": "lossless_auto"}, "none": {"policy": "none"}}
+    plans["guard_price"] = {"policy": "guard_price"}
+    plans |= {
+        f"guard_price_{price:g}": {"policy": "guard_price", "harm_price": price} for price in PRICES
+    }
+    plans |= {
+        f"{policy}_bus": {"policy": policy, "bus_ratio": bus}
         for policy in ("lossless_auto", "guard_price")
-    ]
-    plans = [plan for plan in plans if plan[0] in (arguments.policies or [plan[0]])]
+    }
+    plans = {
+        name: {"every": 1, "shared": shared, "once": shared} | plan
+        for name, plan in plans.items()
+        if name in (arguments.policies or [name])
+    }
     truth: list[Completion] = []
     rounds: dict[str, list[dict[str, float]]] = {}
     for number in Rounds(arguments.rounds, arguments.minutes):
-        for name, policy, every, bus in plans:
-            done, _ = run(model, ready, policy, "snapkv", arguments.ratio, every or 1, bus)
+        for name, plan in plans.items():
+            done, _ = run(model, ready, press="snapkv", ratio=arguments.ratio, **plan)
             truth = truth or done
             rounds.setdefault(name, []).append(costs(done, truth))
             newest = rounds[name][-1]
@@ -258,12 +327,12 @@ def main() -> None:
             )
             result["rounds"] = len(rounds["always_safe"])
             result["policies"] = {key: middle(runs) for key, runs in rounds.items()}
-            offloaded = offloading(model, ready, truth)
+            offloaded = offloading(model, result["shared_tokens"], truth)
             result["ratios"] = ratios(rounds, offloaded)
-            result["offloading"] = offloaded
+            result["offloading_bytes_moved"] = offloaded
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             result["peak_rss_bytes"] = peak
-            write(arguments.output, result)
+            write(output, result)
     print(json.dumps(result["ratios"], indent=2))
 
 

@@ -116,7 +116,9 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
     A row that is promoted moves its cold cache once, its own copy of a shared prefix too. From then
     on it holds, and reads at every token, what the press had evicted. Held bytes are priced by what
     they displace: the memory of a compressed row drafts one token a step, and compression is worth
-    having only where memory is what the batch lacks.
+    having only where memory is what the batch lacks. Where the session holds the prefix once
+    (`shared_prefix`), it is there already and does not move; it costs nothing more once a row
+    refers to it, and until then an equal part for each row that could.
 
     Args:
         session: whose rows they are.
@@ -146,9 +148,12 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
             prefix = 0 if row.cold.prefix is None else row.cold.prefix.tokens
             shared = max(shared, token * prefix)
             prices.append(token * (row.cold.length - prefix))
-            transfer.append(token * row.cold.length)
+            transfer.append(token * (row.cold.length - row.held))
     whole = tokens * slots.layers * slots.bytes_per_entry
-    beyond = np.maximum(whole - own, 0)
+    held = np.array([row.held > 0 for row in session.rows], dtype=bool)
+    alike = slots.prefix.whole_bytes
+    to_share = 0.0 if slots.prefix.nbytes else alike / max(1, int(held.sum()))
+    beyond = np.maximum(whole - own - held * (alike - to_share), 0)
     # Reading it, and the rows that would find room in it, each a drafted token a step.
     extra = beyond / drafted + beyond / typical
     promotion = Promotion(np.array(transfer), extra, session.limits[:active])

@@ -158,19 +158,22 @@ class ColdRow:
             wider.tokens = self.tokens
         self.answer = wider
 
-    def load(self, further: torch.Tensor | None = None) -> DynamicCache:
+    def load(self, further: torch.Tensor | None = None, *, behind: int = 0) -> DynamicCache:
         """The uncompressed cache, on the device.
 
         Args:
             further: (layers, 2, heads, n, head_dim) entries behind those parked, on any device.
+            behind: leave out so many of the first tokens; a shared prefix is not read for it.
         """
         self.store.wait()
-        cache, length = DynamicCache(), self.length
+        spared = self.prefix is not None and self.prefix.tokens == behind
+        parked, skipped = (replace(self, prefix=None), 0) if spared else (self, behind)
+        cache, length = DynamicCache(), parked.length
         for layer in range(self.store.layers):
-            whole = self._layer(layer, 0 if further is None else further.shape[3])
+            whole = parked._layer(layer, 0 if further is None else further.shape[3])
             if further is not None:
                 whole[:, length:] = further[layer].transpose(1, 2).to(self.store.device)
-            keys, values = whole.transpose(1, 2)
+            keys, values = whole[:, skipped:].transpose(1, 2)
             cache.update(keys[None], values[None], layer)
         return cache
 

@@ -1,13 +1,19 @@
 """Compression while decoding: a press's own steps, on one row of a batch."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from kvpress import BasePress, CompressionRatioDecodingPress
 from transformers import PreTrainedModel
 
+from kvguard.prefill import attention_layers
 from kvguard.presses import fresh
 from kvguard.slots import Slots
+
+if TYPE_CHECKING:
+    from kvguard.requests import Row
 
 
 class DecodeState:
@@ -79,6 +85,25 @@ class DecodeState:
             del buffer[max(len(buffer) - dropped, 0) :]
             buffer += [given[:, token : token + 1] for token in range(start, end)]
             del buffer[: max(len(buffer) - self.press.hidden_states_buffer_size, 0)]
+
+
+@contextmanager
+def compressing(model: PreTrainedModel, rows: "Sequence[Row]") -> Iterator[None]:
+    """Hooks that let each row's own press see its own slice after each attention layer."""
+
+    def compress(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        for number, row in enumerate(rows):
+            if row.decode is not None and not row.sits_out:
+                row.decode.after_layer(number, layer, kwargs)
+                row.completion.error = row.completion.error or row.decode.error
+        return output
+
+    with ExitStack() as stack:
+        for layer in attention_layers(model):
+            layer.rotary_emb = model.model.rotary_emb
+            handle = layer.register_forward_hook(compress, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def _row_arguments(kwargs: dict[str, Any], row: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ places.
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,16 +20,25 @@ from transformers import PreTrainedModel
 from kvguard.audit import Check
 from kvguard.cold_cache import REFUSALS, ColdKind, ColdStore, attention_of
 from kvguard.costs import CostMeter
-from kvguard.decode_compression import DecodeState
+from kvguard.decode_compression import DecodeState, compressing
 from kvguard.ladder import RatioLadder
 from kvguard.logits_buffers import LogitsBuffers
-from kvguard.models import check_architecture, position_limit
-from kvguard.prefill import Prefilled, Prefix, attention_layers, cache_bytes, is_pressed, prefill
+from kvguard.models import check_architecture, position_limit, synchronize
+from kvguard.prefill import (
+    Prefilled,
+    Prefix,
+    attention_layers,
+    cache_bytes,
+    is_pressed,
+    matching_prefix,
+    prefill,
+)
 from kvguard.presses import Phases, PressError, fresh, phases
 from kvguard.probes import CacheProbe
 from kvguard.replays import ReplayAt, step_with_riders
 from kvguard.requests import Completion, Request, Row, check_request
 from kvguard.sampling import Decoding, token_scores
+from kvguard.shared_prefix import behind
 from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, peaks
 from kvguard.slots import ATTENTION_NAME, Slots
 
@@ -85,6 +94,8 @@ class Session:
         falls_back: a prompt that the press refuses, one shorter than its window, is not compressed;
             otherwise its request fails.
         ladder: chooses each request's ratio at its prefill, from its probes.
+        prefix_once: rows with the full cache refer to the prefix's own entries; otherwise each
+            holds a copy, and pays for it, as if its context were its own.
     """
 
     def __init__(
@@ -102,6 +113,7 @@ class Session:
         cold_folder: Path | None = None,
         falls_back: bool = False,
         ladder: RatioLadder | None = None,
+        prefix_once: bool = False,
     ) -> None:
         check_architecture(model.config)
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
@@ -123,7 +135,8 @@ class Session:
             self.store = ColdStore(
                 model.config, device=model.device, dtype=model.dtype, kind=cold, folder=cold_folder
             )
-        self.slots = Slots(model.config, rows, device=model.device, dtype=model.dtype)
+        held = prefix if prefix_once else None
+        self.slots = Slots(model.config, rows, device=model.device, dtype=model.dtype, prefix=held)
         self.rows: list[Row] = []
         self.meter = CostMeter(self.slots, self.rows)
         shape = (rows, decoding.max_new_tokens)
@@ -185,8 +198,10 @@ class Session:
         completion.cache_bytes_after = ready.bytes_after
         completion.tokens_prefilled += len(request.prompt_ids)
         completion.probes = ready.probes
+        held = self.slots.prefix.tokens if matching_prefix(self.prefix, request.prompt_ids) else 0
         try:
-            self.slots.insert(row, ready.cache, ready.masked)
+            own = behind(ready.cache, 0 if split.compresses else held)
+            self.slots.insert(row, own, ready.masked, shares=held > 0 and not split.compresses)
         except torch.OutOfMemoryError as error:
             completion.error = f"{type(error).__name__}: {error}; a smaller batch needs less"
             return completion
@@ -199,8 +214,9 @@ class Session:
             Row(
                 completion,
                 self._decode_state(split, request.seed),
-                exact=split == Phases(None, None),
+                exact=not split.compresses,
                 cold=ready.cold,
+                held=held,
                 replay=ready.replay,
             )
         )
@@ -217,7 +233,6 @@ class Session:
     def _prefill(self, request: Request, completion: Completion) -> tuple[Phases, Prefilled]:
         """Prefill a request; under the press, or without where the press refuses its prompt."""
         split = phases(self.admission_press)
-        compresses = split != Phases(None, None)
         probe = None
         if self.probes:
             probe = CacheProbe(self.model, request.prompt_ids, self.marked, self.replay)
@@ -231,7 +246,7 @@ class Session:
                 prefix=self.prefix,
                 seed=request.seed,
                 probe=probe,
-                store=self.store if compresses else None,
+                store=self.store if split.compresses else None,
             )
         except (AssertionError, IndexError, ValueError) as error:
             if split.prefill is None or not self.falls_back:
@@ -323,7 +338,7 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(attention_of(self.model, ATTENTION_NAME))
             if any(row.decode is not None for row in self.rows):
-                stack.enter_context(self._decode_compression())
+                stack.enter_context(compressing(self.model, self.rows))
             shared = {"past_key_values": self.slots, "use_cache": True, "kvguard_slots": self.slots}
             if riders:
                 transient = step_with_riders(self, tokens, positions, riders, shared)
@@ -347,12 +362,7 @@ class Session:
         self._charge(started)
 
     @torch.inference_mode()
-    def replace_cache(
-        self,
-        row: int,
-        kept: int,
-        ready: Prefilled,
-    ) -> None:
+    def replace_cache(self, row: int, kept: int, ready: Prefilled, *, whole: bool) -> None:
         """Give a row a new cache, and forget the generated tokens behind the first ``kept``.
 
         The row's next token comes from the given logits: it sits out the next pass of the batch.
@@ -361,9 +371,15 @@ class Session:
             row: which.
             kept: generated tokens that stay.
             ready: cache of exactly prompt and kept tokens, and the logits after them.
+            whole: nothing is compressed in it, nor will be.
         """
+        held = self.rows[row].held if whole else 0
+        self._replace(row, kept, ready._replace(cache=behind(ready.cache, held)), held > 0)
+
+    def _replace(self, row: int, kept: int, ready: Prefilled, shares: bool) -> None:
+        """`replace_cache` with a cache of what follows the prefix that the row shares."""
         self.compute_pending_signals()
-        self.slots.insert(row, ready.cache, ready.masked)
+        self.slots.insert(row, ready.cache, ready.masked, shares=shares)
         self._cut(row, kept)
         self.rows[row].replay = None  # of a cache that is gone
         self.rows[row].pending = ready.logits[0]
@@ -459,19 +475,18 @@ class Session:
             check: of this row's tokens so far.
         """
         state, count = self.rows[row], kept - check.start
-        prompt = len(state.completion.request.prompt_ids)
         if check.cache is not None:
-            cache = check.cache
-            cache.crop(prompt + kept)
+            check.cache.crop(len(state.completion.request.prompt_ids) + kept)
+            cache = behind(check.cache, state.held)
         else:
             assert state.cold is not None
             extra = None if check.entries is None else check.entries[:, :, :, :count]
-            cache = state.cold.load(extra)
+            cache = state.cold.load(extra, behind=state.held)
             here = 0 if extra is None or check.off_device else extra.nbytes
             state.completion.bytes_moved += cache_bytes(cache) - here
         logits = self.model.lm_head(check.hidden[count : count + 1])
         size = cache_bytes(cache)
-        self.replace_cache(row, kept, Prefilled(cache, None, logits, size, size, 0))
+        self._replace(row, kept, Prefilled(cache, None, logits, size, size, 0), state.held > 0)
         self.meter.note_peak(size)  # it was there twice
         state.decode, state.exact, state.cold, state.checked = None, True, None, kept
 
@@ -533,30 +548,6 @@ class Session:
         share = (time.perf_counter() - started) / self.active
         for row in self.rows:
             row.completion.decode_seconds += share
-
-    @contextmanager
-    def _decode_compression(self) -> Iterator[None]:
-        """Hooks that let each row's own press see its own slice after each attention layer."""
-
-        def compress(layer: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
-            for number, row in enumerate(self.rows):
-                if row.decode is not None and not row.sits_out:
-                    row.decode.after_layer(number, layer, kwargs)
-                    row.completion.error = row.completion.error or row.decode.error
-            return output
-
-        with ExitStack() as stack:
-            for layer in attention_layers(self.model):
-                layer.rotary_emb = self.model.model.rotary_emb
-                handle = layer.register_forward_hook(compress, with_kwargs=True)
-                stack.callback(handle.remove)
-            yield
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for an accelerator, so that seconds are charged to whom they belong."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def generate(

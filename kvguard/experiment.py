@@ -15,13 +15,14 @@ from kvguard.audit import audit_tokens
 from kvguard.engine import Session, generate
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
-from kvguard.prefill import Prefix, prefill_prefix
+from kvguard.prefill import Prefix
 from kvguard.presses import build_press
 from kvguard.probes import marked_tokens
-from kvguard.prompts import Example, Prompt, format_prompt, shared_prefix_tokens
+from kvguard.prompts import Example, Prompt, format_prompt
 from kvguard.requests import Completion, Request
 from kvguard.sampling import Decoding
 from kvguard.schema import AUDIT, PROBE_NAMES, TOKENS, TRACES, check, conform
+from kvguard.shared_prefix import common_prefix
 from kvguard.signals import SIGNAL_NAMES
 from kvguard.slots import batch_size_for
 
@@ -92,11 +93,7 @@ def prepare_requests(
         Request(prompt.prompt_id, ids, request_seed(experiment.seed, prompt.prompt_id))
         for prompt, ids in zip(prompts, token_ids, strict=True)
     ]
-    prefix = None
-    shared = shared_prefix_tokens(token_ids) if settings.share_prefix and len(prompts) > 1 else 0
-    eager = model.model.config._attn_implementation == "eager"
-    if shared > 0 and not eager:
-        prefix = prefill_prefix(model.model, token_ids[0][:shared])
+    prefix = common_prefix(model.model, token_ids, 1) if settings.share_prefix else None
     rows = settings.batch_size
     if rows == "auto":
         longest = max(map(len, token_ids)) + decoding.max_new_tokens

@@ -257,10 +257,8 @@ class KVGuard:
             "rules": isinstance(predictor, str) and predictor == "rules",
         }
         self._prompts_seen: set[int] = set()
-        names = {"continue": "guard"}
-        self.policy_name = names.get(recovery, f"guard_{recovery}") if policy == "guard" else policy
-        if adaptive:
-            self.policy_name = "lossless_auto"
+        own = "guard" if recovery == "continue" else f"guard_{recovery}"
+        self.policy_name = "lossless_auto" if adaptive else own if policy == "guard" else policy
         self._warned: set[str] = set()
         self.streamer = streamer
         self.report = GuardReport()
@@ -346,10 +344,8 @@ class KVGuard:
         pad = settings.pad_token_id
         if pad is None:
             pad = decoding.end_token_ids[0] if decoding.end_token_ids else 0
-        longest = max((len(c.token_ids) for c in completions), default=0)
-        tail = torch.full((len(prompts), longest), pad, dtype=input_ids.dtype)
-        for i, completion in enumerate(completions):
-            tail[i, : len(completion.token_ids)] = torch.tensor(completion.token_ids)
+        ends = [torch.tensor(c.token_ids, dtype=input_ids.dtype) for c in completions]
+        tail = torch.nn.utils.rnn.pad_sequence(ends, batch_first=True, padding_value=pad)
         sequences = torch.cat([input_ids, tail.to(input_ids.device)], dim=1)
         if settings.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
@@ -371,7 +367,7 @@ class KVGuard:
             model: in eval mode.
             requests: their keys must differ.
             decoding: how tokens are chosen.
-            prefix: what the prompts share, prefilled.
+            prefix: what the prompts share, prefilled; None: what all of them begin with.
             stopping: see `guard_observer.GuardObserver`.
             streamer: receives released tokens, those of all requests; None takes the guard's own.
 
@@ -387,6 +383,7 @@ class KVGuard:
         from kvguard.predictor import for_press
         from kvguard.presses import nominal_ratio
         from kvguard.replays import replay_for
+        from kvguard.shared_prefix import common_prefix
         from kvguard.slots import batch_size_for
 
         self._statements(model, decoding)
@@ -396,6 +393,7 @@ class KVGuard:
         rows = self.batch_size or batch_size_for(model, longest)
         rows = min(rows, len(requests), self._most_rows)
         probes = _reads_probes(self.predictor) or _reads_probes(self.harm_model)
+        prefix = prefix or common_prefix(model, [each.prompt_ids for each in requests])
         session = Session(
             model,
             decoding,
@@ -409,6 +407,7 @@ class KVGuard:
             cold_folder=self.cold_folder,
             falls_back=True,
             ladder=self.ladder,
+            prefix_once=self.harm_risk is None,  # a certificate is about rows with copies
         )
         policy = self._policy(rows, decoding.max_new_tokens)
         press_class, ratio = press_use(self.press)["press_class"], nominal_ratio(self.press)

@@ -1,7 +1,6 @@
 """The guard as an observer of the engine's decoding loop: hazards, checks, recoveries.
 
-`GuardObserver` runs any policy over a session; `KVGuard` and the live experiment run theirs through
-it.
+`GuardObserver` runs any policy over a session, for `KVGuard` and the live experiment.
 """
 
 import logging
@@ -18,11 +17,12 @@ from kvguard.check_timing import LosslessAuto
 from kvguard.checks import RECOVERABLE, check_prices, free_memory, run_checks
 from kvguard.config import BASELINE_RATIO, Tolerance
 from kvguard.controller import Mode
-from kvguard.engine import Session, Step, generate, synchronize
+from kvguard.engine import Session, Step, generate
 from kvguard.guard_report import GuardError, RowReport, complete_report
 from kvguard.hazards import HazardModel as HazardModel
 from kvguard.hazards import HazardState
 from kvguard.ladder import charge_replays, relaxed
+from kvguard.models import synchronize
 from kvguard.policies import AFTER_END, CHECKS, Action, Observation, Policy, is_alarm
 from kvguard.prefill import prefill
 from kvguard.presses import fresh, phases, with_ratio
@@ -526,7 +526,7 @@ class GuardObserver:
         report = self._report(session, row)
         report.kv_bytes_peak = max(report.kv_bytes_peak or 0, ready.bytes_after)
         session.meter.extra_pass({row: ready.bytes_after})
-        session.replace_cache(row, kept, ready)
+        session.replace_cache(row, kept, ready, whole=not phases(press).compresses)
         session.compress_while_decoding(row, press)
         if kept == 0 and state.checked > 0:
             state.checked = 0

@@ -230,3 +230,9 @@ def quiet_progress() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator, so that seconds are charged to whom they belong."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

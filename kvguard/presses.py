@@ -32,6 +32,11 @@ class Phases(NamedTuple):
     prefill: BasePress | None
     decode: DecodingPress | None
 
+    @property
+    def compresses(self) -> bool:
+        """Whether there is anything of either."""
+        return self != Phases(None, None)
+
 
 def build_press(spec: Press, ratio: str) -> BasePress:
     """Build a fresh kvpress press from its configuration.

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,20 +178,6 @@ def format_prompt(
         messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE
     )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def shared_prefix_tokens(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share, leaving each at least one token of its own.
-
-    Args:
-        prompts: token ids of each prompt; fewer than two share nothing.
-    """
-    if len(prompts) < 2:
-        return 0
-    ordered = sorted(map(list, prompts))  # what the extremes share, all share
-    pairs = zip(ordered[0], ordered[-1], strict=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return max(0, min(common, min(map(len, prompts)) - 1))
 
 
 def prompts_frame(prompts: Sequence[Prompt]) -> pl.DataFrame:

@@ -101,6 +101,7 @@ class Row:
         pending: logits of a row that has been cut, which sits out the next pass.
         pending_hidden: the same before ``lm_head``, (hidden size,): rows cut together share a call.
         cold: its uncompressed entries outside device memory.
+        held: first tokens of its full cache that the session's shared prefix holds for it.
         replay: of its probes, which rides in the next decoding step.
     """
 
@@ -112,6 +113,7 @@ class Row:
     pending: torch.Tensor | None = None
     pending_hidden: torch.Tensor | None = None
     cold: ColdRow | None = None
+    held: int = 0
     replay: Replay | None = None
     kv_bytes: list[tuple[int, int, int]] = field(default_factory=list)
 

@@ -25,7 +25,9 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
 from kvguard.pages import PAGE_ENTRIES, SLACK, Pool
+from kvguard.prefill import Prefix
 from kvguard.replays import Replay, attend_replay
+from kvguard.shared_prefix import HeldPrefix
 
 ATTENTION_NAME = "kvguard_slots"
 
@@ -62,8 +64,16 @@ class Slots:
 
     Rows 0 .. ``active - 1`` are in use.
 
+    Args:
+        config: of the model.
+        rows: at most.
+        device: where the model is.
+        dtype: of its entries.
+        prefix: what rows with the full cache may begin with, without a copy of their own.
+
     Attributes:
-        lengths: (layers, rows) int64, entries of each row in each layer.
+        lengths: (layers, rows) int64, entries of each row in each layer, the prefix not counted.
+        prefix: the prefix, and which rows begin with it.
         appended: (rows,) int64, newest entries that stand last in every layer: those written one by
             one since the row was filled or compressed.
     """
@@ -71,7 +81,13 @@ class Slots:
     is_compileable = False
 
     def __init__(
-        self, config: PretrainedConfig, rows: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: PretrainedConfig,
+        rows: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        prefix: Prefix | None = None,
     ):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -87,7 +103,9 @@ class Slots:
             Pool(self.heads, self.head_dim, device=device, dtype=dtype) for _ in range(self.layers)
         ]
         self.tables: list[list[list[int]]] = [[[] for _ in range(rows)] for _ in range(self.layers)]
+        self.prefix = HeldPrefix(prefix, rows)
         self._plans: list[Plan] = []
+        self._sharing: torch.Tensor | None = None  # rows of the step that begin with the prefix
         self.riders: dict[int, Replay] = {}  # by row, in the step at work
         self._peak_bytes = 0
 
@@ -98,8 +116,8 @@ class Slots:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all pages of all layers, and of the masks of head-wise presses."""
-        return sum(pool.nbytes for pool in self.pools)
+        """Bytes of all pages of all layers, of the masks of head-wise presses, of a held prefix."""
+        return self.prefix.nbytes + sum(pool.nbytes for pool in self.pools)
 
     def take_peak(self) -> int:
         """The most bytes allocated at once since the last call, copies while growing included."""
@@ -110,7 +128,12 @@ class Slots:
     # --- rows come, change and go ---
 
     def insert(
-        self, row: int, cache: DynamicCache, masked: Sequence[torch.Tensor | None] | None = None
+        self,
+        row: int,
+        cache: DynamicCache,
+        masked: Sequence[torch.Tensor | None] | None = None,
+        *,
+        shares: bool = False,
     ) -> None:
         """Put one sequence's cache into a slot; the slot's old content is lost.
 
@@ -118,6 +141,7 @@ class Slots:
             row: slot number; the first unused slot becomes active.
             cache: batch of 1, (1, heads, length, head_dim) per layer.
             masked: per layer (heads, length) bool, True where the press hides an entry.
+            shares: the sequence is the prefix and what is in the cache.
         """
         for layer in range(self.layers):  # whatever runs out of memory does so before any change
             keys = cache.layers[layer].keys
@@ -130,6 +154,7 @@ class Slots:
             assert values is not None
             self.write(layer, row, keys[0], values[0], None if masked is None else masked[layer])
         self.appended[row] = 0
+        self.prefix.rows[row] = shares
 
     def write(
         self,
@@ -194,20 +219,28 @@ class Slots:
             array[:, row] = array[:, last]
             array[:, last] = 0
         self.appended[row] = self.appended[last]
+        self.prefix.rows[row] = self.prefix.rows[last]
+        self.prefix.rows[last] = False
         self.active = last
         return last
 
     def entries(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A row's keys and values, copies (1, heads, length, head_dim) without padding."""
         length = int(self.lengths[layer, row])
-        keys, values = self.pools[layer].read(self.tables[layer][row], length)
+        own = self.pools[layer].read(self.tables[layer][row], length)
+        if self.prefix.rows[row]:
+            pairs = zip(self.prefix.entries(layer), own, strict=True)
+            keys, values = (torch.cat(pair, dim=1) for pair in pairs)
+        else:
+            keys, values = own
         return keys[None], values[None]
 
     def row_bytes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Kept, masked and padding bytes of each active row, three (active,) arrays.
 
-        Padding is what is left of the row's pages and its share of what no row uses: over the rows
-        the three sum to `allocated_bytes`.
+        A prefix that rows begin with is kept by them in equal parts. Padding is what is left of the
+        row's pages and its share of what no row uses: over the rows the three sum to
+        `allocated_bytes`.
         """
         per_head = self.bytes_per_entry // self.heads
         masked = self.hidden_entries[:, : self.active].sum(axis=0) * per_head
@@ -217,10 +250,11 @@ class Slots:
             dtype=np.int64,
         )
         own = pages * PAGE_ENTRIES * self.bytes_per_entry
-        unused = self.allocated_bytes - int(own.sum())
+        unused = self.allocated_bytes - self.prefix.nbytes - int(own.sum())
         shares = np.full(self.active, unused // max(self.active, 1), dtype=np.int64)
         shares[: unused - int(shares.sum())] += 1
-        return used - masked, masked, own + shares - used
+        kept = used - masked + self.prefix.row_bytes(self.active)
+        return kept, masked, own + shares - used
 
     # --- pages ---
 
@@ -310,6 +344,8 @@ class Slots:
                 and self.tables[layer] == self.tables[layer - 1]
             )
             self._plans.append(self._plans[-1] if same else self._plan(layer))
+        sharing = np.flatnonzero(self.prefix.rows[:active])
+        self._sharing = torch.from_numpy(sharing).to(self.device) if len(sharing) else None
 
     def end_step(self) -> None:
         """Every active row has one entry more."""
@@ -426,6 +462,9 @@ class Slots:
         scores = scores.reshape(shape).permute(0, 2, 3, 1, 4).reshape(active, heads, groups, -1)
         if plan.mask is not None:
             scores += plan.mask
+        sharing = self._sharing
+        if sharing is not None:
+            log_sum = scores.index_select(0, sharing).float().logsumexp(dim=-1, keepdim=True)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(self.dtype)
         weights = weights.reshape(active, heads, groups, most, PAGE_ENTRIES).permute(0, 3, 1, 2, 4)
         weights = weights.reshape(active * most, heads, groups, PAGE_ENTRIES)
@@ -436,7 +475,12 @@ class Slots:
             torch.bmm(weights[part], block.view(-1, PAGE_ENTRIES, size), out=plan.mixed[part])
         mixed = plan.mixed.view(pages + 1, -1)
         mixed = mixed[:pages] if plan.table is None else mixed.index_select(0, plan.sums)
-        return mixed.view(active, most, -1).sum(dim=1).reshape(active, 1, heads * groups, size)
+        mixed = mixed.view(active, most, -1).sum(dim=1).view(active, heads, groups, size)
+        if sharing is not None:
+            asked, own = (each.index_select(0, sharing) for each in (grouped, mixed))
+            whole = self.prefix.join(layer, asked, own, log_sum, scale)
+            mixed.index_copy_(0, sharing, whole)
+        return mixed.view(active, 1, heads * groups, size)
 
     def attend_riders(
         self,
@@ -469,7 +513,8 @@ class Slots:
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Longest row; part of the interface that models expect of a cache."""
-        return int(self.lengths[layer, : self.active].max(initial=0))
+        lengths = self.lengths[layer] + self.prefix.tokens * self.prefix.rows
+        return int(lengths[: self.active].max(initial=0))
 
 
 def slot_attention(

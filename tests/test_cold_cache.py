@@ -131,9 +131,9 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         found["written"] += entries.nbytes
         write(slots, row, dropped, entries)
 
-    def loading(row: ColdRow, further: torch.Tensor | None = None) -> object:
+    def loading(row: ColdRow, further: torch.Tensor | None = None, *, behind: int = 0) -> object:
         found["written"] += 0 if further is None else further.nbytes
-        return load(row, further)
+        return load(row, further, behind=behind)
 
     monkeypatch.setattr(ColdRow, "load", loading)
     monkeypatch.setattr(cold_cache, "_Pass", lambda *given, **_: plain(*given, buffered=True))
@@ -143,7 +143,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def behind_a_prefix(model: PreTrainedModel, max_new_tokens: int) -> Session:
+def behind_a_prefix(model: PreTrainedModel, max_new_tokens: int, once: bool = False) -> Session:
     """Three rows whose prompts begin with `SHARED`."""
     return Session(
         model,
@@ -152,6 +152,7 @@ def behind_a_prefix(model: PreTrainedModel, max_new_tokens: int) -> Session:
         rows=3,
         prefix=prefill_prefix(model, SHARED),
         cold="host",
+        prefix_once=once,
     )
 
 
@@ -172,15 +173,20 @@ def test_a_part_that_rows_share_is_read_once_and_counted_in_equal_parts(
 
 
 @pytest.mark.parametrize(
-    "policy",
-    [Lossless("lossless", 3, 3), VerifyAll("verify_all", 3)],
-    ids=["lossless", "verify_all"],
+    ("policy", "once"),
+    [
+        (Lossless("lossless", 3, 3), False),
+        (VerifyAll("verify_all", 3), False),
+        (VerifyAll("verify_all", 3), True),
+    ],
+    ids=["lossless", "verify_all", "verify_all, prefix once"],
 )
 def test_bytes_moved_on_the_host_are_what_would_cross_a_bus(
     tiny_llama: PreTrainedModel,
     monkeypatch: pytest.MonkeyPatch,
     copied: Counter[str],
     policy: Policy,
+    once: bool,
 ) -> None:
     """Against every copy that a policy makes of its rows, refill and a shared prefix included."""
     checked = audit.run_drafts
@@ -190,7 +196,7 @@ def test_bytes_moved_on_the_host_are_what_would_cross_a_bus(
         return checked(model, drafts, **options)
 
     monkeypatch.setattr(audit, "run_drafts", leaving)
-    session = behind_a_prefix(tiny_llama, max_new_tokens=14)
+    session = behind_a_prefix(tiny_llama, 14, once)
     requests = [
         Request(str(i), [*SHARED, *random_ids(6 + 5 * i, i)], max_new_tokens=8 + i)
         for i in range(5)

@@ -23,6 +23,7 @@ from kvguard.guard_observer import GuardObserver, guarded
 from kvguard.harm_model import Coefficients, HarmModel
 from kvguard.harm_price import GuardPrice
 from kvguard.policies import Action
+from kvguard.prefill import prefill_prefix
 from kvguard.presses import build_press
 
 PLAIN = HarmModel(alone=Coefficients(intercept=0.5, rejections=2.0))
@@ -219,6 +220,7 @@ def test_a_promoted_row_is_never_checked_again() -> None:
     rows=st.integers(1, 5),
     sample=st.booleans(),
     cold=st.sampled_from(["host", "none"]),
+    once=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_promoted_at_any_moment_the_answer_is_the_uncompressed_one(
@@ -228,6 +230,7 @@ def test_promoted_at_any_moment_the_answer_is_the_uncompressed_one(
     rows: int,
     sample: bool,
     cold: Literal["host", "none"],
+    once: bool,
     seed: int,
 ) -> None:
     """Rows that are promoted at random beside others that are not, with refill."""
@@ -236,7 +239,13 @@ def test_promoted_at_any_moment_the_answer_is_the_uncompressed_one(
     decoding = SAMPLING if sample else GREEDY
     requests = ragged_requests(model.config.vocab_size)
     session = Session(
-        model, decoding, press=build_press(spec(press, 3), "0.500"), rows=rows, cold=cold
+        model,
+        decoding,
+        press=build_press(spec(press, 3), "0.500"),
+        rows=rows,
+        cold=cold,
+        prefix=prefill_prefix(model, requests[0].prompt_ids[:11]) if once else None,
+        prefix_once=once,
     )
     longest = decoding.max_new_tokens
     policy = LosslessAuto("lossless_auto", rows)
@@ -257,7 +266,7 @@ def test_promoted_at_any_moment_the_answer_is_the_uncompressed_one(
                     assert row.cold is None
                     if not row.ended and row.sits_out:
                         kept = session.prompt_lengths[number] + session.lengths[number]
-                        assert (session.slots.lengths[:, number] == kept).all()
+                        assert (session.slots.lengths[:, number] == kept - 11 * once).all()
 
     checks = {}
     for completion, report in guarded(session, requests, Watch(session, policy, bus_ratio=50)):

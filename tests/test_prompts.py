@@ -32,10 +32,10 @@ from kvguard.prompts import (
     prompts_frame,
     read_examples,
     read_prompts,
-    shared_prefix_tokens,
     write_examples,
 )
 from kvguard.schema import PROMPTS, check, write_table
+from kvguard.shared_prefix import shared_prefix_tokens
 from kvguard.tasks import TaskError, Verdict, verify
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

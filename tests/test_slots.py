@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig
 
 from kvguard.pages import PAGE_ENTRIES
+from kvguard.prefill import Prefix
 from kvguard.slots import Slots
 
 LAYERS, HEADS, GROUPS, SIZE = 2, 2, 3, 4
@@ -26,13 +27,24 @@ Row = list[tuple[torch.Tensor, ...]]
 """Per layer keys, values (heads, length, head_dim) and hidden (heads, length) of one row."""
 
 
+PREFIX_TOKENS = 21
+
+
 class Reference:
-    """The same operations on one list of tensors a row."""
+    """The same operations on one list of tensors a row, a prefix that it shares included."""
 
     def __init__(self, rows: int, seed: int) -> None:
-        self.slots = Slots(CONFIG, rows, device=torch.device("cpu"), dtype=torch.float32)
         self.random = torch.Generator().manual_seed(seed)
         self.rows: list[Row] = []
+        self.shares: list[bool] = []
+        self.prefix = [self.layer(PREFIX_TOKENS) for _ in range(LAYERS)]
+        cache = DynamicCache()
+        for number, (keys, values, _) in enumerate(self.prefix):
+            cache.update(keys[None], values[None], number)
+        prefix = Prefix(tuple(range(PREFIX_TOKENS)), cache, [])
+        self.slots = Slots(
+            CONFIG, rows, device=torch.device("cpu"), dtype=torch.float32, prefix=prefix
+        )
 
     def draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.random)
@@ -42,13 +54,20 @@ class Reference:
         hidden[:, 0] = False
         return self.draw(HEADS, length, SIZE), self.draw(HEADS, length, SIZE), hidden
 
-    def insert(self, row: int, lengths: list[int], *, hides: bool) -> None:
+    def insert(self, row: int, lengths: list[int], *, hides: bool, shares: bool = False) -> None:
         layers = [self.layer(length, hides=hides) for length in lengths]
         cache = DynamicCache()
         for number, (keys, values, _) in enumerate(layers):
             cache.update(keys[None], values[None], number)
-        self.slots.insert(row, cache, [hidden for _, _, hidden in layers] if hides else None)
+        masked = [hidden for _, _, hidden in layers] if hides else None
+        self.slots.insert(row, cache, masked, shares=shares)
+        if shares:
+            pairs = zip(self.prefix, layers, strict=True)
+            layers = [
+                tuple(torch.cat(both, 1) for both in zip(*pair, strict=True)) for pair in pairs
+            ]
         self.rows[row : row + 1] = [layers]
+        self.shares[row : row + 1] = [shares]
 
     def write(self, row: int, layer: int, length: int) -> None:
         self.rows[row][layer] = self.layer(length)
@@ -81,8 +100,9 @@ class Reference:
 
     def remove(self, row: int) -> None:
         assert self.slots.remove(row) == len(self.rows) - 1
-        self.rows[row] = self.rows[-1]
+        self.rows[row], self.shares[row] = self.rows[-1], self.shares[-1]
         self.rows.pop()
+        self.shares.pop()
 
     def step(self) -> None:
         """One decoding step; attention equals the softmax over each row's own entries."""
@@ -117,11 +137,20 @@ class Reference:
         kept, masked, padding = self.slots.row_bytes()
         entries = sum(x.numel() for row in self.rows for layer in row for x in layer[:2])
         hidden = sum(int(layer[2].sum()) for row in self.rows for layer in row)
+        alike = LAYERS * HEADS * PREFIX_TOKENS * 2 * SIZE * 4
+        shared = sum(self.shares)
         assert masked.sum() == hidden * 2 * SIZE * 4
-        assert (kept + masked).sum() == entries * 4
+        assert (kept + masked).sum() == entries * 4 - max(0, shared - 1) * alike
         assert (padding >= 0).all()
         if self.rows:
-            assert (kept + masked + padding).sum() == allocated(self.slots)
+            here = allocated(self.slots) + alike * (shared > 0)
+            assert (kept + masked + padding).sum() == here == self.slots.allocated_bytes
+            own = [
+                sum(x.numel() for layer in row for x in layer[:2]) * 4 - alike * shares
+                for row, shares in zip(self.rows, self.shares, strict=True)
+            ]
+            parts = (kept + masked - own)[self.shares]
+            assert shared == 0 or parts.max() - parts.min() <= 1
 
 
 def allocated(slots: Slots) -> int:
@@ -137,7 +166,9 @@ def allocated(slots: Slots) -> int:
 
 
 ACTION = st.tuples(
-    st.sampled_from(["insert", "refill", "step", "step", "write", "drop", "replace", "remove"]),
+    st.sampled_from(
+        ["insert", "refill", "whole", "step", "step", "write", "drop", "replace", "remove"]
+    ),
     st.integers(0, 4),
     st.integers(1, 70),
     st.integers(0, 40),
@@ -161,9 +192,11 @@ def test_pages_hold_what_was_put_in(
             continue
         elif action == "refill":
             them.insert(number % active, lengths, hides=flag)
+        elif action == "whole":
+            them.insert(number % active, [length, length], hides=False, shares=True)
         elif action == "step":
             them.step()
-        elif action == "write":
+        elif action == "write" and not them.shares[number % active]:
             them.write(number % active, int(flag), length)
         elif action == "drop":
             them.drop_tail(number % active, other)
@@ -182,8 +215,7 @@ def test_nothing_leaks_from_a_row_that_broke() -> None:
     for pool in them.slots.pools:
         for block in (*pool.keys, *pool.values):
             block[them.slots.tables[0][1]] = torch.nan
-    them.slots.remove(1)
-    them.rows.pop()
+    them.remove(1)
     them.insert(1, [3, 3], hides=False)
     them.step()
     them.check()
