@@ -48,6 +48,13 @@ POLICIES: dict[str, PolicyEntry] = {
             "full",
             "exact: the uncompressed trace with costs that are counted, live and here",
         ),
+        PolicyEntry(
+            "shared_prefix",
+            "full KV cache, prefix held once",
+            False,
+            "full",
+            "exact: the uncompressed trace; its memory is measured live alone",
+        ),
         PolicyEntry("guard", "guard", True, "check", _GOES_ON),
         PolicyEntry(
             "guard_price",

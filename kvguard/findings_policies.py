@@ -31,6 +31,7 @@ HEADLINE_POLICIES = (
     "lossless_auto",
     "always_safe",
     "offload",
+    "shared_prefix",
     "oracle_gate",
     "oracle_onset",
 )

@@ -34,7 +34,7 @@ from kvguard.prompts import Example, Prompt, load_task, prompts_frame
 from kvguard.replays import replay_for
 from kvguard.requests import Completion
 from kvguard.rival_settings import NO_GATE, NO_LADDER, gate_risk, gate_scores
-from kvguard.rivals import Ladder, Offload
+from kvguard.rivals import Ladder, Offload, SharedPrefix
 from kvguard.schema import RUNS, TOKENS, TRACES, check, conform
 from kvguard.splits import prompts_of, read_splits
 
@@ -128,6 +128,7 @@ def run_policy_shard(
         replay=replay_for(reader, waits=policy == "guard_price"),
         marked=marked_tokens(model.tokenizer, model.model.config.vocab_size) if probes else None,
         ladder=ladder,
+        prefix_once=isinstance(rule, SharedPrefix),
     )
     observer = GuardObserver(
         session,
@@ -136,7 +137,7 @@ def run_policy_shard(
         probe_score=scores,
         bus_ratio=guard.bus_ratio,
         ratio=float(rule.press_ratio or ratio),
-        safe_ratio=0.0 if isinstance(rule, Offload) else float(guard.safe_ratio),
+        safe_ratio=0.0 if isinstance(rule, (Offload, SharedPrefix)) else float(guard.safe_ratio),
         margin_nats=guard.margin_nats,
         tolerance=guard.tolerance,
         check_every_tokens=guard.check_every_tokens,
@@ -189,13 +190,14 @@ def repeat_full_cache(
     """Live runs of ``always_safe`` as those of another condition, or as ``offload``.
 
     With a safe ratio of 0 no press is at work in either: under every press and ratio they are the
-    same computation. ``seconds`` are those of the one that ran; of ``offload`` they are null.
+    same computation. ``seconds`` are those of the one that ran; of ``offload`` they are null. Runs
+    of ``shared_prefix`` are those of its other conditions alike.
 
     Args:
-        runs: RUNS of ``always_safe``, one condition.
+        runs: RUNS of ``always_safe``, one condition; of ``shared_prefix`` for that policy.
         press: of the other condition.
         ratio: of the other condition.
-        policy: ``always_safe`` or ``offload``.
+        policy: ``always_safe``, ``offload`` or ``shared_prefix``.
         layers: of the model.
     """
     rows = runs.to_dicts()

@@ -107,6 +107,8 @@ def policy_style(policy: str) -> PolicyStyle:
         return PolicyStyle(label, INK, "o" if policy == "none" else "*", True)
     if policy == "offload":
         return PolicyStyle(label, INK, "P", True)
+    if policy == "shared_prefix":
+        return PolicyStyle(label, INK, "s", True)
     alike = [name for name in POLICY_LABELS if _family(name) == _family(policy)]
     place = alike.index(policy) if policy in alike else len(alike)
     marker = MARKERS[place % len(MARKERS)]
@@ -127,7 +129,9 @@ _RIVALS = ("#D55E00", "#E69F00", "#009E73", "#707070", "#999933", "#882255", "#A
 
 def _family(policy: str) -> str:
     prefix = policy.split("_")[0]
-    return prefix if prefix in ("guard", "oracle", "none", "always", "offload") else "rival"
+    return (
+        prefix if prefix in ("guard", "oracle", "none", "always", "offload", "shared") else "rival"
+    )
 
 
 def policy_order(policy: str) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from kvguard.rivals import (
     Probation,
     RandomAlarm,
     RepetitionRuns,
+    SharedPrefix,
     VerifyAll,
     VerifyOnFailure,
 )
@@ -113,6 +114,8 @@ def make_policy(
         return AlwaysSafe(name, rows)
     if name == "offload":
         return Offload(name, rows)
+    if name == "shared_prefix":
+        return SharedPrefix(name, rows)
     policy = Policy(name, rows)
     if name == "constant":
         if press_ratio is None:

@@ -44,6 +44,14 @@ class Offload(AlwaysSafe):
     """
 
 
+class SharedPrefix(AlwaysSafe):
+    """Never compresses either, and holds what the prompts begin with once for all rows.
+
+    The rival in device memory wherever prompts share a context, few-shot turns or a system prompt;
+    where they share nothing it is `AlwaysSafe`. See `kvguard.shared_prefix`.
+    """
+
+
 class OneAlarm(Policy, ABC):
     """Base of the policies that act once a request, then leave it in SAFE."""
 

@@ -51,7 +51,7 @@ from kvguard.policies import AFTER_END, Action, Observation, Policy, is_alarm, n
 from kvguard.policy_factory import make_policy
 from kvguard.predictor import Predictor
 from kvguard.rival_settings import gate_scores, trace_probes
-from kvguard.rivals import Ladder, Offload, choose_rung
+from kvguard.rivals import Ladder, Offload, SharedPrefix, choose_rung
 from kvguard.schema import CATASTROPHES, CONDITION, REPLAY_TOKENS, TRACE_KEYS
 from kvguard.stored_requests import NOWHERE, StoredRequests
 
@@ -218,7 +218,9 @@ def simulate_policies(
             ladder_threshold=ladder_threshold,
             harm_model=harm_model,
         )
-        exact = guard.safe_ratio == config.BASELINE_RATIO or isinstance(policy, Offload)
+        exact = guard.safe_ratio == config.BASELINE_RATIO or isinstance(
+            policy, (Offload, SharedPrefix)
+        )
         scores = None
         if name == "guard_price" and harm_model is not None:
             scores = _harm_scores(harm_model, requests)
@@ -240,6 +242,8 @@ def simulate_policies(
             runs = runs.with_columns(**_offloaded(runs, layers))
         elif not policy.checks:  # nothing is parked
             runs = runs.with_columns(bytes_moved=pl.lit(0.0), host_byte_steps=pl.lit(0.0))
+        if isinstance(policy, SharedPrefix):  # depends on the rows of the batch, step by step
+            runs = runs.with_columns(device_byte_steps=pl.lit(None, pl.Float64))
         runs = _judge_stopped(runs, requests, prompts, detection, decode)
         runs = pl.concat([runs, failed.with_columns(policy=pl.lit(name))], how="diagonal")
         frames.append(runs if name == "none" else runs.filter(pl.col("press") != config.BASELINE))

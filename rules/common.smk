@@ -622,19 +622,21 @@ def full_cache_run(model, press, ratio, policy, shard):
     """The live run of `always_safe` that this one repeats; None: it runs itself.
 
     On the full cache no press is at work, so that one condition's run is that of all which load the
-    model alike; `offload` is the same answers with counted costs.
+    model alike; `offload` is the same answers with counted costs. `shared_prefix` repeats its own.
     """
-    if policy not in ("always_safe", "offload") or experiment.guard.safe_ratio != BASELINE_RATIO:
+    full = ("always_safe", "offload", "shared_prefix")
+    if policy not in full or experiment.guard.safe_ratio != BASELINE_RATIO:
         return None
+    source = "shared_prefix" if policy == "shared_prefix" else "always_safe"
     attention = experiment.press(press).attention
     for first, at in live_conditions():
         if experiment.press(first).attention == attention:
             break
-    if "always_safe" not in experiment.live.policies:
+    if source not in experiment.live.policies:
         return None
-    if (policy, press, ratio) == ("always_safe", first, at):
+    if (policy, press, ratio) == (source, first, at):
         return None
-    return f"<results>/live/{model}/{first}/{at}/always_safe/{shard}.parquet"
+    return f"<results>/live/{model}/{first}/{at}/{source}/{shard}.parquet"
 
 
 def imported_files():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvguard.config import POLICY_NAMES, Press
 from kvguard.detectors import detect_outcomes
-from kvguard.experiment import run_shard
+from kvguard.experiment import prepare_requests, run_shard
 from kvguard.live import repeat_full_cache, run_policy_shard
 from kvguard.models import LoadedModel
 from kvguard.prompts import prompts_frame
@@ -80,7 +80,7 @@ def test_every_policy_runs_live(tiny: LoadedModel, baseline: pl.DataFrame, polic
     assert (runs["tokens_prefilled"] > 0).all()
 
 
-@pytest.mark.parametrize("policy", ["verify_all", "always_safe", "offload"])
+@pytest.mark.parametrize("policy", ["verify_all", "always_safe", "offload", "shared_prefix"])
 def test_exact_policies_answer_as_the_uncompressed_model(
     tiny: LoadedModel, baseline: pl.DataFrame, policy: str
 ) -> None:
@@ -202,11 +202,11 @@ def test_a_ladder_runs_as_it_is_simulated(tiny: LoadedModel, baseline: pl.DataFr
     assert started == {"0.500", "0.250", "0.000"}
 
 
-@pytest.mark.parametrize("policy", ["always_safe", "offload"])
+@pytest.mark.parametrize("policy", ["always_safe", "offload", "shared_prefix"])
 def test_the_full_cache_run_of_one_condition_is_that_of_every_condition(
     tiny: LoadedModel, baseline: pl.DataFrame, policy: str
 ) -> None:
-    first = live(tiny, baseline, "always_safe")
+    first = live(tiny, baseline, policy if policy == "shared_prefix" else "always_safe")
     layers = tiny.model.config.num_hidden_layers
     repeated = repeat_full_cache(first, "knorm", "0.250", policy, layers)
     ran = run_policy_shard(
@@ -222,6 +222,39 @@ def test_the_full_cache_run_of_one_condition_is_that_of_every_condition(
     )
     assert_frame_equal(repeated.drop("seconds"), ran.drop("seconds"))
     assert repeated["seconds"].is_null().all() == (policy == "offload")
+
+
+def test_a_prefix_held_once_is_the_uncompressed_run_in_less_memory(
+    tiny: LoadedModel, baseline: pl.DataFrame
+) -> None:
+    """A prefix of P tokens that all rows refer to, as long as so many decode."""
+    full, runs = (live(tiny, baseline, name) for name in ("always_safe", "shared_prefix"))
+    assert runs["token_ids"].to_list() == full["token_ids"].to_list()
+    assert runs["bytes_moved"].unique().to_list() == [0]
+    ready = prepare_requests(tiny, some_prompts(), EXAMPLES, configured())
+    assert ready.prefix is not None
+    shared, rows = len(ready.prefix.token_ids), min(ready.rows, full.height)
+    entry = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, float32
+    spared = full["device_byte_steps"].sum() - runs["device_byte_steps"].sum()
+    steps = full["decode_steps"].sum()
+    # Each step of n rows holds one prefix for n; pages of 16 round the rest.
+    most = shared * entry * steps
+    assert (1 - 1 / rows) * most * 0.7 < spared < most
+    assert runs["device_bytes_peak"].max() < full["device_bytes_peak"].max()
+
+    own = [shard(tiny), shard(tiny, press())]
+    traces = pl.concat(part.traces for part in own)
+    tokens = pl.concat(part.tokens for part in own)
+    prompts, detection = prompts_frame(some_prompts()), configured().detection
+    outcomes = detect_outcomes(prompts, traces, tokens, detection)
+    requests = load_requests(traces, tokens, outcomes)
+    given = {"prompts": prompts, "live": configured().live, "detection": detection}
+    simulated = simulate_policies(requests, ["none", "shared_prefix"], **given)
+    simulated = simulated.filter(policy="shared_prefix")
+    assert simulated["device_byte_steps"].null_count() == simulated.height > 0
+    both = runs.join(simulated, on="prompt_id", maintain_order="left", suffix="_s")
+    for column in ("token_ids", "bytes_moved", "decode_steps", "answer", "harmed"):
+        assert both[column].to_list() == both[f"{column}_s"].to_list(), column
 
 
 def test_offloading_is_the_uncompressed_run_with_its_own_costs(

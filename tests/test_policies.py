@@ -200,11 +200,11 @@ def test_a_guard_without_hazard_is_an_error_not_a_calm_request():
         build("guard_promote").step(observe([0], 0, [[1]]))
 
 
-@pytest.mark.parametrize("name", ["none", "constant", "always_safe", "offload"])
+@pytest.mark.parametrize("name", ["none", "constant", "always_safe", "offload", "shared_prefix"])
 def test_policies_that_never_act(name):
     policy = build(name)
     assert acted(run(policy, hazard=[DANGER] * 20, entropy=[9.0] * 20, tokens=[7] * 20)) == []
-    assert policy.starts_safe == (name in ("always_safe", "offload"))
+    assert policy.starts_safe == (name in ("always_safe", "offload", "shared_prefix"))
 
 
 def test_constant_names_its_ratio():
