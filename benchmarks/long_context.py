@@ -5,8 +5,9 @@
 
 SmolLM2 in float32, snapkv at 0.750, 2 threads. The requests are word problems behind one long
 context of worked examples. It is prefilled once; then every row holds, parks and reads it as a
-context of its own. With ``--shared`` it stays one context: rows with the full cache refer to one
-copy of it (`kvguard.shared_prefix`), it is parked once, and a check reads it once for all its rows.
+context of its own. With ``--shared`` it stays one context: all rows refer to one copy of it and the
+press works on what follows it (`kvguard.shared_prefix`), it is parked once, and a check reads it
+once for all its rows.
 End tokens are off, so that every policy makes as many tokens. All policies run in turn in one
 process, round by round; seconds are medians over the rounds. Writes
 results/bench/long_context.json, or long_context_shared.json, after every policy:
@@ -17,8 +18,9 @@ results/bench/long_context.json, or long_context_shared.json, after every policy
   every 16 tokens, ``lossless_auto`` when the draft is no longer worth going on with, at the prices
   of this machine or (``_bus``) as if device memory were ``--bus-ratio`` times as fast as the bus;
   ``guard_price`` checks what is worth it at the default price of harm, ``guard_price_30`` and so on
-  at another, without probes; ``always_safe_copies``, with ``--shared``, never compresses and holds
-  a copy of the context in every row;
+  at another, without probes. With ``--shared`` also, as ``..._whole``, policies whose press works
+  on the whole prompt while rows with the full cache still share, and ``always_safe_copies``, which
+  never compresses and holds a copy of the context in every row;
 - ``ratios``: per policy ``device_byte_steps`` (goals: lossless 0.5, guard 0.4) and
   ``tokens_per_second`` (goals: 1.0, 1.3) over those of ``always_safe``, never compressing; of the
   latter also each round's own, slowest first (``tokens_per_second_rounds``). ``bus_traffic_ratio``:
@@ -42,6 +44,7 @@ from measuring import FOLDER, Rounds, machine, say, write
 
 from kvguard.cold_cache import ColdRow, ColdStore
 from kvguard.config import Config, Live, Press
+from kvguard.config_policies import Sharing
 from kvguard.costs import offload_traffic
 from kvguard.engine import Session
 from kvguard.experiment import Prepared, prepare_requests
@@ -134,7 +137,7 @@ def run(
     bus_ratio: float | None = None,
     *,
     shared: bool = True,
-    once: bool = False,
+    sharing: Sharing = "none",
     harm_price: float | None = None,
 ) -> Run:
     """All requests in one batch under a policy, in the requests' order.
@@ -148,7 +151,7 @@ def run(
         every: tokens between checks of ``lossless``.
         bus_ratio: see `checks.check_prices`.
         shared: the parked context is one; otherwise every row parks and reads its own.
-        once: rows with the full cache refer to one copy of it.
+        sharing: which rows refer to one copy of it.
         harm_price: of ``guard_price``; None: its default.
     """
     decoding = ready.decoding
@@ -160,7 +163,7 @@ def run(
         rows=ready.rows,
         prefix=ready.prefix,
         cold="host" if checks else "none",
-        prefix_once=once,
+        sharing=sharing,
     )
     if session.store is not None and not shared:
         loaded = model.model
@@ -294,7 +297,7 @@ def main() -> None:
     }
     plans: dict[str, dict[str, Any]] = {"always_safe": {"policy": "always_safe"}}
     if shared:
-        plans["always_safe_copies"] = {"policy": "always_safe", "once": False}
+        plans["always_safe_copies"] = {"policy": "always_safe", "sharing": "none"}
     plans["guard"] = {"policy": "guard"}
     plans |= {
         f"lossless_{every}": {"policy": "lossless", "every": every} for every in arguments.every
@@ -308,8 +311,13 @@ def main() -> None:
         f"{policy}_bus": {"policy": policy, "bus_ratio": bus}
         for policy in ("lossless_auto", "guard_price")
     }
+    if shared:
+        plans |= {
+            f"{policy}_whole": {"policy": policy, "sharing": "full"}
+            for policy in ("none", "lossless_auto", "guard_price")
+        }
     plans = {
-        name: {"every": 1, "shared": shared, "once": shared} | plan
+        name: {"every": 1, "shared": shared, "sharing": "all" if shared else "none"} | plan
         for name, plan in plans.items()
         if name in (arguments.policies or [name])
     }

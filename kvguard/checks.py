@@ -107,7 +107,8 @@ def _one_pass(session: Session, answers: list[Answer], keep_inputs: bool) -> lis
 def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
     """What checks of the active rows cost now, in drafted tokens, from the bytes that are read.
 
-    A decoding step reads the weights, shared by its rows, and each row's compressed cache; a check
+    A decoding step reads the weights, shared by its rows, the prefix where compressed rows refer to
+    it, and each row's compressed cache; a check
     reads the weights and each row's cold cache, over the bus where the device is not the host. A
     prefix that the prompts share crosses once for all rows of the pass, as the weights are read. A
     check without a cold cache computes prompt and answer, `PREFILL_TOKEN` each. Compressed rows
@@ -128,9 +129,10 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
     active, slots = session.active, session.slots
     weights = sum(parameter.nbytes for parameter in session.model.parameters())
     own = slots.lengths[:, :active].sum(axis=0) * slots.bytes_per_entry
-    compressed = own[[not row.exact for row in session.rows]]
-    typical = float((compressed if len(compressed) else own).mean())
-    drafted = weights / max(1, active) + typical
+    drafts = np.array([not row.exact for row in session.rows], dtype=bool)
+    typical = float((own[drafts] if drafts.any() else own).mean())
+    begins = slots.prefix.nbytes if slots.prefix.rows[:active][drafts].any() else 0
+    drafted = (weights + begins) / max(1, active) + typical
     bus = bus_ratio
     if bus is None:
         bus = 1.0 if session.model.device.type == "cpu" else BUS

@@ -317,6 +317,12 @@ class Config(Section):
     def _check_origin(self) -> None:
         """Raise where splits and policies do not go with who trains the predictor."""
         source = self.predictor.trained_by
+        shares = self.guard.sharing != "none"
+        if shares and (source is None or self.live.certify_prices):
+            raise ValueError(
+                "guard.sharing: 'none' unless predictor.trained_by names a run and nothing is "
+                f"certified (live.certify_prices: []), got {self.guard.sharing!r}"
+            )
         if source is None:
             if self.splits.train == 0:
                 raise ValueError(

@@ -195,6 +195,13 @@ Recovery = Literal["continue", "promote", "tolerant", "recompute", "restart", "r
 """What an alarm does."""
 
 
+Sharing = Literal["none", "full", "all"]
+"""Which rows refer to one copy of what their prompts begin with. "none": each holds a copy, and
+pays for it, as if its context were its own; "full": rows with the full cache refer to it; "all":
+compressed rows too, whose press works on what follows it. Presses that do more than drop the lowest
+scores, or compress while decoding, compress the whole prompt all the same."""
+
+
 class Tolerance(Section):
     """Where a tolerant cut sees harm: the first such token or window goes, what is before it stays.
 
@@ -217,6 +224,12 @@ class GuardSettings(Section):
     )
     cold: Literal["host", "disk", "none"] = Field(
         default="host", description="where evicted entries are stored for checks; none: recomputed"
+    )
+    sharing: Sharing = Field(
+        default="none",
+        description="rows that refer to one copy of what their prompts begin with: none; full: "
+        "those with the full cache; all: compressed ones too, whose press works on what follows. "
+        "Others than none in runs with predictor.trained_by alone: stored traces held copies",
     )
     safe_ratio: Ratio = Field(
         default=BASELINE_RATIO, description="fraction removed once a request is promoted"

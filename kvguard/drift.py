@@ -1,7 +1,7 @@
 """Whether live requests still resemble the calibration prompts, tested at any time."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -58,6 +58,7 @@ class DriftMonitor:
         self.requests = 0
         self.alarms = 0
         self.drifted: Literal["more", "fewer"] | None = None
+        self._prompts: set[int] = set()
         upper, lower = self.reference.upper, self.reference.lower
         self._more = _Mixture(upper, np.linspace(upper, 1, _ALTERNATIVES + 2)[1:-1])
         self._fewer = _Mixture(lower, np.linspace(0, lower, _ALTERNATIVES + 2)[1:-1])
@@ -77,6 +78,23 @@ class DriftMonitor:
             if self.drifted is None and max(more, fewer) >= threshold:
                 self.drifted = "more" if more >= fewer else "fewer"
         return self.drifted
+
+    def count_prompts(self, requests: Iterable[tuple[Sequence[int], bool]]) -> bool:
+        """Count those requests whose prompts have not been counted.
+
+        Args:
+            requests: prompt ids, and whether the request alarmed, of those that did not fail.
+
+        Returns:
+            Whether `drifted` has changed.
+        """
+        before = self.drifted
+        for prompt_ids, alarmed in requests:
+            prompt = hash(tuple(prompt_ids))
+            if prompt not in self._prompts:
+                self._prompts.add(prompt)
+                self.update(alarmed)
+        return self.drifted != before
 
     @property
     def e_value(self) -> float:

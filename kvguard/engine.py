@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from kvguard.audit import Check
 from kvguard.cold_cache import REFUSALS, ColdKind, ColdStore, attention_of
+from kvguard.config_policies import Sharing
 from kvguard.costs import CostMeter
 from kvguard.decode_compression import DecodeState, compressing
 from kvguard.ladder import RatioLadder
@@ -38,7 +39,7 @@ from kvguard.probes import CacheProbe
 from kvguard.replays import ReplayAt, step_with_riders
 from kvguard.requests import Completion, Request, Row, check_request
 from kvguard.sampling import Decoding, token_scores
-from kvguard.shared_prefix import behind
+from kvguard.shared_prefix import behind, compress_behind
 from kvguard.signals import SIGNAL_INDEX, SIGNAL_NAMES, extract_signals, peaks
 from kvguard.slots import ATTENTION_NAME, Slots
 
@@ -94,8 +95,7 @@ class Session:
         falls_back: a prompt that the press refuses, one shorter than its window, is not compressed;
             otherwise its request fails.
         ladder: chooses each request's ratio at its prefill, from its probes.
-        prefix_once: rows with the full cache refer to the prefix's own entries; otherwise each
-            holds a copy, and pays for it, as if its context were its own.
+        sharing: which rows refer to the prefix's own entries, see `config_policies.Sharing`.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Session:
         cold_folder: Path | None = None,
         falls_back: bool = False,
         ladder: RatioLadder | None = None,
-        prefix_once: bool = False,
+        sharing: Sharing = "none",
     ) -> None:
         check_architecture(model.config)
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
@@ -135,7 +135,8 @@ class Session:
             self.store = ColdStore(
                 model.config, device=model.device, dtype=model.dtype, kind=cold, folder=cold_folder
             )
-        held = prefix if prefix_once else None
+        self.sharing = sharing
+        held = None if sharing == "none" else prefix
         self.slots = Slots(model.config, rows, device=model.device, dtype=model.dtype, prefix=held)
         self.rows: list[Row] = []
         self.meter = CostMeter(self.slots, self.rows)
@@ -200,8 +201,9 @@ class Session:
         completion.probes = ready.probes
         held = self.slots.prefix.tokens if matching_prefix(self.prefix, request.prompt_ids) else 0
         try:
-            own = behind(ready.cache, 0 if split.compresses else held)
-            self.slots.insert(row, own, ready.masked, shares=held > 0 and not split.compresses)
+            shares = held > 0 and (ready.keeps_prefix or not split.compresses)
+            own = behind(ready.cache, held if shares else 0)
+            self.slots.insert(row, own, ready.masked, shares=shares)
         except torch.OutOfMemoryError as error:
             completion.error = f"{type(error).__name__}: {error}; a smaller batch needs less"
             return completion
@@ -239,10 +241,14 @@ class Session:
         try:
             if self.ladder is not None:
                 return self.ladder.start(self, request, completion)
+            press = fresh(split.prefill)
+            own = self.sharing == "all" and split.decode is None
+            if own and matching_prefix(self.prefix, request.prompt_ids):
+                press = compress_behind(press, self.slots.prefix.tokens)
             return split, prefill(
                 self.model,
                 request.prompt_ids,
-                fresh(split.prefill),
+                press,
                 prefix=self.prefix,
                 seed=request.seed,
                 probe=probe,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from kvguard.config import Live, OperatingPoint, Tolerance
+from kvguard.config_policies import Sharing
 from kvguard.guard_predictor import (
     check_streaming,
     deployed,
@@ -23,7 +24,7 @@ from kvguard.guard_predictor import (
     untrained,
 )
 from kvguard.guard_report import GuardError, GuardReport
-from kvguard.harm_model import HarmModel, save_harm_model
+from kvguard.harm_model import HarmModel
 from kvguard.harm_price import GuardPrice
 from kvguard.policies import Policy
 from kvguard.policy_factory import make_policy
@@ -106,6 +107,9 @@ class KVGuard:
         cold: where the entries go that the press evicts, so that a check need not compute them
             again: "host" memory, "disk", or "none".
         cold_folder: for "disk"; None takes the system's folder of temporary files.
+        sharing: what prompts begin with is held once by rows with the full cache ("full"), by all
+            rows ("all"; the press then works on what follows it), or by none. Under `harm_risk`
+            by none.
         safe_ratio: fraction of entries that SAFE removes; 0 is the uncompressed model.
         margin_nats: a token this close to the uncompressed model's best counts as a tie.
         check_every_tokens: the predictor is asked every so many tokens of a row (default 8), and at
@@ -154,6 +158,7 @@ class KVGuard:
         recovery: Recovery = "continue",
         cold: Literal["host", "disk", "none"] = "host",
         cold_folder: Path | None = None,
+        sharing: Sharing = "full",
         safe_ratio: float = 0.0,
         margin_nats: float = 1e-4,
         tolerance: Tolerance | None = None,
@@ -184,6 +189,7 @@ class KVGuard:
             "margin_nats is at least 0": (margin_nats, margin_nats >= 0),
             "batch_size is at least 1, or None": (batch_size, batch_size is None or batch_size > 0),
             "cold is 'host', 'disk' or 'none'": (cold, cold in ("host", "disk", "none")),
+            "sharing is 'none', 'full' or 'all'": (sharing, sharing in get_args(Sharing)),
             "policy is 'guard', 'lossless', 'ladder' or 'guard_price'": (
                 policy,
                 policy in ("guard", "lossless", "ladder", "guard_price"),
@@ -238,7 +244,7 @@ class KVGuard:
         self.check_every_tokens: int | Literal["auto"] = check_every_tokens
         self.recovery = recovery
         self._point = operating_point if isinstance(operating_point, str) else None
-        self.cold, self.cold_folder = cold, cold_folder
+        self.cold, self.cold_folder, self.sharing = cold, cold_folder, sharing
         self.margin_nats, self.tolerance = margin_nats, tolerance
         self.holdback_tokens, self.batch_size, self.seed = holdback_tokens, batch_size, seed
         self.statements = self._statements()
@@ -256,7 +262,6 @@ class KVGuard:
             else self.operating_point.model_dump(),
             "rules": isinstance(predictor, str) and predictor == "rules",
         }
-        self._prompts_seen: set[int] = set()
         own = "guard" if recovery == "continue" else f"guard_{recovery}"
         self.policy_name = "lossless_auto" if adaptive else own if policy == "guard" else policy
         self._warned: set[str] = set()
@@ -407,7 +412,7 @@ class KVGuard:
             cold_folder=self.cold_folder,
             falls_back=True,
             ladder=self.ladder,
-            prefix_once=self.harm_risk is None,  # a certificate is about rows with copies
+            sharing=self.sharing if self.harm_risk is None else "none",  # certified with copies
         )
         policy = self._policy(rows, decoding.max_new_tokens)
         press_class, ratio = press_use(self.press)["press_class"], nominal_ratio(self.press)
@@ -480,13 +485,10 @@ class KVGuard:
         """Count each new prompt's request in the drift monitor; log its warning."""
         if self.drift is None:
             return
-        before = self.drift.drifted
-        for request, report in zip(requests, self.report, strict=True):
-            prompt = hash(tuple(request.prompt_ids))
-            if report.error is None and prompt not in self._prompts_seen:
-                self._prompts_seen.add(prompt)
-                self.drift.update(bool(report.alarm_steps))
-        if self.drift.drifted != before:
+        pairs = zip(requests, self.report, strict=True)
+        if self.drift.count_prompts(
+            (one.prompt_ids, bool(row.alarm_steps)) for one, row in pairs if row.error is None
+        ):
             logger.warning("%s", self.drift.text)
 
     @property
@@ -527,32 +529,17 @@ class KVGuard:
             GuardError: the press or the predictor cannot be written as JSON.
         """
         from kvguard import guard_files
-        from kvguard.certificate import save_certificate
-        from kvguard.predictor import Predictor, save_predictor
-        from kvguard.price_certificate import PRICE_CERTIFICATE, save_price_certificate
 
         settings = self._saved | {
             "press": None if self.press is None else guard_files.press_to_json(self.press),
             "tolerance": None if self.tolerance is None else self.tolerance.model_dump(),
             **{name: getattr(self, name) for name in _SAVED},
         }
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.harm_model is not None and not settings["rules"]:
-            save_harm_model(self.harm_model, folder / guard_files.PREDICTOR)
-        if self.predictor is not None and not settings["rules"]:
-            if not isinstance(self.predictor, Predictor):
-                kind = type(self.predictor).__name__
-                raise GuardError(f"predictor: a {kind} is not saved, a trained Predictor is")
-            save_predictor(self.predictor, folder / guard_files.PREDICTOR)
-        for name in (guard_files.CERTIFICATE, PRICE_CERTIFICATE):
-            (folder / name).unlink(missing_ok=True)
-        if self._thresholds is not None:
-            save_certificate(self._thresholds, folder / guard_files.CERTIFICATE)
         if self._prices is not None:
             settings["harm_price"] = None  # the certificate's
-            save_price_certificate(self._prices, folder / PRICE_CERTIFICATE)
-        guard_files.write_settings(folder, settings)
+        trained = None if settings["rules"] else self.harm_model or self.predictor
+        guard_files.write_models(path, trained, self._thresholds, self._prices)
+        guard_files.write_settings(path, settings)
 
     @classmethod
     def load(cls, path: str | Path) -> "KVGuard":
@@ -588,7 +575,7 @@ class KVGuard:
 
 _SAVED = (
     *("recovery", "cold", "safe_ratio", "margin_nats", "check_every_tokens", "holdback_tokens"),
-    *("batch_size", "seed", "task", "ratios", "threshold"),
+    *("sharing", "batch_size", "seed", "task", "ratios", "threshold"),
     *("harm_price", "harm_risk", "bus_ratio"),
 )
 """Settings that are attributes of the same name."""

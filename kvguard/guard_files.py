@@ -14,7 +14,15 @@ import kvpress
 from kvpress import BasePress
 
 from kvguard import press_catalogue
+from kvguard.certificate import Certificate, save_certificate
 from kvguard.guard_report import GuardError
+from kvguard.harm_model import HarmModel, save_harm_model
+from kvguard.predictor import Predictor, save_predictor
+from kvguard.price_certificate import (
+    PRICE_CERTIFICATE,
+    PriceCertificate,
+    save_price_certificate,
+)
 from kvguard.schema import atomic_path
 
 SETTINGS = "guard.json"
@@ -71,6 +79,40 @@ def press_from_json(content: Mapping[str, Any]) -> BasePress:
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise GuardError(f"press: {name} does not accept what the file says: {error}") from None
     return press
+
+
+def write_models(
+    path: str | Path,
+    trained: object,
+    thresholds: Certificate | None,
+    prices: PriceCertificate | None,
+) -> None:
+    """Write what a guard decides by into its folder, which is made; old certificates go.
+
+    Args:
+        path: of the folder.
+        trained: a `Predictor` or a `HarmModel`; None: nothing was trained.
+        thresholds: certificate of the predictor.
+        prices: certificate of the harm model.
+
+    Raises:
+        GuardError: a predictor of another kind.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(trained, HarmModel):
+        save_harm_model(trained, folder / PREDICTOR)
+    elif isinstance(trained, Predictor):
+        save_predictor(trained, folder / PREDICTOR)
+    elif trained is not None:
+        kind = type(trained).__name__
+        raise GuardError(f"predictor: a {kind} is not saved, a trained Predictor is")
+    for name in (CERTIFICATE, PRICE_CERTIFICATE):
+        (folder / name).unlink(missing_ok=True)
+    if thresholds is not None:
+        save_certificate(thresholds, folder / CERTIFICATE)
+    if prices is not None:
+        save_price_certificate(prices, folder / PRICE_CERTIFICATE)
 
 
 def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:

@@ -128,7 +128,7 @@ def run_policy_shard(
         replay=replay_for(reader, waits=policy == "guard_price"),
         marked=marked_tokens(model.tokenizer, model.model.config.vocab_size) if probes else None,
         ladder=ladder,
-        prefix_once=isinstance(rule, SharedPrefix),
+        sharing="full" if isinstance(rule, SharedPrefix) else guard.sharing,
     )
     observer = GuardObserver(
         session,

@@ -16,7 +16,7 @@ from kvpress import BasePress
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from kvguard.presses import reads_attention_weights
+from kvguard.presses import PressBehind, reads_attention_weights
 from kvguard.probes import CacheProbe
 from kvguard.replays import Replay
 
@@ -38,6 +38,7 @@ class Prefilled(NamedTuple):
         cold: the uncompressed entries outside device memory, where a store was given and had room.
         refusal: why the store had no room; None where it had.
         replay: what the probe left to be run in a decoding step.
+        keeps_prefix: the press has left the shared prefix whole, in front.
     """
 
     cache: DynamicCache
@@ -50,6 +51,7 @@ class Prefilled(NamedTuple):
     cold: "ColdRow | None" = None
     refusal: str | None = None
     replay: Replay | None = None
+    keeps_prefix: bool = False
 
 
 def cache_bytes(cache: DynamicCache) -> int:
@@ -243,6 +245,7 @@ def prefill(
         cold,
         refusal,
         None if probe is None else probe.waiting,
+        isinstance(press, PressBehind),
     )
 
 

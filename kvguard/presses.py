@@ -7,16 +7,20 @@ supported, and why others are not, is in `kvguard.press_catalogue`.
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import kvpress
+import torch
 from kvpress import (
     BasePress,
     CompressionRatioDecodingPress,
     DecodingPress,
     PrefillDecodingPress,
+    ScorerPress,
     ThinKPress,
 )
+from kvpress.utils import compute_n_kept
+from transformers import PreTrainedModel
 
 from kvguard import press_catalogue
 from kvguard.config import Press
@@ -95,6 +99,59 @@ def _set_ratio(press: BasePress, ratio: float) -> None:
         press.key_channel_compression_ratio = 2 * ratio
         return
     press.compression_ratio = ratio
+
+
+class PressBehind(BasePress):  # type: ignore[misc]
+    """A press that keeps the first tokens whole and works on what follows them.
+
+    Scores are the press's own, of all tokens; of those behind the first, the fraction
+    ``compression_ratio`` with the lowest scores goes.
+
+    Args:
+        press: one that `drops_lowest` accepts.
+        tokens: how many stay whole, in front and in order.
+    """
+
+    def __init__(self, press: ScorerPress, tokens: int) -> None:
+        self.press, self.tokens = press, tokens
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        """As the press."""
+        self.press.post_init_from_model(model)
+
+    def compress(
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first tokens' entries, and the best of the others in the order of their scores."""
+        if self.press.compression_ratio == 0:
+            return keys, values
+        scores = self.press.score(module, hidden_states, keys, values, attentions, kwargs)
+        own = scores[..., self.tokens :]
+        kept = compute_n_kept(own.shape[-1], self.press.compression_ratio)
+        chosen = own.topk(kept, dim=-1).indices[..., None] + self.tokens
+        places = chosen.expand(-1, -1, -1, keys.shape[-1])
+        first, second = (
+            torch.cat([each[:, :, : self.tokens], each.gather(2, places)], dim=2)
+            for each in (keys, values)
+        )
+        return first, second
+
+
+def drops_lowest(press: object) -> TypeGuard[ScorerPress]:
+    """Whether a press evicts the tokens with the lowest scores in each head, and nothing else."""
+    kind: Any = type(press)
+    return (
+        isinstance(press, ScorerPress)
+        and kind.compress is ScorerPress.compress
+        and kind.forward_hook is BasePress.forward_hook
+        and kind.__call__ is BasePress.__call__
+    )
 
 
 def phases(press: BasePress | None) -> Phases:

@@ -4,8 +4,13 @@ Rows with the full cache whose prompts begin alike hold the same entries. Here t
 copy of them, the one that admissions start from, and hold what is behind it themselves. A step
 reads the copy once for all these rows, and its softmax is joined with that of a row's own entries.
 vLLM (arXiv 2309.06180, section 4.4) shares the pages of a prefix between requests; Hydragen (arXiv
-2402.05099) and FlashInfer's cascade attention also read it once for all of them. A press evicts
-other entries in every row, so compressed rows have nothing to share.
+2402.05099) and FlashInfer's cascade attention also read it once for all of them.
+
+A press evicts other entries in every row, so what it leaves of a prefix cannot be shared. But it
+can be told to leave the prefix whole and to work on what follows it (`presses.PressBehind`): with
+n rows behind a prefix of P of their L tokens, a ratio r keeps P / n + (1 - r)(L - P) tokens a row
+instead of (1 - r) L, which is less wherever n (1 - r) > 1, and evicts less of what the answer hangs
+on.
 """
 
 from collections.abc import Sequence
@@ -13,10 +18,12 @@ from itertools import takewhile
 
 import numpy as np
 import torch
+from kvpress import BasePress
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
 from kvguard.prefill import Prefix, layer_tensors, prefill_prefix
+from kvguard.presses import PressBehind, drops_lowest
 
 LEAST_TOKENS = 64
 """A shorter prefix is not worth a pass of its own and a second part of every attention."""
@@ -108,6 +115,11 @@ class HeldPrefix:
         )
         joined = torch.lerp(common, mixed.float(), torch.sigmoid(log_sum - common_sum))
         return joined.to(mixed.dtype)
+
+
+def compress_behind(press: BasePress | None, tokens: int) -> BasePress | None:
+    """A press that leaves the first tokens whole, where it can be told to; else the press."""
+    return PressBehind(press, tokens) if drops_lowest(press) else press
 
 
 def behind(cache: DynamicCache, tokens: int) -> DynamicCache:

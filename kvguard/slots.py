@@ -505,9 +505,9 @@ class Slots:
         parts, first = [], 0
         for row, replay in self.riders.items():
             end, visible = first + len(replay.token_ids), replay.usable[layer]
-            held = self.pools[layer].read(self.tables[layer][row], visible.shape[1])
+            keys, values = (each[0, :, : visible.shape[1]] for each in self.entries(layer, row))
             q, k, v = (each[first:end, :, 0].transpose(0, 1) for each in (query, key, value))
-            parts.append(attend_replay(q, k, v, held, visible, scale))
+            parts.append(attend_replay(q, k, v, (keys, values), visible, scale))
             first = end
         return torch.cat(parts, dim=1).transpose(0, 1)[:, None]
 

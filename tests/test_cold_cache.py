@@ -152,7 +152,7 @@ def behind_a_prefix(model: PreTrainedModel, max_new_tokens: int, once: bool = Fa
         rows=3,
         prefix=prefill_prefix(model, SHARED),
         cold="host",
-        prefix_once=once,
+        sharing="full" if once else "none",
     )
 
 

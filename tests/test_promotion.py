@@ -245,7 +245,7 @@ def test_promoted_at_any_moment_the_answer_is_the_uncompressed_one(
         rows=rows,
         cold=cold,
         prefix=prefill_prefix(model, requests[0].prompt_ids[:11]) if once else None,
-        prefix_once=once,
+        sharing="full" if once else "none",
     )
     longest = decoding.max_new_tokens
     policy = LosslessAuto("lossless_auto", rows)

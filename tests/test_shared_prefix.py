@@ -11,25 +11,27 @@ import torch
 from conftest import examples, make_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import ragged_requests, run, spec
+from test_engine import ragged_requests, reference, run, spec
 from test_guard import GREEDY, SAMPLING, uncompressed
 from transformers import PreTrainedModel
 
 from kvguard.check_timing import LosslessAuto
 from kvguard.checks import check_prices
+from kvguard.config_policies import Sharing
 from kvguard.engine import Session, generate
 from kvguard.guard import KVGuard
 from kvguard.guard_observer import GuardObserver, guarded
 from kvguard.policy_factory import make_policy
 from kvguard.prefill import prefill_prefix
-from kvguard.presses import build_press
+from kvguard.presses import PressBehind, build_press, drops_lowest
 from kvguard.requests import Request
 from kvguard.rivals import AlwaysSafe
 from kvguard.sampling import Decoding
-from kvguard.shared_prefix import HeldPrefix, behind, common_prefix
+from kvguard.shared_prefix import HeldPrefix, behind, common_prefix, compress_behind
 from kvguard.slots import Slots
 
 SHARED = 11
+SHARINGS: tuple[Sharing, ...] = ("none", "full", "all")
 
 
 def strangers(vocabulary: int) -> list[Request]:
@@ -49,7 +51,7 @@ def session_of(
     decoding: Decoding,
     rows: int,
     *,
-    once: bool = True,
+    sharing: Sharing = "full",
     press: str | None = None,
 ) -> Session:
     """A session whose prefix is the second request's."""
@@ -60,7 +62,7 @@ def session_of(
         rows=rows,
         prefix=prefill_prefix(model, requests[1].prompt_ids[:SHARED]),
         cold="none" if press is None else "host",
-        prefix_once=once,
+        sharing=sharing,
     )
 
 
@@ -93,7 +95,7 @@ def test_signals_are_those_of_rows_with_copies(dtype: torch.dtype) -> None:
     requests = ragged_requests(model.config.vocab_size)
     found = [
         {one.request.key: one for one in generate(session, requests)}
-        for session in (session_of(model, requests, GREEDY, 4, once=once) for once in (True, False))
+        for session in (session_of(model, requests, GREEDY, 4, sharing=each) for each in SHARINGS)
     ]
     close = {torch.float32: 1e-4, torch.bfloat16: 0.2}[dtype]
     for key, one in found[0].items():
@@ -119,7 +121,14 @@ def test_memory_is_one_prefix_and_what_is_the_rows_own() -> None:
     spent = {}
     for once in (False, True):
         prefix = prefill_prefix(model, requests[0].prompt_ids[:80])
-        session = Session(model, Decoding(20), rows=6, prefix=prefix, prefix_once=once, cold="none")
+        session = Session(
+            model,
+            Decoding(20),
+            rows=6,
+            prefix=prefix,
+            sharing="full" if once else "none",
+            cold="none",
+        )
         spent[once] = list(generate(session, requests))
     for copies, one in zip(spent[False], spent[True], strict=True):
         assert copies.token_ids == one.token_ids
@@ -170,7 +179,8 @@ def test_a_promotion_is_priced_without_the_prefix() -> None:
     requests = ragged_requests(model.config.vocab_size)[:4]
     prices = {}
     for once in (False, True):
-        session = session_of(model, requests, GREEDY, 4, once=once, press="KnormPress")
+        sharing: Sharing = "full" if once else "none"
+        session = session_of(model, requests, GREEDY, 4, sharing=sharing, press="KnormPress")
         for request in requests:
             session.admit(request)
         prices[once] = check_prices(session, 50.0)
@@ -188,13 +198,126 @@ def test_a_promotion_is_priced_without_the_prefix() -> None:
     np.testing.assert_allclose(with_copies.extra - without.extra, np.full(4, beyond))
     assert prices[True].shared == prices[False].shared  # checks read what they did
 
-    slots.prefix.rows[0] = True  # as if one had been promoted
+    slots.prefix.rows[0] = session.rows[0].exact = True  # as if one had been promoted
     found = check_prices(session, 50.0).promotion
     assert found is not None
+    typical = own[1:].mean()
+    whole = (session.prompt_lengths[1:] - SHARED) * slots.layers * slots.bytes_per_entry
+    expected = (whole - own[1:]) * (1 / (weights / 4 + typical) + 1 / typical)
+    np.testing.assert_allclose(found.extra[1:], expected)
+
+
+# --- compressed rows that keep the prefix whole ---
+
+DROPPING = ["SnapKVPress", "KnormPress", "StreamingLLMPress", "ExpectedAttentionPress"]
+
+
+@examples(12)
+@given(
+    press=st.sampled_from([*DROPPING, "PyramidKVPress"]),
+    policy=st.sampled_from(["lossless", "lossless_auto", "verify_all"]),
+    rows=st.integers(1, 6),
+    sample=st.booleans(),
+    share=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_checked_answers_are_the_uncompressed_ones(
+    press: str, policy: str, rows: int, sample: bool, share: float, seed: int
+) -> None:
+    """Rows that keep the prefix, rows that have none, rows that are promoted, with refill."""
+    rng = np.random.default_rng(seed)
+    model = make_tiny_model("llama")
+    requests = strangers(model.config.vocab_size)
+    decoding = SAMPLING if sample else GREEDY
+    session = session_of(model, requests, decoding, rows, sharing="all", press=press)
+    rule = make_policy(policy, rows, max_new_tokens=decoding.max_new_tokens)
+    if isinstance(rule, LosslessAuto):
+        rule.promotes = lambda row: bool(rng.random() < share)  # type: ignore[method-assign]
+    expected = uncompressed(model, requests, decoding)
+    for completion, report in guarded(session, requests, GuardObserver(session, rule)):
+        assert not report.notes
+        assert completion.token_ids == expected[completion.request.key]
+    assert session.slots.prefix.nbytes == 0
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_press_that_keeps_the_prefix_equals_generate(name: str) -> None:
+    """The same press in ``model.generate``, one prompt at a time; bytes are prefix and the rest."""
+    model = make_tiny_model("llama")
+    requests = ragged_requests(model.config.vocab_size)
+    session = session_of(model, requests, GREEDY, 4, sharing="all", press=name)
+    done = {one.request.key: one for one in generate(session, requests)}
+    token = 2 * 3 * model.config.num_key_value_heads * model.config.head_dim * 4
+    for request in requests:
+        press = compress_behind(build_press(spec(name, 3), "0.500"), SHARED)
+        assert isinstance(press, PressBehind)
+        known = reference(model, request, press, [2])
+        assert done[request.key].token_ids == known.tokens or known.tied
+        own = len(request.prompt_ids) - SHARED
+        kept = SHARED + max(1, own - own // 2 - own % 2)
+        assert abs(done[request.key].cache_bytes_after - kept * token) <= token
+
+
+def test_compressed_rows_hold_the_prefix_once() -> None:
+    model = make_tiny_model("llama")
+    requests = [
+        Request(str(i), [*range(5, 85), *range(6 + i, 46 + i)], max_new_tokens=9) for i in range(4)
+    ]
+    prefix = prefill_prefix(model, requests[0].prompt_ids[:80])
+    press = build_press(spec("KnormPress", 3), "0.500")
+    token = 2 * 3 * model.config.num_key_value_heads * model.config.head_dim * 4
+    session = Session(model, Decoding(9), press=press, rows=4, prefix=prefix, sharing="all")
+    for completion in generate(session, requests):
+        own = [(20 + s) * token for s in range(1, 9)]
+        assert (abs(completion.kv_bytes[:, 0] - own - 80 * token / 4) <= 1).all()
+
+
+def test_replays_ride_over_a_prefix_that_is_kept() -> None:
+    """Probes of a replay in the step equal those of a replay at prefill."""
+    model = make_tiny_model("llama")
+    requests = ragged_requests(model.config.vocab_size)[:4]
+    found = []
+    for replay in ("prefill", "step"):
+        session = Session(
+            model,
+            GREEDY,
+            press=build_press(spec("KnormPress", 3), "0.500"),
+            rows=4,
+            prefix=prefill_prefix(model, requests[1].prompt_ids[:SHARED]),
+            sharing="all",
+            probes=True,
+            replay=replay,  # type: ignore[arg-type]
+        )
+        found.append({one.request.key: one.probes for one in generate(session, requests)})
+    for key in found[0]:
+        np.testing.assert_allclose(found[0][key], found[1][key], atol=1e-4)
+
+
+def test_presses_that_do_more_than_drop_scores_compress_the_whole_prompt() -> None:
+    for name in ("PyramidKVPress", "AdaKVPress", "KeyRerotationPress", "ThinKPress"):
+        press = build_press(spec(name, 3), "0.500")
+        assert compress_behind(press, SHARED) is press
+        assert not drops_lowest(press)
+    assert compress_behind(None, SHARED) is None
+
+
+def test_promotions_beside_rows_that_keep_the_prefix_pay_their_own_tokens() -> None:
+    model = make_tiny_model("llama")
+    requests = ragged_requests(model.config.vocab_size)[:4]
+    session = session_of(model, requests, GREEDY, 4, sharing="all", press="KnormPress")
+    for request in requests:
+        session.admit(request)
+    slots, prices = session.slots, check_prices(session, 50.0)
+    assert prices.promotion is not None
+    entry = slots.layers * slots.bytes_per_entry
+    own = slots.lengths.sum(axis=0) * slots.bytes_per_entry
+    weights = sum(each.nbytes for each in model.parameters())
+    drafted = (weights + SHARED * entry) / 4 + own.mean()
+    whole = (session.prompt_lengths - SHARED) * entry
     np.testing.assert_allclose(
-        without.extra[1:] - found.extra[1:],
-        np.full(3, alike / 4 * (1 / drafted + 1 / typical)),
+        prices.promotion.extra, (whole - own) * (1 / drafted + 1 / own.mean())
     )
+    np.testing.assert_allclose(prices.promotion.transfer, 50.0 * whole / drafted)
 
 
 def test_safe_rows_of_a_guard_start_with_the_prefix() -> None:
@@ -237,8 +360,9 @@ def test_what_stands_behind_a_prefix() -> None:
         torch.testing.assert_close(one.values, other.values[:, :, 3:])
 
 
+@pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("policy", ["lossless", "guard_price"])
-def test_the_guard_finds_what_prompts_begin_with(policy: str) -> None:
+def test_the_guard_finds_what_prompts_begin_with(policy: str, sharing: Sharing) -> None:
     """Three prompts behind 70 common tokens: prefilled once, the same answers as one at a time."""
     model = make_tiny_model("llama")
     prompts = torch.tensor([[*range(5, 75), *range(9 + i, 29 + i)] for i in range(3)])
@@ -248,7 +372,7 @@ def test_the_guard_finds_what_prompts_begin_with(policy: str) -> None:
         lambda _module, args, _output: lengths.append(args[0].shape[1])
     )
     price = math.inf if policy == "guard_price" else None
-    guard = KVGuard(press, policy=policy, harm_price=price, batch_size=3)
+    guard = KVGuard(press, policy=policy, harm_price=price, batch_size=3, sharing=sharing)
     together = model.generate(prompts, custom_generate=guard, max_new_tokens=12, do_sample=False)
     handle.remove()
     assert lengths[:4] == [70, 20, 20, 20]
