@@ -4,12 +4,12 @@
 
 Both sides do everything that the experiment needs of a prompt: prefill under the press, greedy
 decoding, all signals of every token, the audit by the uncompressed model: the engine's reads the
-prompt's parked entries, the other's is one pass over prompt and answer. 2 threads, SmolLM2 in
-float32, snapkv at 0.500, 3 few-shot turns; GSM8K prompts where its files are given, else
-gsm_symbolic. Both alternate in one process: a round is a fixed reference workload, an engine run of
-all prompts and a sequential run of one part of them; the parts of all rounds together are all
-prompts. Writes results/bench/generation.json after every round, one entry per task; an entry of
-another task that is there stays. Per task:
+prompts' parked entries, several answers in one pass, the other's is one pass over prompt and
+answer. 2 threads, SmolLM2 in float32, snapkv at 0.500, 3 few-shot turns; GSM8K prompts where its
+files are given, else gsm_symbolic. Both alternate in one process: a round is a fixed reference
+workload, an engine run of all prompts and a sequential run of one part of them; the parts of all
+rounds together are all prompts. Writes results/bench/generation.json after every round, one entry
+per task; an entry of another task that is there stays. Per task:
 
 - ``speedup``: sequential seconds over the median of the engine runs; higher is better, goal 12 on
   GSM8K, 7 on gsm_symbolic. Where rounds are missing (`--minutes`), the sequential seconds of the
@@ -44,7 +44,7 @@ from kvguard.audit import audit_tokens, teacher_forced
 from kvguard.checkpoints import prepare_model
 from kvguard.config import Config, Press, load_config
 from kvguard.engine import Session, generate
-from kvguard.experiment import Prepared, audit_completion, prepare_requests
+from kvguard.experiment import Prepared, audit_completions, prepare_requests
 from kvguard.models import LoadedModel, load_model
 from kvguard.presses import build_press
 from kvguard.prompts import Example, Prompt, load_task
@@ -96,11 +96,9 @@ def run_engine(model: LoadedModel, ready: Prepared) -> tuple[dict[str, Completio
     )
     done: dict[str, Completion] = {}
     audit_seconds = 0.0
-    for completion in generate(session, ready.requests):
-        started = time.perf_counter()
-        audit_completion(model, completion, ready)
-        audit_seconds += time.perf_counter() - started
-        completion.cold = None  # as the experiment does: what is audited needs no prompt any more
+    finished = generate(session, ready.requests)
+    for completion, _, seconds in audit_completions(model, finished, ready):
+        audit_seconds += seconds
         done[completion.request.key] = completion
     return done, audit_seconds
 

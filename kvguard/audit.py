@@ -2,7 +2,8 @@
 
 A check runs the tokens that have not been checked over the row's cold cache, the checks of several
 rows in one pass (`cold_cache.run_drafts`); without a cold cache one teacher-forced pass over prompt
-and generated tokens says the same. The guard's checks and the experiment's audit are this.
+and generated tokens says the same. The guard's checks and the experiment's audit are this; an audit
+takes several finished answers at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -126,39 +127,6 @@ class Audit(NamedTuple):
     logprob: NDArray[np.float32]
     gap: NDArray[np.float32]
     is_argmax: NDArray[np.bool_]
-
-
-@torch.inference_mode()
-def audit_tokens(
-    model: PreTrainedModel,
-    prompt_ids: Sequence[int],
-    generated: Sequence[int],
-    *,
-    decoding: Decoding,
-    seed: int = 0,
-    prefix: Prefix | None = None,
-    cold: ColdRow | None = None,
-) -> Audit:
-    """Judge a finished answer, all of it, in one pass of the uncompressed model.
-
-    Args:
-        model: in eval mode.
-        prompt_ids: the prompt.
-        generated: what followed it.
-        decoding: how the tokens were chosen; under sampling the request's noise is replayed.
-        seed: the request's.
-        prefix: reused where there is no cold cache and the prompt starts with it.
-        cold: the request's cold cache: then the pass is over the answer alone.
-
-    Returns:
-        Arrays of ``len(generated)``; empty for no tokens.
-    """
-    if not len(generated):
-        nothing = np.zeros(0, np.float32)
-        return Audit(nothing, nothing, np.zeros(0, bool))
-    cold = None if cold is None else cold.prompt_only()
-    answer = Answer(prompt_ids, generated, seed, cold, ended=True)
-    return check_answers(model, [answer], decoding, prefix=prefix)[0].audit
 
 
 class Answer(NamedTuple):
@@ -307,6 +275,54 @@ def _check_afresh(
         off_device=False,
         device_bytes=cache_bytes(scored.cache),
     )
+
+
+@torch.inference_mode()
+def audit_tokens(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    generated: Sequence[int],
+    *,
+    decoding: Decoding,
+    seed: int = 0,
+    prefix: Prefix | None = None,
+    cold: ColdRow | None = None,
+) -> Audit:
+    """Judge one finished answer: `audit_answers` of it alone."""
+    answer = Answer(prompt_ids, generated, seed, cold)
+    return audit_answers(model, [answer], decoding, prefix=prefix)[0]
+
+
+@torch.inference_mode()
+def audit_answers(
+    model: PreTrainedModel,
+    answers: Sequence[Answer],
+    decoding: Decoding,
+    *,
+    prefix: Prefix | None = None,
+) -> list[Audit]:
+    """Judge finished answers, all of each: those with a cold cache in one pass over the answers.
+
+    Args:
+        model: in eval mode.
+        answers: what a cold cache holds of an answer is computed again; none of it is kept.
+        decoding: how the tokens were chosen; under sampling each request's noise is replayed.
+        prefix: reused where an answer without a cold cache has a prompt that starts with it.
+
+    Returns:
+        One audit an answer, in their order; of an answer without tokens an empty one.
+    """
+    whole = [
+        answer._replace(cold=None if answer.cold is None else answer.cold.prompt_only(), ended=True)
+        for answer in answers
+        if len(answer.token_ids)
+    ]
+    found = iter(check_answers(model, whole, decoding, prefix=prefix))
+    nothing = np.zeros(0, np.float32)
+    return [
+        next(found).audit if len(answer.token_ids) else Audit(nothing, nothing, np.zeros(0, bool))
+        for answer in answers
+    ]
 
 
 def judge(

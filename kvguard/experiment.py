@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvguard import config
-from kvguard.audit import audit_tokens
+from kvguard.audit import Answer, Audit, audit_answers
 from kvguard.engine import Session, generate
 from kvguard.joblog import progress
 from kvguard.models import LoadedModel
@@ -28,6 +28,15 @@ from kvguard.slots import batch_size_for
 
 logger = logging.getLogger(__name__)
 
+AUDIT_TOKENS = 512
+"""Finished answers are audited in one pass as soon as they have so many tokens together."""
+
+AUDIT_PARKED_BYTES = 256 * 2**20
+"""Or as soon as so many bytes are parked for them: cold caches stay until the audit."""
+
+AuditColumns = dict[str, NDArray[Any]]
+"""audit_logprob, audit_is_argmax and audit_gap, (tokens,) each."""
+
 
 class ShardError(RuntimeError):
     """Every prompt of a shard failed; the message holds the first prompt's error."""
@@ -43,6 +52,20 @@ class RunResult(NamedTuple):
 
     traces: pl.DataFrame
     tokens: pl.DataFrame
+
+
+class Judged(NamedTuple):
+    """A completion and its audit.
+
+    Attributes:
+        completion: without a cold cache.
+        audit: columns of a table; None: not audited, or the request failed.
+        audit_seconds: the answer's share of the pass that audited it, by tokens.
+    """
+
+    completion: Completion
+    audit: AuditColumns | None
+    audit_seconds: float
 
 
 class Prepared(NamedTuple):
@@ -145,23 +168,22 @@ def run_shard(
     traces: dict[str, dict[str, object]] = {}
     tokens: dict[str, pl.DataFrame] = {}
     with progress(len(prompts), f"{name} {ratio} shard {shard:02d}") as advance:
-        for completion in generate(session, ready.requests):
+        generated = generate(session, ready.requests)
+        judged: Iterable[Judged] = (Judged(completion, None, 0.0) for completion in generated)
+        if audited:
+            judged = audit_completions(model, generated, ready)
+        for completion, audit, audit_seconds in judged:
             prompt_id = completion.request.key
-            started = time.perf_counter()
             if completion.error is None:
                 tokens[prompt_id] = tokens_frame(
-                    completion,
-                    keys | {"prompt_id": prompt_id},
-                    audit_completion(model, completion, ready) if audited else None,
-                    own=press is None,
+                    completion, keys | {"prompt_id": prompt_id}, audit, own=press is None
                 )
-            completion.cold = None
             completion.bytes_moved = completion.host_byte_steps = 0  # of the audit, not the policy
             traces[prompt_id] = trace_row(completion, model, ready.decoding) | {
                 **keys,
                 "task": prompts[0].task,
                 "shard": shard,
-                "audit_seconds": time.perf_counter() - started,
+                "audit_seconds": audit_seconds,
             }
             advance(1, f"{len(completion.token_ids)} tokens")
     if len(tokens) == 0:
@@ -173,19 +195,59 @@ def run_shard(
     return RunResult(check(frame, TRACES, "traces"), pl.concat(token_frames))
 
 
-def audit_completion(
-    model: LoadedModel, completion: Completion, ready: Prepared
-) -> dict[str, NDArray[Any]]:
-    request = completion.request
-    audit = audit_tokens(
-        model.model,
-        request.prompt_ids,
-        completion.token_ids,
-        decoding=ready.decoding,
-        seed=request.seed,
-        prefix=ready.prefix,
-        cold=completion.cold,
-    )
+def audit_completions(
+    model: LoadedModel, completions: Iterable[Completion], ready: Prepared
+) -> Iterator[Judged]:
+    """Audit answers as they finish, several in one pass.
+
+    Such a pass reads all weights and makes the same calls for one short answer as for several.
+
+    Args:
+        model: a loaded model.
+        completions: with their cold caches, which are dropped when their answer is audited.
+        ready: what they were generated from.
+
+    Yields:
+        The completions in their order, audited; those of failed requests are not.
+    """
+    waiting: list[Completion] = []
+    tokens = parked = 0
+    for completion in completions:
+        waiting.append(completion)
+        tokens += len(completion.token_ids)
+        parked += 0 if completion.cold is None else completion.cold.nbytes
+        if tokens >= AUDIT_TOKENS or parked >= AUDIT_PARKED_BYTES:
+            yield from _audit_together(model, waiting, ready)
+            waiting, tokens, parked = [], 0, 0
+    yield from _audit_together(model, waiting, ready)
+
+
+def _audit_together(
+    model: LoadedModel, completions: Sequence[Completion], ready: Prepared
+) -> list[Judged]:
+    """`audit_completions` of some that have finished."""
+    started = time.perf_counter()
+    intact = [completion for completion in completions if completion.error is None]
+    answers = [
+        Answer(each.request.prompt_ids, each.token_ids, each.request.seed, each.cold)
+        for each in intact
+    ]
+    audits = iter(audit_answers(model.model, answers, ready.decoding, prefix=ready.prefix))
+    spent = time.perf_counter() - started
+    tokens = sum(len(completion.token_ids) for completion in intact)
+    found = []
+    for completion in completions:
+        completion.cold = None
+        if completion.error is None:
+            share = len(completion.token_ids) / max(1, tokens)
+            found.append(Judged(completion, _columns(next(audits)), share * spent))
+        else:
+            found.append(Judged(completion, None, 0.0))
+    return found
+
+
+def _columns(audit: Audit) -> AuditColumns:
+    """The columns of TOKENS that an audit fills."""
     return {
         "audit_logprob": audit.logprob,
         "audit_is_argmax": audit.is_argmax,
@@ -196,7 +258,7 @@ def audit_completion(
 def tokens_frame(
     completion: Completion,
     keys: dict[str, str],
-    audit: dict[str, NDArray[Any]] | None,
+    audit: AuditColumns | None,
     *,
     own: bool,
 ) -> pl.DataFrame:

@@ -1,6 +1,6 @@
 """The live experiment: policies on the same prompts, through the engine, with what they cost."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from kvguard.costs import matched_ratio, offload_row
 from kvguard.detectors import agreement, detect_outcomes, judge_instructions
 from kvguard.engine import Session
 from kvguard.experiment import (
-    Prepared,
-    audit_completion,
+    AuditColumns,
+    audit_completions,
     prepare_requests,
     tokens_frame,
     trace_row,
@@ -147,20 +147,26 @@ def run_policy_shard(
     )
     keys = {"model": model.name, "press": press.name, "ratio": ratio}
     place = {"task": prompts[0].task, "shard": shard}
-    traces, tokens, reports = [], [], []
-    with progress(len(prompts), f"{press.name} {ratio} {policy} shard {shard:02d}") as advance:
+    traces, tokens, rows = [], [], []
+    reports: dict[str, RowReport] = {}
+
+    def finished() -> Iterator[Completion]:
         for completion, report in guarded(session, ready.requests, observer):
+            reports[completion.request.key] = report
+            yield completion
+
+    with progress(len(prompts), f"{press.name} {ratio} {policy} shard {shard:02d}") as advance:
+        for completion, audit, _ in audit_completions(model, finished(), ready):
+            report = reports[completion.request.key]
             if policy in ("gate", "ladder") and gate is None:
                 report.notes.append(NO_GATE if policy == "gate" else NO_LADDER)
             row = trace_row(completion, model, ready.decoding) | keys | place
             if isinstance(rule, Offload):
                 row = offload_row(row, model.model.config.num_hidden_layers)
             traces.append(row)
-            reports.append(_report_row(completion, report))
-            if completion.error is None:
-                margin = guard.margin_nats
-                tokens.append(_audited_tokens(model, completion, report, ready, keys, margin))
-            completion.cold = None
+            rows.append(_report_row(completion, report))
+            if audit is not None:
+                tokens.append(_audited_tokens(completion, report, audit, keys, guard.margin_nats))
             advance(1, f"{len(report.alarm_steps)} alarms")
     frame = pl.DataFrame(traces, schema=TRACES)
     outcomes = detect_outcomes(
@@ -175,7 +181,7 @@ def run_policy_shard(
     order = pl.DataFrame({"prompt_id": [prompt.prompt_id for prompt in prompts]})
     runs = (
         order.join(frame, on="prompt_id", maintain_order="left")
-        .join(pl.DataFrame(reports, schema=_REPORT), on="prompt_id", maintain_order="left")
+        .join(pl.DataFrame(rows, schema=_REPORT), on="prompt_id", maintain_order="left")
         .join(
             outcomes.drop("model", "press", "ratio", "task"), on="prompt_id", maintain_order="left"
         )
@@ -331,10 +337,9 @@ def _report_row(completion: Completion, report: RowReport) -> dict[str, object]:
 
 
 def _audited_tokens(
-    model: LoadedModel,
     completion: Completion,
     report: RowReport,
-    ready: Prepared,
+    audit: AuditColumns,
     keys: dict[str, str],
     margin_nats: float,
 ) -> pl.DataFrame:
@@ -343,7 +348,6 @@ def _audited_tokens(
     Tokens that a recovery verified and the uncompressed model accepts are as much its own: their
     log-likelihood ratio is 0.
     """
-    audit = audit_completion(model, completion, ready)
     rejected = first_rejected(audit["audit_gap"], margin_nats)
     verified = max(report.rewound_to, default=0)
     if rejected is not None:

@@ -1,13 +1,17 @@
 """One shard, from prompts to tables: keys, audit, failures, and independence of the batch."""
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_series_equal
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from kvguard import experiment
+from kvguard.audit import Answer, audit_answers
 from kvguard.config import BASELINE, Config, Press, load_config
 from kvguard.experiment import RunResult, ShardError, run_shard
 from kvguard.models import LoadedModel
@@ -191,3 +195,39 @@ def test_the_default_experiment_equals_generate(smollm2: LoadedModel) -> None:
             )
         expected = output[0, ids.shape[1] :].tolist()
         assert answers == [expected, expected], (name, ratio)
+
+
+@pytest.mark.parametrize("cold", ["host", "none"])
+@pytest.mark.parametrize("change", [{}, {"do_sample": True, "temperature": 1.5}])
+def test_answers_are_audited_together_as_each_alone(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, cold: str, change: dict[str, object]
+) -> None:
+    settings = {"cold": cold, "share_prefix": cold == "host", **change}
+    together = shard(tiny, press(), **settings).tokens
+    monkeypatch.setattr(experiment, "AUDIT_TOKENS", 1)
+    alone = shard(tiny, press(), **settings).tokens
+    for name in together.columns:
+        exact = name not in ("audit_logprob", "audit_gap", "llr")
+        assert_series_equal(together[name], alone[name], check_exact=exact, abs_tol=1e-4)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("AUDIT_TOKENS", 60), ("AUDIT_PARKED_BYTES", 1)])
+def test_what_waits_for_its_audit_is_bounded(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(experiment, limit, value)
+    held: list[int] = []
+    sizes: list[list[int]] = []
+
+    def noted(model: PreTrainedModel, answers: list[Answer], *args: Any, **options: Any) -> Any:
+        sizes.append([len(answer.token_ids) for answer in answers])
+        held.append(sum(answer.cold is not None for answer in answers))
+        return audit_answers(model, answers, *args, **options)
+
+    monkeypatch.setattr(experiment, "audit_answers", noted)
+    traces = shard(tiny, press()).traces
+    audited = [size for each in sizes for size in each]
+    assert sorted(audited) == sorted(traces["generated_tokens"].to_list())
+    assert held == [len(each) for each in sizes]  # whatever is audited still has its cold cache
+    for each in sizes:  # the last answer of a pass is the one that reaches the limit
+        assert sum(each[:-1]) < value if limit == "AUDIT_TOKENS" else len(each) <= 1
