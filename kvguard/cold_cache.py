@@ -23,7 +23,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
-from kvguard.cold_attention import attend_parts, attend_shared, attend_whole
+from kvguard.cold_attention import HostAttention, attend_whole
 from kvguard.cold_layers import ColdLayers, layer_bytes, moved_bytes
 from kvguard.prefill import Prefix, attention_layers, forget_masks, layer_tensors
 
@@ -33,9 +33,6 @@ ATTENTION_NAME = "kvguard_cold"
 
 FIRST_BLOCK_TOKENS = 64
 """Capacity of a row's generated entries at first; doubled whenever it is full."""
-
-SHARED_SCORES_BYTES = 64 * 2**20
-"""Scores over a prefix that rows share are computed at once up to so many bytes."""
 
 REFUSALS = (MemoryError, OSError, RuntimeError)
 """What a refused allocation raises: host memory, pinned memory, a full disk."""
@@ -367,7 +364,11 @@ class _Pass:
         self.store, self.rows, self.counts = store, rows, counts
         parts = [row.parts for row in rows]
         self.layers = ColdLayers(store, parts, counts) if buffered else None
-        self.prefix = None if buffered else _shared_prefix(rows, sum(counts), store)
+        self.in_place = None
+        if not buffered:
+            self.in_place = HostAttention(
+                parts, counts, heads=store.heads, groups=store.groups, dtype=store.dtype
+            )
         self.staged = store.stage(sum(counts))
         self._kept: list[torch.Tensor] = []  # per layer, where they are not staged
         self.off_device = self.staged is not None or store.device.type == "cpu"
@@ -414,44 +415,18 @@ class _Pass:
         Returns:
             (1, tokens, query heads, head_dim).
         """
-        if self.layers is not None:
-            self.layers.begin(layer)
-        elif self.prefix is not None:
-            rest = [[part.layer(layer) for part in row.parts[1:]] for row in self.rows]
-            own_keys, own_values = (torch.split(each[0], self.counts, 1) for each in (key, value))
-            for listed, pair in zip(rest, zip(own_keys, own_values, strict=True), strict=True):
-                listed.append(torch.stack(pair))
-            whole = attend_shared(query[0], self.prefix.layer(layer), rest, scale)
-            return whole.transpose(0, 1)[None]
+        if self.in_place is not None:
+            return self.in_place.attend(layer, query[0], self._kept[layer], scale)[None]
+        assert self.layers is not None
+        self.layers.begin(layer)
         mixed, start = [], 0
-        for number, (row, count) in enumerate(zip(self.rows, self.counts, strict=True)):
+        for number, count in enumerate(self.counts):
             part = slice(start, start + count)
             start += count
-            new = torch.stack([key[0, :, part], value[0, :, part]])
-            if self.layers is None:
-                parts = [each.layer(layer) for each in row.parts]
-                mixed.append(attend_parts(query[0, :, part], [*parts, new], scale))
-            else:
-                entries = self.layers.row(number, new)
-                mixed.append(attend_whole(query[0, :, part], entries, scale))
-        if self.layers is not None:
-            self.layers.end(layer)
+            entries = self.layers.row(number, torch.stack([key[0, :, part], value[0, :, part]]))
+            mixed.append(attend_whole(query[0, :, part], entries, scale))
+        self.layers.end(layer)
         return torch.cat(mixed, dim=1).transpose(0, 1)[None]
-
-
-def _shared_prefix(rows: Sequence[ColdRow], tokens: int, store: ColdStore) -> Part | None:
-    """The part that all rows of a pass begin with, where attending to it at once pays.
-
-    Args:
-        rows: of the pass.
-        tokens: drafted ones of all rows.
-        store: of the rows.
-    """
-    prefix = rows[0].prefix
-    if len(rows) < 2 or prefix is None or any(row.prefix is not prefix for row in rows):
-        return None
-    heads = store.heads * store.groups
-    return prefix if 4 * heads * tokens * prefix.tokens <= SHARED_SCORES_BYTES else None
 
 
 def cold_attention(
