@@ -60,10 +60,6 @@ class Part:
         """Bytes allocated, filled or not."""
         return int(self.entries.nbytes)
 
-    def layer(self, number: int) -> torch.Tensor:
-        """One layer's filled entries, a view (2, heads, tokens, head_dim)."""
-        return self.entries[number, :, : self.tokens].transpose(1, 2)
-
     def copy_layer(self, number: int, target: torch.Tensor) -> None:
         """Copy one layer's filled entries, to the device beside what it is doing.
 
