@@ -70,14 +70,14 @@ status: $(READY) ## what is done and what is left, per stage
 bench: $(READY) ## every benchmark; writes results/bench/<claim>.json
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script; done
 
-# In the order of worth; minutes on 2 idle cores: 2, 4, 7, 8, 9, 5, 1, 2.
-bench-quick: $(READY) ## the benchmarks of the engine alone, about 50 minutes on an idle machine
+# In the order of worth; minutes on 2 idle cores: 2, 2, 4, 14, 6, 9, 5, 1, 2, 8, 2.
+bench-quick: $(READY) ## the benchmarks of the engine alone, about an hour on an idle machine
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/check.py --repeats 3 --minutes 2
 	$(BIN)/python benchmarks/guard.py --sessions 3 2
-	$(BIN)/python benchmarks/long_context.py --rounds 3 --minutes 7
-	$(BIN)/python benchmarks/long_context.py --alone --rounds 1 --output results/bench/long_context_alone.json \
-		--policies always_safe lossless_auto lossless_auto_bus guard_price_bus
+	$(BIN)/python benchmarks/long_context.py --rounds 3 --minutes 14
+	$(BIN)/python benchmarks/long_context.py --shared --rounds 3 --minutes 6 --policies always_safe \
+		always_safe_copies none none_whole lossless_auto lossless_auto_whole guard_price guard_price_bus
 	if [ -d "$(GSM8K)" ]; then \
 		$(BIN)/python benchmarks/generation.py --only-compare --minutes 9 --gsm8k $(GSM8K); fi
 	$(BIN)/python benchmarks/generation.py --only-compare --minutes 5

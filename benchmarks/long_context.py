@@ -7,9 +7,8 @@ SmolLM2 in float32, snapkv at 0.750, 2 threads. The requests are word problems b
 context of worked examples. It is prefilled once; then every row holds, parks and reads it as a
 context of its own. With ``--shared`` it stays one context: all rows refer to one copy of it and the
 press works on what follows it (`kvguard.shared_prefix`), it is parked once, and a check reads it
-once for all its rows.
-End tokens are off, so that every policy makes as many tokens. All policies run in turn in one
-process, round by round; seconds are medians over the rounds. Writes
+once for all its rows. End tokens are off, so that every policy makes as many tokens. All policies
+run in turn in one process, round by round; seconds are medians over the rounds. Writes
 results/bench/long_context.json, or long_context_shared.json, after every policy:
 
 - ``policies``: per policy device byte-steps of all requests, the batch's peak, host byte-steps and
@@ -17,8 +16,8 @@ results/bench/long_context.json, or long_context_shared.json, after every policy
   tokens wasted, and the share of requests with the uncompressed tokens; ``lossless_16`` checks
   every 16 tokens, ``lossless_auto`` when the draft is no longer worth going on with, at the prices
   of this machine or (``_bus``) as if device memory were ``--bus-ratio`` times as fast as the bus;
-  ``guard_price`` checks what is worth it at the default price of harm, ``guard_price_30`` and so on
-  at another, without probes. With ``--shared`` also, as ``..._whole``, policies whose press works
+  ``guard_price`` checks what is worth it at the default price of harm, ``guard_price_10`` at a
+  tenth of it, without probes. With ``--shared`` also, as ``..._whole``, policies whose press works
   on the whole prompt while rows with the full cache still share, and ``always_safe_copies``, which
   never compresses and holds a copy of the context in every row;
 - ``ratios``: per policy ``device_byte_steps`` (goals: lossless 0.5, guard 0.4) and
@@ -61,7 +60,7 @@ from kvguard.requests import Completion
 from kvguard.sampling import Decoding
 
 TARGETS = {False: FOLDER / "long_context.json", True: FOLDER / "long_context_shared.json"}
-PRICES = (10.0, 30.0)
+PRICES = (10.0,)
 """Of harm, beside the default of `guard_price`."""
 PRESSES = {
     "snapkv": {"class": "SnapKVPress", "kwargs": {"window_size": 16}},
