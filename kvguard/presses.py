@@ -145,9 +145,13 @@ class PressBehind(BasePress):  # type: ignore[misc]
 
 def drops_lowest(press: object) -> TypeGuard[ScorerPress]:
     """Whether a press evicts the tokens with the lowest scores in each head, and nothing else."""
-    kind: Any = type(press)
+    return isinstance(press, ScorerPress) and _drops_lowest(type(press))
+
+
+def _drops_lowest(kind: Any) -> bool:
     return (
-        isinstance(press, ScorerPress)
+        issubclass(kind, ScorerPress)
+        and kind.__name__ not in press_catalogue.ATTENTION_WEIGHTS
         and kind.compress is ScorerPress.compress
         and kind.forward_hook is BasePress.forward_hook
         and kind.__call__ is BasePress.__call__
@@ -266,6 +270,10 @@ def support_table() -> str:
         "decoding may have mixed a rejected token with others since that token was fed: then the",
         "prompt and the kept tokens are prefilled again.",
         "",
+        "*Shared prefix*: what prompts begin with is prefilled once, and the press still sees the",
+        'whole. With `sharing="all"` a press that can keep it whole evicts from what follows it',
+        "alone, and all rows hold it once; the others work on the whole prompt as ever.",
+        "",
         "| press | at prefill | while decoding | shared prefix | after a check | note |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
@@ -282,9 +290,10 @@ def support_table() -> str:
             notes.append("hides entries, does not free them: its memory saving is nominal")
         if name == "ThinKPress":
             notes.append("zeroes key channels, frees nothing: its memory saving is nominal")
+        shared = "yes, kept whole" if _drops_lowest(getattr(kvpress, name)) else "yes"
         lines.append(
             f"| {name} | yes | {'no' if name in press_catalogue.PREFILL_ONLY else 'yes'} "
-            f"| {'no: reads attention weights' if eager else 'yes'} | in place "
+            f"| {'no: reads attention weights' if eager else shared} | in place "
             f"| {'; '.join(notes)} |"
         )
     return "\n".join(lines) + "\n"

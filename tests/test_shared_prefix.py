@@ -11,7 +11,7 @@ import torch
 from conftest import examples, make_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_engine import ragged_requests, reference, run, spec
+from test_engine import PREFILL, ragged_requests, reference, run, spec
 from test_guard import GREEDY, SAMPLING, uncompressed
 from transformers import PreTrainedModel
 
@@ -209,7 +209,8 @@ def test_a_promotion_is_priced_without_the_prefix() -> None:
 
 # --- compressed rows that keep the prefix whole ---
 
-DROPPING = ["SnapKVPress", "KnormPress", "StreamingLLMPress", "ExpectedAttentionPress"]
+DROPPING = [name for name in PREFILL if drops_lowest(build_press(spec(name, 3), "0.500"))]
+"""Presses that can keep a prefix whole."""
 
 
 @examples(12)
