@@ -137,7 +137,7 @@ class HostAttention:
         once = place == 0 and self._shared
         queries = sum(self.queries) if once else min(self.queries)
         shortest = min(part.tokens for part in listed if part is not None)
-        chunks = _chunks(self.heads * -(-queries // BLOCK_QUERIES), shortest)
+        chunks = _chunks(self.heads, queries, shortest)
         found = [None if part is None else _cut(part, chunks) for part in listed]
         for cut, tail in zip(found, self._tails, strict=True):
             if cut is not None and cut.rest:
@@ -197,12 +197,15 @@ def _same_beginning(rows: Sequence[Sequence["Part"]]) -> bool:
     return len(rows) > 1 and all(bool(row) and row[0] is first for row in rows)
 
 
-def _chunks(tasks: int, tokens: int) -> int:
-    """Into how many chunks a part is cut so that so many tasks, each cut so, suit the threads."""
+def _chunks(heads: int, queries: int, tokens: int) -> int:
+    """Into how many chunks a part is cut so that the threads get equally many heads of them.
+
+    Blocks of queries are not counted on, the last one is shorter; many of them even out.
+    """
     threads = torch.get_num_threads()
-    if tasks >= 4 * threads:
+    if heads * -(-queries // BLOCK_QUERIES) >= 4 * threads:
         return 1
-    return max(1, min(threads // math.gcd(threads, tasks), tokens // CHUNK_TOKENS))
+    return max(1, min(threads // math.gcd(threads, heads), tokens // CHUNK_TOKENS))
 
 
 def _over(query: torch.Tensor, cut: _Cut, layer: int, scale: float) -> Partial:
