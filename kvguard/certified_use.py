@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from kvguard.certificate import Certificate, CertificateError, Statement, Use
 from kvguard.config import BASELINE, BASELINE_RATIO, Generation, Press
+from kvguard.config_policies import Sharing
 from kvguard.guard_files import press_to_json
 from kvguard.models import RECORD, recorded_digest
 from kvguard.presses import build_press, nominal_ratio, phases
@@ -23,6 +24,7 @@ def certified_statements(
     recovery: str,
     check_every_tokens: int,
     safe_ratio: float,
+    sharing: Sharing = "none",
     task: str | None = None,
     model: PreTrainedModel | None = None,
     decoding: Decoding | None = None,
@@ -36,6 +38,7 @@ def certified_statements(
         recovery: what an alarm does.
         check_every_tokens: how often the predictor is asked.
         safe_ratio: fraction removed in SAFE; certificates are made at 0.
+        sharing: certificates are made with presses that work on whole prompts: not for "all".
         task: of the prompts; None: the user judges which of the certificate's tasks they resemble.
         model: None: not known yet, as at the guard's construction.
         decoding: None: not known yet.
@@ -52,6 +55,11 @@ def certified_statements(
         raise CertificateError(
             f"the certificate does not speak of safe_ratio={safe_ratio:g} (certified on 0): "
             f"{advice}"
+        )
+    if sharing == "all":
+        raise CertificateError(
+            "the certificate does not speak of sharing='all', where the press leaves what prompts "
+            f"share whole (certified on presses that work on all of a prompt): {advice}"
         )
     if task is not None:
         use["task"] = task

@@ -463,6 +463,7 @@ class KVGuard:
         if self._thresholds is None or self._point is None:
             return []
         about |= {"recovery": self.recovery, "check_every_tokens": self._every}
+        about |= {"sharing": self.sharing}
         return certified_statements(self._thresholds, self._point, **about)
 
     @property

@@ -108,7 +108,7 @@ def policy_style(policy: str) -> PolicyStyle:
     if policy == "offload":
         return PolicyStyle(label, INK, "P", True)
     if policy == "shared_prefix":
-        return PolicyStyle(label, INK, "s", True)
+        return PolicyStyle(label, INK, "H", True)
     alike = [name for name in POLICY_LABELS if _family(name) == _family(policy)]
     place = alike.index(policy) if policy in alike else len(alike)
     marker = MARKERS[place % len(MARKERS)]

@@ -147,6 +147,7 @@ def test_a_certified_use_runs_and_is_stated(trained: Path, prepared: PreTrainedM
         ({"recovery": "promote"}, r"recovery='promote' \(certified on 'continue'\)"),
         ({"check_every_tokens": 4}, r"check_every_tokens=4 \(certified on 8\)"),
         ({"safe_ratio": 0.25}, r"safe_ratio=0\.25 \(certified on 0\)"),
+        ({"sharing": "all"}, "sharing='all'"),
     ],
 )
 def test_another_use_is_refused_by_name(trained: Path, options: dict[str, Any], named: str) -> None:

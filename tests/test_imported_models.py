@@ -250,6 +250,16 @@ def test_verify_names_a_copy_that_is_another_one(source: Path) -> None:
     ]
 
 
+def test_only_an_importing_run_that_certifies_nothing_may_share() -> None:
+    """Stored traces held copies, and a price certificate is about rows that did."""
+    assert own_config(guard={"sharing": "all"}).guard.sharing == "all"
+    prices = {"harm_price": 100, "certify_prices": [100]}
+    with pytest.raises(ConfigError, match=r"guard.sharing: 'none' unless .* got 'full'"):
+        own_config(guard={"sharing": "full", "bus_ratio": 50}, live=prices)
+    with pytest.raises(ConfigError, match=r"guard.sharing: 'none' unless predictor.trained_by"):
+        parse_config(SOURCE | {"guard": {"sharing": "all"}}, check_files=False)
+
+
 def test_a_run_that_trains_needs_prompts_to_train_on() -> None:
     with pytest.raises(ConfigError, match=r"splits.train: above 0, or predictor.trained_by"):
         parse_config(SOURCE | {"splits": OWN["splits"]}, check_files=False)
