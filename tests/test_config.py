@@ -75,7 +75,7 @@ def test_shipped_configuration() -> None:
     assert [task.name for task in config.tasks] == ["recall", "copy"]
     # What a newcomer is to see: what costs nothing, the guard, what is exact; one shard a task.
     expected = {"none", "verify_on_failure", "gate", "guard", "lossless", "always_safe"}
-    assert set(config.live.policies) == expected
+    assert set(config.live.policies) == expected | {"shared_prefix"}
     assert len(config.shards) == len(config.live_shards) == len(config.tasks)
 
 
