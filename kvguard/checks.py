@@ -108,10 +108,10 @@ def check_prices(session: Session, bus_ratio: float | None = None) -> Prices:
     """What checks of the active rows cost now, in drafted tokens, from the bytes that are read.
 
     A decoding step reads the weights, shared by its rows, the prefix where compressed rows refer to
-    it, and each row's compressed cache; a check
-    reads the weights and each row's cold cache, over the bus where the device is not the host. A
-    prefix that the prompts share crosses once for all rows of the pass, as the weights are read. A
-    check without a cold cache computes prompt and answer, `PREFILL_TOKEN` each. Compressed rows
+    it, and each row's compressed cache; a check reads the weights and each row's cold cache, over
+    the bus where the device is not the host. A prefix that the prompts share crosses once for all
+    rows of the pass, as the weights are read. A check without a cold cache computes prompt and
+    answer, `PREFILL_TOKEN` each. Compressed rows
     alone say what a drafted token reads.
 
     A row that is promoted moves its cold cache once, its own copy of a shared prefix too. From then

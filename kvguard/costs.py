@@ -50,11 +50,12 @@ class CostMeter:
 
     A pass is a decode step of the batch, a check of some rows' drafts, or a recovery's prefill.
     While it runs, everything stays allocated, the entries of waiting rows as well. A row's
-    share of the slots is its own pages and an equal part of the free ones (`Slots.row_bytes`); what
-    a pass needs beyond the slots is charged to the rows that it is for. So the requests' shares sum
-    to what the batch allocated. Host bytes are a row's cold cache and an equal part of a parked
-    prefix that rows share. A request's own admission, before its cache is compressed, and the
-    prefilled prefix that admissions use are the same under every policy and left out.
+    share of the slots is its own pages, an equal part of the free ones, and, where it refers to a
+    shared prefix, an equal part of that (`Slots.row_bytes`); what a pass needs beyond the slots is
+    charged to the rows that it is for. So the requests' shares sum to what the batch allocated.
+    Host bytes are a row's cold cache and an equal part of a parked prefix that rows share. A
+    request's own admission, before its cache is compressed, and the prefilled prefix that
+    admissions use are the same under every policy and left out, the latter until rows refer to it.
 
     Args:
         slots: the caches.

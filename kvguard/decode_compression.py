@@ -1,14 +1,14 @@
 """Compression while decoding: a press's own steps, on one row of a batch."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from kvpress import BasePress, CompressionRatioDecodingPress
 from transformers import PreTrainedModel
 
-from kvguard.prefill import attention_layers
+from kvguard.prefill import after_attention
 from kvguard.presses import fresh
 from kvguard.slots import Slots
 
@@ -98,11 +98,7 @@ def compressing(model: PreTrainedModel, rows: "Sequence[Row]") -> Iterator[None]
                 row.completion.error = row.completion.error or row.decode.error
         return output
 
-    with ExitStack() as stack:
-        for layer in attention_layers(model):
-            layer.rotary_emb = model.model.rotary_emb
-            handle = layer.register_forward_hook(compress, with_kwargs=True)
-            stack.callback(handle.remove)
+    with after_attention(model, compress):
         yield
 
 

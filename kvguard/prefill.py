@@ -5,7 +5,7 @@ prefix that the requests share is prefilled once: its keys, values and per-layer
 are kept, a prompt adds its own tokens, and the press is called on the joined whole.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -282,10 +282,18 @@ def _press_on_whole(
         press.forward_hook(layer, args, whole, (None, None))
         return output
 
+    with after_attention(model, compress):
+        yield
+
+
+@contextmanager
+def after_attention(model: PreTrainedModel, hook: Callable[..., Any]) -> Iterator[None]:
+    """Call a forward hook after each attention layer, which finds the rotary embedding as presses
+    look for it."""
     with ExitStack() as stack:
         for layer in attention_layers(model):
             layer.rotary_emb = model.model.rotary_emb
-            handle = layer.register_forward_hook(compress, with_kwargs=True)
+            handle = layer.register_forward_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 

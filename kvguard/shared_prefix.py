@@ -25,8 +25,8 @@ from transformers import DynamicCache, PreTrainedModel
 from kvguard.prefill import Prefix, layer_tensors, prefill_prefix
 from kvguard.presses import PressBehind, drops_lowest
 
-LEAST_TOKENS = 64
-"""A shorter prefix is not worth a pass of its own and a second part of every attention."""
+LEAST_TOKENS = 16
+"""A prefix shorter than a page is not worth a pass of its own and a second part of attention."""
 
 
 class HeldPrefix:

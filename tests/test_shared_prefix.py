@@ -381,12 +381,28 @@ def test_the_guard_finds_what_prompts_begin_with(policy: str, sharing: Sharing) 
     assert together.tolist() == plain.tolist()
 
 
+def test_without_a_press_a_chat_template_is_held_once() -> None:
+    """README's first choice: 27 common tokens, no press; the same answers in less memory."""
+    model = make_tiny_model("llama")
+    prompts = torch.tensor([[*range(5, 32), *range(9 + i, 29 + i)] for i in range(3)])
+    spent = {}
+    for sharing in ("none", "full"):
+        guard = KVGuard(None, policy="lossless", batch_size=3, sharing=sharing)
+        answers = model.generate(prompts, custom_generate=guard, max_new_tokens=12, do_sample=False)
+        plain = model.generate(prompts, max_new_tokens=12, do_sample=False)
+        assert answers.tolist() == plain.tolist()
+        spent[sharing] = sum(int(one.kv_bytes[:, 0].sum()) for one in guard.completions)
+    token = 2 * 3 * model.config.num_key_value_heads * model.config.head_dim * 4
+    steps = len(guard.completions[0].kv_bytes)
+    assert spent["none"] - spent["full"] == 27 * token * 2 * steps  # one copy instead of three
+
+
 def test_a_short_or_eager_prefix_is_not_worth_it() -> None:
     model = make_tiny_model("llama")
-    prompts = [[*range(5, 5 + 64), 90 + i] for i in range(2)]
+    prompts = [[*range(5, 5 + 16), 90 + i] for i in range(2)]
     found = common_prefix(model, prompts)
     assert found is not None
-    assert found.token_ids == tuple(range(5, 69))
+    assert found.token_ids == tuple(range(5, 21))
     assert common_prefix(model, [ids[1:] for ids in prompts]) is None
     assert common_prefix(make_tiny_model("llama", "eager"), prompts) is None
     assert common_prefix(model, prompts[:1]) is None
